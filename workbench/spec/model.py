@@ -1,0 +1,90 @@
+"""What a model is: named features, with Hugging Face's field names where it has them. No torch, no family names."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from workbench.config import Config
+
+
+class RopeScaling(Config):
+    """How rotary frequencies are stretched beyond the trained length.
+
+    linear: positions divided by `factor`. llama3-style frequencies ("by_parts"): long wavelengths are divided by
+    `factor`, short ones kept, and those between `low_freq_factor` and `high_freq_factor` blended (transformers,
+    modeling_rope_utils.py, `_compute_llama3_parameters`).
+    """
+
+    kind: Literal["linear", "by_parts"]
+    factor: float = Field(gt=0)
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position_embeddings: int = 8192
+
+
+class ModelConfig(Config):
+    """The features of a decoder and their sizes."""
+
+    vocab_size: int = Field(gt=0, description="Rows of the embedding, without padding.")
+    hidden_size: int = Field(gt=0)
+    intermediate_size: int = Field(gt=0, description="Width of the MLP.")
+    num_hidden_layers: int = Field(gt=0)
+    num_attention_heads: int = Field(gt=0)
+    num_key_value_heads: int = Field(default=0, ge=0, description="Key/value heads; 0 means one per attention head.")
+    head_dim: int = Field(default=0, ge=0, description="Size of a head; 0 means hidden_size / num_attention_heads.")
+    max_position_embeddings: int = Field(default=2048, gt=0)
+    hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    gated_mlp: bool = Field(default=True, description="Whether the MLP multiplies act(gate) with up (SwiGLU).")
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: float = Field(default=1e-5, gt=0)
+    position_embedding: Literal["rope", "learned"] = "rope"
+    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_scaling: RopeScaling | None = None
+    attention_bias: bool = Field(default=False, description="Biases on the query, key and value projections.")
+    attention_output_bias: bool = Field(default=False, description="A bias on the attention output projection.")
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    embed_dropout: float = Field(default=0.0, ge=0, lt=1)
+    attention_dropout: float = Field(default=0.0, ge=0, lt=1)
+    hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="On the output of attention and of the MLP.")
+    initializer_range: float = Field(default=0.02, gt=0)
+    scale_residual_init: bool = Field(
+        default=True, description="Divide the initial range of output projections by sqrt(2 * layers) (GPT-2, sec. 2.3)."
+    )
+    num_labels: int = Field(default=0, ge=0, description="Outputs of a sequence head in place of the LM head; 0: none.")
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_derived_sizes(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        values = dict(values)
+        heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
+        if not values.get("num_key_value_heads") and isinstance(heads, int):
+            values["num_key_value_heads"] = heads
+        if not values.get("head_dim") and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
+            values["head_dim"] = hidden // heads if hidden % heads == 0 else 0
+        return values
+
+    @model_validator(mode="after")
+    def _check_sizes(self) -> Self:
+        if self.head_dim == 0:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads={self.num_attention_heads}; "
+                "give head_dim or change one of them"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads={self.num_attention_heads} is not a multiple of "
+                f"num_key_value_heads={self.num_key_value_heads}"
+            )
+        if self.position_embedding == "rope" and self.head_dim % 2:
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
+        if self.rope_scaling is not None and self.position_embedding != "rope":
+            raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
+        return self

@@ -1,0 +1,141 @@
+"""Every run-time parameter of a model and every logical tensor in it: the one table that all of the house reads.
+
+Layers are built from these specs, so a layer's `shards()` and the offline planner cannot disagree. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from workbench.spec.geometry import EMBED, FINAL, LogicalTensor, ParameterSpec, Part, Place, Shard
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
+
+MOMENTS = ("optim.exp_avg", "optim.exp_avg_sq")
+
+
+def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
+    """Token and position embeddings; when tied, the token embedding also lives where the head does."""
+    places: tuple[Place, ...] = (EMBED, FINAL) if tied_head(model) else (EMBED,)
+    shape = (model.vocab_size, model.hidden_size)
+    tokens = Part("embed_tokens.weight", shape, dim=0, pad_to=layout.vocab_multiple)
+    specs = [ParameterSpec("embed_tokens.weight", (tokens,), places, "embedding")]
+    if model.position_embedding == "learned":
+        positions = Part("embed_positions.weight", (model.max_position_embeddings, model.hidden_size))
+        specs.append(ParameterSpec("embed_positions.weight", (positions,), (EMBED,), "embedding"))
+    return tuple(specs)
+
+
+def layer_specs(model: ModelConfig, layer: int) -> tuple[ParameterSpec, ...]:
+    """The parameters of one transformer layer."""
+    base = f"layers.{layer}"
+    hidden, ffn, d = model.hidden_size, model.intermediate_size, model.head_dim
+    heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
+
+    def qkv(suffix: str, *columns: int) -> tuple[Part, ...]:
+        return (
+            Part(f"{base}.self_attn.q_proj.{suffix}", (heads * d, *columns), dim=0, units=heads),
+            Part(f"{base}.self_attn.k_proj.{suffix}", (kv_heads * d, *columns), dim=0, units=kv_heads, replicate=True),
+            Part(f"{base}.self_attn.v_proj.{suffix}", (kv_heads * d, *columns), dim=0, units=kv_heads, replicate=True),
+        )
+
+    def up(suffix: str, *columns: int) -> tuple[Part, ...]:
+        names = ("gate_proj", "up_proj") if model.gated_mlp else ("up_proj",)
+        return tuple(Part(f"{base}.mlp.{name}.{suffix}", (ffn, *columns), dim=0) for name in names)
+
+    o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * d), dim=1, units=heads)
+    down_proj = Part(f"{base}.mlp.down_proj.weight", (hidden, ffn), dim=1)
+    residual = "residual" if model.scale_residual_init else "normal"
+    at = (layer,)
+    specs = [
+        *norm_specs(model, f"{base}.input_layernorm", layer),
+        ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),
+        ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
+        *norm_specs(model, f"{base}.post_attention_layernorm", layer),
+        ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
+        ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
+    ]
+    if model.attention_bias:
+        specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
+    if model.attention_output_bias:
+        o_bias = Part(f"{base}.self_attn.o_proj.bias", (hidden,))
+        specs.append(ParameterSpec(f"{base}.self_attn.o_proj.bias", (o_bias,), at, "bias", "zeros"))
+    if model.mlp_bias:
+        specs.append(ParameterSpec(f"{base}.mlp.up_proj.bias", up("bias"), at, "bias", "zeros"))
+        down_bias = Part(f"{base}.mlp.down_proj.bias", (hidden,))
+        specs.append(ParameterSpec(f"{base}.mlp.down_proj.bias", (down_bias,), at, "bias", "zeros"))
+    return tuple(specs)
+
+
+def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
+    """The last norm and the head: vocabulary, or labels. A tied head has no parameter of its own."""
+    specs = list(norm_specs(model, "norm", FINAL))
+    if model.num_labels:
+        score = Part("score.weight", (model.num_labels, model.hidden_size))
+        specs.append(ParameterSpec("score.weight", (score,), (FINAL,), "head"))
+    elif not model.tie_word_embeddings:
+        head = Part("lm_head.weight", (model.vocab_size, model.hidden_size), dim=0, pad_to=layout.vocab_multiple)
+        specs.append(ParameterSpec("lm_head.weight", (head,), (FINAL,), "head"))
+    return tuple(specs)
+
+
+def norm_specs(model: ModelConfig, path: str, place: Place) -> tuple[ParameterSpec, ...]:
+    """Scale, and shift if the norm has one."""
+    weight = Part(f"{path}.weight", (model.hidden_size,))
+    specs = [ParameterSpec(f"{path}.weight", (weight,), (place,), "norm", "ones")]
+    if model.norm == "layernorm":
+        bias = Part(f"{path}.bias", (model.hidden_size,))
+        specs.append(ParameterSpec(f"{path}.bias", (bias,), (place,), "norm", "zeros"))
+    return tuple(specs)
+
+
+def tied_head(model: ModelConfig) -> bool:
+    """Whether the head on the last stage reuses the token embedding."""
+    return model.tie_word_embeddings and not model.num_labels
+
+
+def parameter_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
+    """Every run-time parameter of the whole model, in network order."""
+    layers = (spec for layer in range(model.num_hidden_layers) for spec in layer_specs(model, layer))
+    return (*embedding_specs(model, layout), *layers, *head_specs(model, layout))
+
+
+def logical_tensors(model: ModelConfig, dtype: str) -> dict[str, LogicalTensor]:
+    """Every logical tensor of the model by name, in network order."""
+    return {
+        part.name: LogicalTensor(part.name, part.shape, dtype)
+        for spec in parameter_specs(model, ParallelLayout())
+        for part in spec.parts
+    }
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Elements of all logical tensors; a tied embedding counts once, padding never."""
+    return sum(tensor.numel for tensor in logical_tensors(model, "F32").values())
+
+
+def stage_specs(model: ModelConfig, layout: ParallelLayout, stage: int) -> Iterator[ParameterSpec]:
+    """The parameters that live on `stage` of the pipeline."""
+    stages = layout.stages(model.num_hidden_layers)
+    here: set[Place] = set(stages[stage])
+    if stage == 0:
+        here.add(EMBED)
+    if stage == layout.pp - 1:
+        here.add(FINAL)
+    for spec in parameter_specs(model, layout):
+        if here.intersection(spec.places):
+            yield spec
+
+
+def stored_shards(model: ModelConfig, layout: ParallelLayout) -> Mapping[tuple[int, int], tuple[Shard, ...]]:
+    """What each (stage, tp_rank) writes to a checkpoint of `layout`: each logical element once.
+
+    Of several copies the first one writes; a tied embedding is written by the first stage.
+    """
+    found: dict[tuple[int, int], tuple[Shard, ...]] = {}
+    for stage in range(layout.pp):
+        specs = [s for s in stage_specs(model, layout, stage) if stage == 0 or EMBED not in s.places]
+        for tp_rank in range(layout.tp):
+            shards = (shard for spec in specs for shard in spec.shards(layout.tp, tp_rank))
+            found[stage, tp_rank] = tuple(shard for shard in shards if shard.copy == 0)
+    return found
