@@ -1,0 +1,124 @@
+"""Which tokens the n-th sample of a run is: a function of the files, the sequence length and the seed, of nothing else.
+
+Not of the ranks, the batch size or the number of steps, and without state: any n costs the same, so resuming at sample n
+is to ask for sample n.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pretrain.data.blend import Blend
+from pretrain.data.indexed import IndexedTokens
+from pretrain.data.permutation import Permutation
+from workbench.errors import DataError
+
+IGNORE = -100
+
+Ids = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sequence: `input_ids` [T] and `labels` [T], already shifted; labels IGNORE where there is nothing to predict."""
+
+    input_ids: Ids
+    labels: Ids
+
+
+class Sampler(Protocol):
+    """Sample n, for any n >= 0."""
+
+    seq_len: int
+
+    def sample(self, index: int) -> Sample: ...
+
+
+class TokenStream:
+    """A run of whole documents of one token file, as consecutive windows that overlap by the one token they share.
+
+    Window w holds tokens [w * seq_len, (w + 1) * seq_len]: each token is predicted exactly once in an epoch.
+    """
+
+    def __init__(self, tokens: IndexedTokens, *, documents: range | None = None) -> None:
+        documents = range(len(tokens)) if documents is None else documents
+        self.tokens, self.num_documents = tokens, len(documents)
+        self._start = tokens.document_start(documents.start)
+        self.num_tokens = tokens.document_start(documents.stop) - self._start
+
+    def read(self, start: int, stop: int) -> Ids:
+        """Tokens [start, stop) of this stream as int64."""
+        assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
+        return self.tokens.read(self._start + start, self._start + stop).astype(np.int64)
+
+
+class ShuffledSampler:
+    """Endless epochs over the full windows of one stream, each epoch in its own pseudo-random order."""
+
+    def __init__(self, stream: TokenStream, *, seq_len: int, key: str) -> None:
+        self.stream, self.seq_len = stream, seq_len
+        self.num_windows = (stream.num_tokens - 1) // seq_len
+        if self.num_windows < 1:
+            raise DataError(
+                f"{stream.tokens.prefix}: {stream.num_tokens} tokens to train on, but one sample of seq_len={seq_len} "
+                f"needs {seq_len + 1}; shorten batch.seq_len or add data"
+            )
+        self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(self.num_windows, key=f"{key}/epoch {epoch}"))
+
+    def window(self, index: int) -> int:
+        """The window that sample `index` shows."""
+        epoch, position = divmod(index, self.num_windows)
+        return self._order(epoch)(position)
+
+    def sample(self, index: int) -> Sample:
+        """The sequence at position `index` of the endless order."""
+        start = self.window(index) * self.seq_len
+        ids = self.stream.read(start, start + self.seq_len + 1)
+        return Sample(ids[:-1], ids[1:])
+
+
+class BlendedSampler:
+    """Several samplers in exact proportions of their weights; each keeps its own epochs."""
+
+    def __init__(self, samplers: Sequence[Sampler], *, weights: Sequence[float]) -> None:
+        assert samplers and len(samplers) == len(weights), (len(samplers), len(weights))
+        self.samplers, self.seq_len = tuple(samplers), samplers[0].seq_len
+        self._blend = Blend(weights)
+
+    def sample(self, index: int) -> Sample:
+        """The sequence at position `index` of the blend."""
+        source, position = self._blend(index)
+        return self.samplers[source].sample(position)
+
+
+class SequentialSampler:
+    """Every token of the streams once, in file order; the last window of a stream is padded with ignored labels.
+
+    Samples past the end (`index >= num_samples`) are padding alone: ranks that must take the same number of microbatches
+    can, and no label is counted twice.
+    """
+
+    def __init__(self, streams: Sequence[TokenStream], *, seq_len: int) -> None:
+        self.streams, self.seq_len = tuple(streams), seq_len
+        self.num_windows = tuple(max(0, -(-(stream.num_tokens - 1) // seq_len)) for stream in self.streams)
+        self.num_samples = sum(self.num_windows)
+        if not self.num_samples:
+            names = ", ".join(str(stream.tokens.prefix) for stream in self.streams)
+            raise DataError(f"{names}: fewer than two tokens to evaluate on; there is nothing to predict")
+
+    def sample(self, index: int) -> Sample:
+        """The window at position `index` in file order, or padding alone."""
+        input_ids = np.zeros(self.seq_len, dtype=np.int64)
+        labels = np.full(self.seq_len, IGNORE, dtype=np.int64)
+        for stream, num_windows in zip(self.streams, self.num_windows, strict=True):
+            if index < num_windows:
+                start = index * self.seq_len
+                ids = stream.read(start, min(start + self.seq_len + 1, stream.num_tokens))
+                input_ids[: len(ids) - 1], labels[: len(ids) - 1] = ids[:-1], ids[1:]
+                break
+            index -= num_windows
+        return Sample(input_ids, labels)
