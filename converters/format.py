@@ -1,0 +1,149 @@
+"""What a checkpoint format is to the planner and the copier: something that opens as a source and is written as a destination.
+
+A module in `converters/formats/` exposes one `FORMAT`. Everything in between (plan, copy, verify, cast) is shared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from workbench.checkpoint.manifest import TrainingState
+    from workbench.checkpoint.source import TensorSource
+
+Progress = Callable[[int], None]
+"""Called with the number of bytes done since the last call; from any thread."""
+
+
+def no_progress(_: int) -> None:
+    """Ignores progress."""
+
+
+@dataclass(frozen=True)
+class OpenedCheckpoint:
+    """A checkpoint of any format, open for reading.
+
+    fingerprints: of the logical tensors, as far as the checkpoint records them (may be empty).
+    tokenizer: a folder that holds tokenizer files, or None.
+    info: more lines for `wb inspect`, label -> text.
+    check: reads everything and raises CheckpointError when the checkpoint contradicts itself (its own checksums,
+        sizes, index); None when the format carries nothing to check.
+    """
+
+    format: str
+    path: Path
+    source: TensorSource
+    model: ModelConfig
+    layout: ParallelLayout | None = None
+    training: TrainingState | None = None
+    tokenizer: Path | None = None
+    family: str | None = None
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    fingerprints: Mapping[str, str] = field(default_factory=dict)
+    info: Mapping[str, str] = field(default_factory=dict)
+    check: Callable[[Progress], None] | None = None
+
+
+@dataclass(frozen=True)
+class WriteRequest:
+    """What a destination is to hold.
+
+    schema: the logical tensors, in the dtypes to be written.
+    fingerprints: those already known; the copier hands the full set to `commit`.
+    """
+
+    path: Path
+    schema: Mapping[str, LogicalTensor]
+    model: ModelConfig
+    layout: ParallelLayout = field(default_factory=ParallelLayout)
+    training: TrainingState | None = None
+    tokenizer: Path | None = None
+    family: str | None = None
+    lineage: tuple[Mapping[str, Any], ...] = ()
+    max_shard_bytes: int = 5_000_000_000
+
+
+class Destination(Protocol):
+    """A checkpoint that is being written; nothing is at `path` until `commit` returns.
+
+    Made by `Format.destination`, which raises (ConversionError, LayoutError) when the format cannot represent the
+    request, and touches nothing. The copier calls `begin`, then `write` from several threads, then `check` if asked,
+    then `commit`; or `abort` after any failure.
+    """
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def schema(self) -> Mapping[str, LogicalTensor]:
+        """The logical tensors that will be written, with the dtypes in which `write` takes them."""
+        ...
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Size in bytes of each file that will be written, by its path inside the destination."""
+        ...
+
+    def boxes(self, name: str) -> tuple[tuple[str, Box], ...]:
+        """The file and box of each piece in which the tensor will lie; together they cover it exactly once."""
+        ...
+
+    def sweep(self, name: str) -> int:
+        """The dimension along which slabs of the tensor should arrive (that which varies slowest in the files)."""
+        ...
+
+    def begin(self) -> None:
+        """Makes the unfinished folder next to `path`. ConfigError when `path` exists."""
+        ...
+
+    def write(self, name: str, box: Box, array: np.ndarray) -> None:
+        """Stores a box that lies inside one of `boxes(name)`.
+
+        For each box of `boxes(name)` the calls come in order along `sweep(name)` and span its other dimensions, from
+        one thread at a time; different boxes may be written from different threads. `array` is only lent.
+        """
+        ...
+
+    def check(self, progress: Progress) -> None:
+        """Reads back what was written; VerificationError when it is not what `write` was given."""
+        ...
+
+    def reopen(self) -> TensorSource:
+        """The unfinished destination as a source, for full verification before `commit`."""
+        ...
+
+    def commit(self, fingerprints: Mapping[str, str]) -> Path:
+        """Makes the destination appear at `path`, complete and durable."""
+        ...
+
+    def abort(self) -> None:
+        """Removes everything that was written; safe to call at any time but after `commit`."""
+        ...
+
+
+class Format(Protocol):
+    """One checkpoint format."""
+
+    @property
+    def name(self) -> str: ...
+
+    def recognises(self, path: Path) -> bool:
+        """Whether `path` looks like this format; reads little, never raises for a foreign path."""
+        ...
+
+    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+        """Opens for reading. CheckpointError when damaged, ConversionError when it cannot be represented."""
+        ...
+
+    def destination(self, request: WriteRequest) -> Destination:
+        """Plans a checkpoint to be written. ConversionError when this format cannot hold the request, or cannot write."""
+        ...
