@@ -1,0 +1,76 @@
+"""The vocabulary cut over the tensor axis: embedding, and the head that shares its geometry.
+
+Legend: B batch, T tokens, D hidden, V vocabulary (local, padded).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from workbench.parallel.collectives import copy_to, reduce_from
+from workbench.parallel.mesh import Mesh
+from workbench.parallel.module import ParallelModule
+from workbench.spec.geometry import ParameterSpec
+
+
+class VocabParallelEmbedding(ParallelModule):
+    """Token vectors, each rank holding a range of the vocabulary. Forward all-reduces over tp, backward does not."""
+
+    weight: nn.Parameter
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec) -> None:
+        super().__init__(mesh, weight=weight)
+        rows = weight.local_shape(mesh.tp.size)[0]
+        self.first_row = rows * mesh.tp.rank
+        self.rows = rows
+
+    def forward(self, ids_BT: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        if self.mesh.tp.size == 1:
+            return F.embedding(ids_BT, self.weight).to(dtype)
+        local_BT = ids_BT - self.first_row
+        foreign_BT = (local_BT < 0) | (local_BT >= self.rows)
+        x_BTD = F.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight).to(dtype)
+        return reduce_from(x_BTD.masked_fill(foreign_BT.unsqueeze(-1), 0.0), self.mesh.tp)
+
+
+class ReplicatedEmbedding(ParallelModule):
+    """A table that every rank holds whole, such as learned positions. No communication."""
+
+    weight: nn.Parameter
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec) -> None:
+        super().__init__(mesh, weight=weight)
+
+    def forward(self, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        return F.embedding(ids, self.weight).to(dtype)
+
+
+class VocabParallelHead(ParallelModule):
+    """Logits over this rank's range of the vocabulary. Backward all-reduces the gradient of the input over tp."""
+
+    weight: nn.Parameter
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec) -> None:
+        super().__init__(mesh, weight=weight)
+
+    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return vocab_logits(x_BTD, self.weight, self.mesh)
+
+
+class ReplicatedLinear(ParallelModule):
+    """A linear layer that every rank holds whole and applies to the same input, such as a classification head."""
+
+    weight: nn.Parameter
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec) -> None:
+        super().__init__(mesh, weight=weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+def vocab_logits(x_BTD: torch.Tensor, weight_VD: torch.Tensor, mesh: Mesh) -> torch.Tensor:
+    """Local logits [B, T, V] from a vocabulary-cut weight, tied or not."""
+    return F.linear(copy_to(x_BTD, mesh.tp), weight_VD.to(x_BTD.dtype))

@@ -1,0 +1,34 @@
+"""Initial weights that depend on the seed and the logical tensor alone, never on the rank or the layout."""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+
+from workbench.spec.geometry import Box
+
+BLOCK_ROWS = 256
+
+
+def normal(name: str, shape: tuple[int, ...], box: Box, *, seed: int, std: float) -> torch.Tensor:
+    """The elements of `box` of the logical tensor `name`, fp32 on the CPU, drawn from N(0, std^2).
+
+    The tensor is drawn in blocks of rows, each from a generator of its own, so any box costs only the blocks that it
+    meets and all layouts see the same numbers.
+    """
+    columns = shape[1:]
+    found = torch.empty(box.size)
+    start, stop = box.offset[0], box.end[0]
+    for first in range(start - start % BLOCK_ROWS, stop, BLOCK_ROWS):
+        last = min(first + BLOCK_ROWS, shape[0])
+        block = torch.empty((last - first, *columns)).normal_(0.0, std, generator=_generator(seed, name, first))
+        low, high = max(first, start), min(last, stop)
+        rows = block[low - first : high - first]
+        found[low - start : high - start] = rows[(slice(None), *box.slices[1:])]
+    return found
+
+
+def _generator(seed: int, name: str, first_row: int) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}/{name}/{first_row}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)

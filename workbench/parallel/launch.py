@@ -1,0 +1,131 @@
+"""How ranks come to life: joined when torchrun or Slurm started them, else started here with torchrun's own agent."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import re
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from workbench import errors
+from workbench.errors import LaunchError, WorkbenchError
+
+_PRELOAD = ["torch", "torch.distributed.fsdp", "workbench.parallel.launch"]
+
+
+@dataclass(frozen=True, slots=True)
+class RankEnvironment:
+    """What a launcher told this process about itself."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+
+
+def rank_environment() -> RankEnvironment | None:
+    """This process's place among ranks that torchrun or srun started; None when nobody did.
+
+    For Slurm, the rendezvous address that torch expects is filled in from the job's first node.
+    """
+    env = os.environ
+    if "RANK" in env and "WORLD_SIZE" in env:
+        return RankEnvironment(int(env["RANK"]), int(env.get("LOCAL_RANK", "0")), int(env["WORLD_SIZE"]))
+    if "SLURM_STEP_NUM_TASKS" in env and int(env["SLURM_STEP_NUM_TASKS"]) > 1:
+        env.setdefault("MASTER_ADDR", _first_host(env.get("SLURM_STEP_NODELIST", "localhost")))
+        env.setdefault("MASTER_PORT", str(20000 + int(env.get("SLURM_JOB_ID", "0")) % 20000))
+        return RankEnvironment(
+            int(env["SLURM_PROCID"]), int(env.get("SLURM_LOCALID", "0")), int(env["SLURM_STEP_NUM_TASKS"])
+        )
+    return None
+
+
+def choose_device(local_rank: int = 0) -> torch.device:
+    """The accelerator of this rank if there is one, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", local_rank % torch.cuda.device_count())
+    return torch.device("cpu")
+
+
+def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
+    """Calls `entry(*args)` on every rank and returns what rank 0 returned, where the ranks were started here.
+
+    In a rank that a launcher started, this process joins the others and `nproc` is not used. With one process `entry`
+    runs in this one. Else `nproc` ranks are started, for which `entry` and `args` must be picklable. Raises the first
+    failing rank's own WorkbenchError, or LaunchError with its rank and traceback.
+    """
+    environment = rank_environment()
+    if environment is not None:
+        return _join_and_call(environment, entry, args)
+    if nproc == 1:
+        return entry(*args)
+    multiprocessing.set_forkserver_preload(_PRELOAD)
+    threads = max(1, (os.cpu_count() or 1) // nproc)
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=nproc,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="forkserver",
+    )
+    try:
+        results = elastic_launch(config, _rank_main)(entry, args, threads)
+    except ChildFailedError as error:
+        raise _first_failure(error) from None
+    return results[0]
+
+
+def _rank_main(entry: Callable[..., Any], args: tuple[Any, ...], threads: int) -> Any:
+    torch.set_num_threads(threads)
+    environment = rank_environment()
+    assert environment is not None
+    return record(_join_and_call)(environment, entry, args)
+
+
+def _join_and_call(environment: RankEnvironment, entry: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    device = choose_device(environment.local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if environment.world_size > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            rank=environment.rank,
+            world_size=environment.world_size,
+            timeout=timedelta(minutes=30),
+        )
+    result = entry(*args)
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+    return result
+
+
+def _first_failure(error: ChildFailedError) -> WorkbenchError:
+    _, failure = error.get_first_failure()
+    details = failure.message if isinstance(failure.message, dict) else {}
+    inner = details.get("message", {}) if details else {}
+    text = inner.get("message", "") if isinstance(inner, dict) else str(inner)
+    kind, _, message = text.partition(": ")
+    known = getattr(errors, kind, None)
+    if isinstance(known, type) and issubclass(known, WorkbenchError):
+        return known(message)
+    trace = inner.get("extraInfo", {}).get("py_callstack", "") if isinstance(inner, dict) else str(failure.message)
+    return LaunchError(f"rank {failure.rank} failed (exit code {failure.exitcode}):\n{trace or failure.message}")
+
+
+def _first_host(nodes: str) -> str:
+    """The first host of a Slurm node list such as `gpu[003-017,021]`."""
+    found = re.match(r"([^\[,]+)(?:\[(\d+))?", nodes)
+    return f"{found[1]}{found[2] or ''}" if found else "localhost"

@@ -1,0 +1,71 @@
+"""Linear layers that are cut over the tensor axis. Their GEMM is a plain `F.linear`; only collectives are special.
+
+Legend: B batch, T tokens, I inputs, O outputs (local where the dimension is cut).
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from workbench.parallel.collectives import copy_to, reduce_from
+from workbench.parallel.mesh import Mesh
+from workbench.parallel.module import ParallelModule
+from workbench.spec.geometry import ParameterSpec
+
+
+class ColumnParallelLinear(ParallelModule):
+    """y = x W^T + b with the outputs cut over the tensor axis; several logical projections may be fused on dim 0.
+
+    Forward communicates nothing; backward all-reduces the gradient of the input over tp.
+    `delta`, when set, maps the input to something that is added to the output (an adapter).
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    delta: nn.Module | None
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec | None = None) -> None:
+        super().__init__(mesh, weight=weight, bias=bias)
+        self.delta = None
+
+    def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        x_BTI = copy_to(x_BTI, self.mesh.tp)
+        y_BTO = F.linear(x_BTI, self.weight.to(x_BTI.dtype), _cast(self.bias, x_BTI))
+        return y_BTO if self.delta is None else y_BTO + self.delta(x_BTI)
+
+    @property
+    def output_sizes(self) -> tuple[int, ...]:
+        """Local outputs of each fused projection, in order."""
+        return tuple(part.local_shape(self.mesh.tp.size)[0] for part in self.specs["weight"].parts)
+
+
+class RowParallelLinear(ParallelModule):
+    """y = x W^T + b with the inputs cut over the tensor axis, the partial results all-reduced over tp.
+
+    The bias is whole on every rank and added once, after the reduction. `delta` is added to the partial result, so an
+    adapter costs no reduction of its own.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    delta: nn.Module | None
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec | None = None) -> None:
+        super().__init__(mesh, weight=weight, bias=bias)
+        self.delta = None
+
+    def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        weight = self.weight.to(x_BTI.dtype)
+        if self.mesh.tp.size == 1 and self.delta is None:
+            return F.linear(x_BTI, weight, _cast(self.bias, x_BTI))
+        y_BTO = F.linear(x_BTI, weight)
+        if self.delta is not None:
+            y_BTO = y_BTO + self.delta(x_BTI)
+        y_BTO = reduce_from(y_BTO, self.mesh.tp)
+        return y_BTO if self.bias is None else y_BTO + self.bias.to(y_BTO.dtype)
+
+
+def _cast(parameter: nn.Parameter | None, like: torch.Tensor) -> torch.Tensor | None:
+    return None if parameter is None else parameter.to(like.dtype)
