@@ -1,4 +1,4 @@
-"""What a checkpoint format is to the planner and the copier: something that opens as a source and is written as a destination.
+"""What a checkpoint format is to planner and copier: it opens as a source, and is filled as a destination.
 
 A module in `converters/formats/` exposes one `FORMAT`. Everything in between (plan, copy, verify, cast) is shared.
 """
@@ -145,5 +145,5 @@ class Format(Protocol):
         ...
 
     def destination(self, request: WriteRequest) -> Destination:
-        """Plans a checkpoint to be written. ConversionError when this format cannot hold the request, or cannot write."""
+        """Plans a checkpoint to be written. ConversionError when this format cannot hold it, or cannot write."""
         ...

@@ -1,0 +1,191 @@
+"""The safetensors container: headers read with suspicion, headers laid out, ranged reads. NumPy only, no torch.
+
+Layout of a file: 8 bytes little-endian length of the header, the header (JSON), the data without holes. The header
+comes from outside, so nothing in it is believed before its numbers have been checked against the size of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from workbench.errors import CheckpointError
+from workbench.spec.dtypes import ITEM_BYTES
+
+if TYPE_CHECKING:
+    import numpy as np
+
+MAX_HEADER_BYTES: Final = 100_000_000  # the bound that the safetensors library itself keeps
+# Element types that a file may hold although nothing here computes with them.
+_FILE_ITEM_BYTES: Final = {**ITEM_BYTES, "U16": 2, "U32": 4, "U64": 8, "F8_E4M3": 1, "F8_E5M2": 1, "C64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class FileEntry:
+    """One tensor in a safetensors file; `start` counts from the first byte of the file."""
+
+    key: str
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class FileHeader:
+    """What a safetensors file holds."""
+
+    entries: Mapping[str, FileEntry]
+    metadata: Mapping[str, str]
+    file_bytes: int
+
+
+@dataclass(frozen=True)
+class FileLayout:
+    """A file to be written: its first bytes, where each entry will lie, and its whole size."""
+
+    prefix: bytes
+    entries: Mapping[str, FileEntry]
+    file_bytes: int
+
+
+def read_header(path: Path) -> FileHeader:
+    """The entries of a safetensors file, proven to lie inside it without holes or overlaps.
+
+    Raises CheckpointError naming the file and the entry at fault.
+    """
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if size < 8:
+                raise CheckpointError(f"{path}: {size} bytes are too few for a safetensors file; it is truncated")
+            (length,) = struct.unpack("<Q", file.read(8))
+            if length > MAX_HEADER_BYTES:
+                raise CheckpointError(
+                    f"{path}: claims a header of {length} bytes (at most {MAX_HEADER_BYTES}); not a safetensors file"
+                )
+            if 8 + length > size:
+                raise CheckpointError(f"{path}: header of {length} bytes, file of {size} bytes; it is truncated")
+            text = file.read(length)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    return _parse_header(path, text, 8 + length, size)
+
+
+def _parse_header(path: Path, text: bytes, data_start: int, size: int) -> FileHeader:
+    try:
+        raw = json.loads(text, object_pairs_hook=_refuse_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: its safetensors header is not valid: {error}") from error
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path}: its safetensors header is not an object; not a safetensors file")
+    metadata = raw.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise CheckpointError(f"{path}: its safetensors header has a __metadata__ that is not text by name")
+    entries = [_entry(path, key, value, data_start) for key, value in raw.items()]
+    position = data_start
+    for entry in sorted(entries, key=lambda e: (e.start, e.num_bytes)):
+        if entry.start != position:
+            kind = "overlaps the one before it" if entry.start < position else "leaves a hole before it"
+            raise CheckpointError(f"{path}: tensor {entry.key!r} at byte {entry.start} {kind} (expected {position})")
+        position += entry.num_bytes
+    if position != size:
+        what = "it is truncated" if position > size else "there are stray bytes at its end"
+        raise CheckpointError(f"{path}: {size} bytes, but its header describes {position}; {what}")
+    return FileHeader({entry.key: entry for entry in entries}, metadata, size)
+
+
+def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice")
+    return found
+
+
+def _entry(path: Path, key: str, value: Any, data_start: int) -> FileEntry:
+    def refuse(why: str) -> CheckpointError:
+        return CheckpointError(f"{path}: tensor {key!r}: {why}")
+
+    if not isinstance(value, dict) or not {"dtype", "shape", "data_offsets"} <= value.keys():
+        raise refuse("its header entry lacks dtype, shape or data_offsets")
+    dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
+    if not isinstance(dtype, str) or dtype not in _FILE_ITEM_BYTES:
+        raise refuse(f"dtype {dtype!r} is not known")
+    if not _is_sizes(shape):
+        raise refuse(f"shape {shape!r} is not a list of sizes")
+    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
+        raise refuse(f"data_offsets {offsets!r} are not a range")
+    start, end = offsets
+    expected = math.prod(shape) * _FILE_ITEM_BYTES[dtype]
+    if end - start != expected:
+        raise refuse(f"{end - start} bytes do not make {dtype} of shape {shape} ({expected} bytes)")
+    return FileEntry(key, dtype, tuple(shape), data_start + start, expected)
+
+
+def _is_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
+
+
+def lay_out(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> FileLayout:
+    """Where (key, dtype, shape) tensors will lie in a file: wider element types first, so that all are aligned."""
+    position = 0
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    relative: list[FileEntry] = []
+    for key, dtype, shape in sorted(tensors, key=lambda t: -ITEM_BYTES[t[1]]):
+        assert key not in header, key
+        num_bytes = math.prod(shape) * ITEM_BYTES[dtype]
+        header[key] = {"dtype": dtype, "shape": list(shape), "data_offsets": [position, position + num_bytes]}
+        relative.append(FileEntry(key, dtype, tuple(shape), position, num_bytes))
+        position += num_bytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    prefix = struct.pack("<Q", len(text)) + text
+    start = len(prefix)
+    entries = {e.key: FileEntry(e.key, e.dtype, e.shape, start + e.start, e.num_bytes) for e in relative}
+    return FileLayout(prefix, entries, start + position)
+
+
+@dataclass
+class RangedFile:
+    """A file open for reading by ranges, from any thread."""
+
+    path: Path
+    _descriptor: int = field(init=False, default=-1)
+
+    def __post_init__(self) -> None:
+        try:
+            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def read_into(self, array: np.ndarray, start: int) -> None:
+        """Fills a contiguous array with the bytes from `start` on; CheckpointError when the file ends before."""
+        if not array.nbytes:
+            return
+        view = memoryview(array).cast("B")
+        done = 0
+        while done < len(view):
+            try:
+                count = os.preadv(self._descriptor, [view[done:]], start + done)
+            except OSError as error:
+                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+            if count == 0:
+                raise CheckpointError(
+                    f"{self.path}: ends at byte {start + done} of {start + len(view)}; it is truncated"
+                )
+            done += count
+
+    def close(self) -> None:
+        """Gives the descriptor back."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+            self._descriptor = -1
+
+    def __del__(self) -> None:
+        self.close()
