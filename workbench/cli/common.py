@@ -82,12 +82,12 @@ class Output:
             print(as_lines(result) if text is None else text, file=self.stdout, flush=True)
 
     def progress(self, label: str, total: float | None = None, unit: str = "") -> Progress:
-        """A progress bar to use with `with`; `bar.advance(n, loss="2.1")` moves it. Silent with -q and --json."""
+        """A progress bar to use with `with`; `bar.advance(n, note="loss 2.1")` moves it. Silent with -q and --json."""
         return Progress(label, total=total, unit=unit, silent=self.json or self.quiet)
 
     def silenced(self) -> Output:
         """An Output that prints nothing: for the ranks that are not the first."""
-        return Output(quiet=True, stdout=open(os.devnull, "w"))  # noqa: SIM115, PTH123
+        return Output(quiet=True, stdout=open(os.devnull, "w"))  # noqa: PTH123
 
 
 def run_command(work: Callable[[], int | None], out: Output) -> int:

@@ -21,7 +21,7 @@ class Progress:
     def __init__(self, label: str, *, total: float | None = None, unit: str = "", silent: bool = False) -> None:
         self._label, self._total, self._unit, self._silent = label, total, unit, silent
         self._done = 0.0
-        self._stats: dict[str, str] = {}
+        self._note = ""
         self._started = self._spoken = time.monotonic()
         self._bar: RichProgress | None = None
         self._task: Any = None
@@ -39,15 +39,15 @@ class Progress:
         elif self._spoken > self._started and not self._silent:
             self._line()
 
-    def advance(self, amount: float = 1, **stats: str) -> None:
-        """Moves on by `amount` and shows `stats` (name=text) beside the bar."""
-        self.update(self._done + amount, **stats)
+    def advance(self, amount: float = 1, *, note: str | None = None) -> None:
+        """Moves on by `amount` and shows `note` ("loss 2.10") beside the bar."""
+        self.update(self._done + amount, note=note)
 
-    def update(self, done: float, total: float | None = None, **stats: str) -> None:
+    def update(self, done: float, *, total: float | None = None, note: str | None = None) -> None:
         """Sets how much is done, and the total when it has become known."""
         self._done = done
         self._total = total if total is not None else self._total
-        self._stats.update(stats)
+        self._note = note if note is not None else self._note
         now = time.monotonic()
         if self._silent or now - self._started < PATIENCE_SECONDS:
             return
@@ -69,8 +69,7 @@ class Progress:
 
     def _notes(self) -> str:
         rate = f"{amount_text(self._rate(), self._unit)}/s"
-        stats = [f"{name} {value}" for name, value in self._stats.items()]
-        return "  ".join(part for part in (rate, self._left(), *stats) if part)
+        return "  ".join(part for part in (rate, self._left(), self._note) if part)
 
     def _line(self) -> None:
         done = amount_text(self._done, self._unit)
