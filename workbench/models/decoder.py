@@ -1,0 +1,159 @@
+"""A stage of a decoder: some of its layers, with the embedding on the first stage and the head on the last.
+
+Legend: B batch, T tokens, D hidden, V vocabulary (local, padded), N labels of a sequence head.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from workbench.models.attention import Attention, KeyValueCache
+from workbench.models.batch import Batch
+from workbench.models.mlp import MLP
+from workbench.models.norm import build_norm
+from workbench.models.rope import rope_table
+from workbench.parallel.dropout import dropout
+from workbench.parallel.embedding import (
+    ReplicatedEmbedding,
+    ReplicatedLinear,
+    VocabParallelEmbedding,
+    VocabParallelHead,
+    vocab_logits,
+)
+from workbench.parallel.loss import IGNORE, accumulation_dtype, vocab_parallel_cross_entropy
+from workbench.parallel.mesh import Mesh
+from workbench.spec.geometry import ParameterSpec
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
+from workbench.spec.schema import stage_specs, tied_head
+
+Output = Literal["loss", "token_losses", "logits"]
+
+
+class Block(nn.Module):
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
+        super().__init__()
+        path = f"layers.{layer}"
+        self.input_layernorm = build_norm(model, mesh, specs, f"{path}.input_layernorm")
+        self.self_attn = Attention(model, mesh, specs, layer)
+        self.post_attention_layernorm = build_norm(model, mesh, specs, f"{path}.post_attention_layernorm")
+        self.mlp = MLP(model, mesh, specs, layer)
+        self.path = path
+        self.dropout = model.hidden_dropout
+
+    def forward(
+        self,
+        x_BTD: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        batch: Batch,
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, batch, cache)
+        x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, f"{self.path}.self_attn.output")
+        transformed_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
+        return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, f"{self.path}.mlp.output")
+
+
+class DecoderStage(nn.Module):
+    """The layers of one pipeline stage, addressed by their global index.
+
+    compute_dtype: the type of activations; parameters keep their own and are cast where they are used.
+    """
+
+    def __init__(
+        self, model: ModelConfig, layout: ParallelLayout, mesh: Mesh, *, stage: int, compute_dtype: torch.dtype
+    ) -> None:
+        super().__init__()
+        specs = {spec.path: spec for spec in stage_specs(model, layout, stage)}
+        self.model, self.mesh, self.compute_dtype = model, mesh, compute_dtype
+        self.is_first, self.is_last = stage == 0, stage == layout.pp - 1
+        self.tied = tied_head(model)
+        if self.is_first or (self.is_last and self.tied):
+            self.embed_tokens = VocabParallelEmbedding(mesh, specs["embed_tokens.weight"])
+        if self.is_first and model.position_embedding == "learned":
+            self.embed_positions = ReplicatedEmbedding(mesh, specs["embed_positions.weight"])
+        indices = layout.stages(model.num_hidden_layers)[stage]
+        self.layers = nn.ModuleDict({str(i): Block(model, mesh, specs, i) for i in indices})
+        if self.is_last:
+            self.norm = build_norm(model, mesh, specs, "norm")
+            if model.num_labels:
+                self.score = ReplicatedLinear(mesh, specs["score.weight"])
+            elif not self.tied:
+                self.lm_head = VocabParallelHead(mesh, specs["lm_head.weight"])
+
+    def forward(
+        self,
+        hidden_BTD: torch.Tensor | None,
+        batch: Batch,
+        output: Output = "loss",
+        cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        """Hidden states for the next stage, or on the last stage what `output` names.
+
+        "loss": the sum of the losses of all labels, a scalar in fp32 or wider, equal on all tensor ranks.
+        "token_losses": loss of each label [B, T] (or [B]), 0 where ignored. "logits": [B, T, vocab_size], gathered over
+        the tensor axis, or [B, N] of a sequence head. `hidden_BTD` is what the previous stage returned, None on the first.
+        """
+        tokens = batch.input_ids.shape[1]
+        start = cache.length if cache is not None else 0
+        positions_T = torch.arange(start, start + tokens, device=batch.input_ids.device)
+        if self.is_first:
+            hidden_BTD = self._embed(batch, positions_T)
+        assert hidden_BTD is not None
+        rope = None
+        if self.model.position_embedding == "rope":
+            rope = rope_table(self.model, positions_T, self.compute_dtype)
+        for block in self.layers.values():
+            hidden_BTD = block(hidden_BTD, rope, batch, cache)
+        if cache is not None:
+            cache.length += tokens
+        return self._finish(hidden_BTD, batch, output) if self.is_last else hidden_BTD
+
+    def _embed(self, batch: Batch, positions_T: torch.Tensor) -> torch.Tensor:
+        x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
+        if self.model.position_embedding == "learned":
+            x_BTD = x_BTD + self.embed_positions(positions_T, self.compute_dtype)
+        return drop_hidden(x_BTD, self.model.embed_dropout, batch, "embed")
+
+    def _finish(self, hidden_BTD: torch.Tensor, batch: Batch, output: Output) -> torch.Tensor:
+        x_BTD = self.norm(hidden_BTD)
+        if self.model.num_labels:
+            logits_BN = self.score(_last_token(x_BTD, batch.lengths))
+            return logits_BN if output == "logits" else _label_losses(logits_BN, batch, output)
+        logits_BTV = vocab_logits(x_BTD, self.embed_tokens.weight, self.mesh) if self.tied else self.lm_head(x_BTD)
+        if output == "logits":
+            return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
+        assert batch.labels is not None
+        losses_N = vocab_parallel_cross_entropy(
+            logits_BTV.flatten(0, 1), batch.labels.flatten(), self.mesh.tp, vocab_size=self.model.vocab_size
+        )
+        return losses_N.sum() if output == "loss" else losses_N.view(batch.labels.shape)
+
+
+def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: Batch, site: str) -> torch.Tensor:
+    """Dropout on an activation that all tensor ranks hold whole; the same elements fall everywhere."""
+    if not probability or batch.dropout is None:
+        return x_BTD
+    _, tokens, hidden = x_BTD.shape
+    coordinates = (torch.arange(tokens, device=x_BTD.device), torch.arange(hidden, device=x_BTD.device))
+    return dropout(x_BTD, probability, batch.dropout.rows(site), coordinates)
+
+
+def _last_token(x_BTD: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
+    """The hidden state of each row's last real token, [B, D]."""
+    if lengths is None:
+        return x_BTD[:, -1]
+    return x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), lengths - 1]
+
+
+def _label_losses(logits_BN: torch.Tensor, batch: Batch, output: Output) -> torch.Tensor:
+    assert batch.labels is not None
+    wide_BN = logits_BN.to(accumulation_dtype(logits_BN.dtype))
+    losses_B = F.cross_entropy(wide_BN, batch.labels, reduction="none", ignore_index=IGNORE)
+    return losses_B.sum() if output == "loss" else losses_B

@@ -1,0 +1,51 @@
+"""Normalisation over the hidden dimension, computed in fp32 at least."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from workbench.parallel.loss import accumulation_dtype
+from workbench.parallel.mesh import Mesh
+from workbench.parallel.module import ParallelModule
+from workbench.spec.geometry import ParameterSpec
+from workbench.spec.model import ModelConfig
+
+
+class RMSNorm(ParallelModule):
+    """x / rms(x) * weight (arXiv:1910.07467). The scaled value is rounded to x's type before the weight multiplies it."""
+
+    weight: nn.Parameter
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec, eps: float) -> None:
+        super().__init__(mesh, weight=weight)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dtype == self.weight.dtype:
+            return F.rms_norm(x, x.shape[-1:], self.weight, self.eps)
+        wide = x.to(accumulation_dtype(x.dtype))
+        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+
+class LayerNorm(ParallelModule):
+    """(x - mean) / std * weight + bias (arXiv:1607.06450)."""
+
+    weight: nn.Parameter
+    bias: nn.Parameter
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec, eps: float) -> None:
+        super().__init__(mesh, weight=weight, bias=bias)
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+def build_norm(model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], path: str) -> RMSNorm | LayerNorm:
+    """The norm at `path` that the model's features ask for."""
+    if model.norm == "layernorm":
+        return LayerNorm(mesh, specs[f"{path}.weight"], specs[f"{path}.bias"], model.norm_eps)
+    return RMSNorm(mesh, specs[f"{path}.weight"], model.norm_eps)

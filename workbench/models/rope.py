@@ -1,0 +1,53 @@
+"""Rotary position embedding (arXiv:2104.09864) in the half-split order: dimension i turns with i + d/2.
+
+Legend: B batch, T tokens, H heads, d head size.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from workbench.spec.model import ModelConfig, RopeScaling
+
+
+def rope_frequencies(model: ModelConfig, device: torch.device) -> torch.Tensor:
+    """Angle per position for each pair of dimensions, [d/2] fp32."""
+    exponent = torch.arange(0, model.head_dim, 2, dtype=torch.int64, device=device).to(torch.float32) / model.head_dim
+    frequencies = 1.0 / (model.rope_theta**exponent)
+    scaling = model.rope_scaling
+    if scaling is None:
+        return frequencies
+    if scaling.kind == "linear":
+        return frequencies / scaling.factor
+    return _by_parts(frequencies, scaling)
+
+
+def _by_parts(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
+    wavelength = 2 * math.pi / frequencies
+    longest = scaling.original_max_position_embeddings / scaling.low_freq_factor
+    shortest = scaling.original_max_position_embeddings / scaling.high_freq_factor
+    share = (scaling.original_max_position_embeddings / wavelength - scaling.low_freq_factor) / (
+        scaling.high_freq_factor - scaling.low_freq_factor
+    )
+    blended = (1 - share) * frequencies / scaling.factor + share * frequencies
+    scaled = torch.where(wavelength > longest, frequencies / scaling.factor, frequencies)
+    between = (wavelength <= longest) & (wavelength >= shortest)
+    return torch.where(between, blended, scaled)
+
+
+def rope_table(
+    model: ModelConfig, positions_T: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines, each [T, d], for `positions_T`; angles are taken in fp32, as the reference models do."""
+    angles = positions_T.to(torch.float32)[:, None] * rope_frequencies(model, positions_T.device)[None, :]
+    both = torch.cat((angles, angles), dim=-1)
+    return both.cos().to(dtype), both.sin().to(dtype)
+
+
+def apply_rope(x_BHTd: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """Each head vector turned by its position's angles."""
+    cos_Td, sin_Td = table
+    first, second = x_BHTd.chunk(2, dim=-1)
+    return x_BHTd * cos_Td + torch.cat((-second, first), dim=-1) * sin_Td
