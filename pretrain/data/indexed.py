@@ -168,7 +168,8 @@ class IndexedWriter:
         self.prefix = strip_suffix(path)
         self.dtype = token_dtype(vocab_size)
         self.num_documents = self.num_tokens = 0
-        self._vocab_size, self._open_length = vocab_size, 0
+        self.open_length = 0  # tokens of the document that is being written
+        self._vocab_size = vocab_size
         if not overwrite:
             for final in (idx_path(self.prefix), bin_path(self.prefix)):
                 if final.exists():
@@ -187,18 +188,18 @@ class IndexedWriter:
                 f"{int(array.max() if array.max() >= self._vocab_size else array.min())}, outside the vocabulary of {self._vocab_size}"
             )
         self._bin.write(array.astype(self.dtype).tobytes())
-        self._open_length += array.size
+        self.open_length += array.size
 
     def end_document(self) -> None:
         """Close the open document; an empty one is not recorded."""
-        if not self._open_length:
+        if not self.open_length:
             return
-        if self._open_length >= 1 << 31:
-            raise DataError(f"{self.prefix}: document {self.num_documents} has {self._open_length} tokens; the format holds 2147483647")
-        self._sizes.write(struct.pack("<i", self._open_length))
-        self.num_tokens += self._open_length
+        if self.open_length >= 1 << 31:
+            raise DataError(f"{self.prefix}: document {self.num_documents} has {self.open_length} tokens; the format holds 2147483647")
+        self._sizes.write(struct.pack("<i", self.open_length))
+        self.num_tokens += self.open_length
         self.num_documents += 1
-        self._open_length = 0
+        self.open_length = 0
 
     def close(self) -> None:
         """Write the index and move both files to their names: the .bin first, so that an index is never without it."""

@@ -7,6 +7,7 @@ and test by a digest of their name: the same on every machine.
 
 import ast
 import hashlib
+import os
 import re
 import sysconfig
 from collections.abc import Iterator
@@ -84,11 +85,13 @@ def stdlib_documents(root: Path | None = None) -> list[StdlibDocument]:
     """Every document of the corpus, by name. DataError where Python came without its sources."""
     root = Path(sysconfig.get_path("stdlib")) if root is None else root
     documents = []
-    for path in root.rglob("*.py"):
-        relative = path.relative_to(root)
-        name = relative.as_posix()
-        if _LEFT_OUT_FOLDERS.isdisjoint(relative.parts) and not _LEFT_OUT.match(name) and name != _TOPICS:
-            documents.append(StdlibDocument(name, _read(path)))
+    for folder, folders, files in os.walk(root):
+        folders[:] = [name for name in folders if name not in _LEFT_OUT_FOLDERS]
+        for file in files:
+            path = Path(folder, file)
+            name = path.relative_to(root).as_posix()
+            if path.suffix == ".py" and not _LEFT_OUT.match(name) and name != _TOPICS:
+                documents.append(StdlibDocument(name, _read(path)))
     documents += _topic_pages(root / _TOPICS)
     documents = sorted((document for document in documents if document.text.strip()), key=lambda document: document.name)
     if not any(document.is_code for document in documents):
