@@ -24,6 +24,8 @@ class Work(Protocol):
 
     def wait(self) -> Any: ...
 
+    def is_completed(self) -> bool: ...
+
 
 class Axis:
     """The ranks that differ in one coordinate only, and how they communicate.

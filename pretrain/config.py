@@ -1,0 +1,271 @@
+"""The configuration of a training run: one table a concern, checked before any process starts. No torch."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, field_validator, model_validator
+
+from pretrain.data.config import DataConfig
+from pretrain.lr import Curve, CurveName
+from pretrain.presets import PRESETS
+from pretrain.schedules import Schedule
+from workbench.config import Config
+from workbench.errors import LayoutError
+from workbench.registry import discover
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
+
+
+class ParallelTable(Config):
+    """How the model and the batch are spread over ranks."""
+
+    tp: int = Field(default=1, gt=0, description="Ranks that share each layer (tensor parallelism).")
+    pp: int = Field(default=1, gt=0, description="Stages of the pipeline.")
+    dp: int | Literal["auto"] = Field(
+        default="auto", description="Copies of the model that split the batch; auto: as many as the ranks allow."
+    )
+    schedule: str = Field(default="1f1b", description="Pipeline schedule: gpipe or 1f1b.")
+    pp_layout: tuple[int, ...] | None = Field(
+        default=None, description="Layers per stage, when not even: [6, 8, 8, 6]."
+    )
+    shard: Literal["none", "zero2", "zero3"] = Field(
+        default="none",
+        description="What data-parallel ranks share: nothing; optimizer and gradients; parameters as well (FSDP2).",
+    )
+    vocab_multiple: int = Field(
+        default=8, gt=0, description="Each rank's rows of the vocabulary are padded to a multiple of this."
+    )
+
+    @field_validator("dp")
+    @classmethod
+    def _positive(cls, value: int | str) -> int | str:
+        if isinstance(value, int) and value < 1:
+            raise ValueError(f"must be at least 1 or 'auto', not {value}")
+        return value
+
+    @field_validator("schedule")
+    @classmethod
+    def _known_schedule(cls, value: str) -> str:
+        schedule_named(value)
+        return value
+
+    def num_ranks(self) -> int:
+        """The ranks that this table asks for; dp = "auto" asks for one copy of the model."""
+        return self.tp * self.pp * (1 if self.dp == "auto" else self.dp)
+
+    def layout(self, num_ranks: int) -> ParallelLayout:
+        """The layout over `num_ranks` ranks; LayoutError when they do not fit."""
+        model_ranks = self.tp * self.pp
+        dp = num_ranks // model_ranks if self.dp == "auto" else self.dp
+        if dp * model_ranks != num_ranks:
+            asked = f"tp={self.tp} x pp={self.pp}" + ("" if self.dp == "auto" else f" x dp={self.dp}")
+            raise LayoutError(
+                f"{num_ranks} ranks were given, but {asked} needs "
+                + (f"a multiple of {model_ranks}" if self.dp == "auto" else f"{model_ranks * dp}")
+                + "; change --nproc or [parallel]"
+            )
+        return ParallelLayout(
+            tp=self.tp,
+            pp=self.pp,
+            dp=dp,
+            pp_layout=self.pp_layout,
+            shard=self.shard,
+            vocab_multiple=self.vocab_multiple,
+        )
+
+
+class BatchTable(Config):
+    """How many sequences make a step."""
+
+    global_size: int = Field(default=32, gt=0, description="Sequences in a step, over all ranks.")
+    micro_size: int = Field(default=4, gt=0, description="Sequences that a rank computes at once.")
+    seq_len: int = Field(default=256, gt=0, description="Tokens in a sequence.")
+
+    def faults(self, dp: int) -> list[str]:
+        """Why the batch cannot be dealt out over `dp` data-parallel ranks, if it cannot."""
+        if self.global_size % (dp * self.micro_size):
+            nearest = max(1, round(self.global_size / (dp * self.micro_size))) * dp * self.micro_size
+            return [
+                f"batch.global_size={self.global_size} is not a multiple of dp={dp} x batch.micro_size={self.micro_size}; "
+                f"use {nearest}, or another micro_size"
+            ]
+        return []
+
+
+class OptimTable(Config):
+    """The optimizer and its learning rate."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: float = Field(default=3e-4, gt=0, description="Peak learning rate.")
+    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end of a falling curve.")
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0, description="Not applied to biases and norms.")
+    clip: float = Field(default=1.0, ge=0, description="Limit of the global gradient norm; 0: no limit.")
+    schedule: CurveName = Field(default="cosine", description="Curve of the learning rate after its warm-up.")
+    warmup: int = Field(default=0, ge=0, description="Steps over which the learning rate rises to its peak.")
+    decay_share: float = Field(default=0.2, gt=0, le=1, description="wsd: the share of the run that decays.")
+
+    @model_validator(mode="after")
+    def _floor_below_peak(self) -> Self:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr={self.min_lr} is above lr={self.lr}; lower it")
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas={self.betas}: each must be at least 0 and below 1")
+        return self
+
+    def curve(self, steps: int | None) -> Curve:
+        """The learning rate over a run of `steps` steps (None: not known)."""
+        return Curve(self.schedule, self.lr, self.min_lr, self.warmup, steps, self.decay_share)
+
+
+class PrecisionTable(Config):
+    """Number formats. Parameters, gradients' sums and moments are fp32."""
+
+    compute: Literal["fp32", "bf16"] = Field(default="fp32", description="Format of activations and matrix products.")
+
+
+class KernelsTable(Config):
+    """Who executes the layers."""
+
+    compile: bool = Field(default=False, description="Compile each layer with torch.compile.")
+
+
+class CheckpointTable(Config):
+    """When to save. A run saves at its end in any case."""
+
+    every: int = Field(default=0, ge=0, description="Steps between checkpoints; 0: only at the end.")
+    keep: int = Field(default=0, ge=0, description="Checkpoints to keep, newest first; 0: all.")
+    optimizer: bool = Field(default=True, description="Save the optimizer's moments, so that the run can go on.")
+
+
+class EvalTable(Config):
+    """When to evaluate. A run with evaluation data is evaluated at its end in any case."""
+
+    every: int = Field(default=0, ge=0, description="Steps between evaluations; 0: only at the end.")
+    batches: int = Field(default=0, ge=0, description="Batches of global_size sequences at most; 0: all the data.")
+
+
+class LogTable(Config):
+    """What is written while training."""
+
+    every: int = Field(default=10, gt=0, description="Steps between rows of metrics.jsonl.")
+    tensorboard: bool = Field(default=False, description="Write TensorBoard events as well.")
+    peak_tflops: float | Literal["auto", "measure"] = Field(
+        default="auto",
+        description="What MFU is measured against: auto knows some GPUs; measure times a matrix product; or a number per rank.",
+    )
+
+
+class RunTable(Config):
+    """Where a run lives and how long it takes: until the first of steps, tokens and seconds is reached."""
+
+    dir: str = Field(default="runs/pretrain", min_length=1, description="Folder of this run.")
+    steps: int | None = Field(default=None, gt=0)
+    tokens: int | None = Field(default=None, gt=0, description="Training tokens, rounded up to whole steps.")
+    seconds: float | None = Field(default=None, gt=0, description="Time to train, without start and final save.")
+    seed: int = Field(default=1234, ge=0, description="Seed of initial weights and dropout.")
+    resume: Literal["auto", "never", "must"] = Field(
+        default="auto", description="Go on from the newest checkpoint in dir: if there is one, never, or fail without."
+    )
+
+    @model_validator(mode="after")
+    def _has_an_end(self) -> Self:
+        if self.steps is None and self.tokens is None and self.seconds is None:
+            raise ValueError("the run has no end; give steps, tokens or seconds")
+        return self
+
+
+class EngineConfig(Config):
+    """What every training run has, whatever it trains."""
+
+    parallel: ParallelTable = ParallelTable()
+    batch: BatchTable = BatchTable()
+    optim: OptimTable = OptimTable()
+    precision: PrecisionTable = PrecisionTable()
+    kernels: KernelsTable = KernelsTable()
+    checkpoint: CheckpointTable = CheckpointTable()
+    eval: EvalTable = EvalTable()
+    log: LogTable = LogTable()
+    run: RunTable
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens in a step."""
+        return self.batch.global_size * self.batch.seq_len
+
+    def planned_steps(self) -> int | None:
+        """Steps that `run.steps` and `run.tokens` allow; None when only time bounds the run."""
+        bounds = [] if self.run.steps is None else [self.run.steps]
+        if self.run.tokens is not None:
+            bounds.append(math.ceil(self.run.tokens / self.step_tokens))
+        return min(bounds, default=None)
+
+    def resolve_layout(self, model: ModelConfig, num_ranks: int) -> ParallelLayout:
+        """The layout over `num_ranks` ranks; one LayoutError with everything that does not fit model and batch."""
+        layout = self.parallel.layout(num_ranks)
+        if faults := [*layout.faults(model), *self.batch.faults(layout.dp)]:
+            raise LayoutError("; ".join(faults))
+        return layout
+
+
+def length_faults(model: ModelConfig, seq_len: int) -> list[str]:
+    """Why sequences of `seq_len` tokens are too long for the model, if they are."""
+    if seq_len > model.max_position_embeddings:
+        return [
+            f"batch.seq_len={seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings}; "
+            "lower the one or raise the other"
+        ]
+    return []
+
+
+def _from_preset(value: Any) -> Any:
+    """The [model] table with the features of its preset filled in."""
+    if not isinstance(value, dict) or "preset" not in value:
+        return value
+    given = dict(value)
+    name = given.pop("preset")
+    if name not in PRESETS:
+        close = difflib.get_close_matches(str(name), PRESETS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(PRESETS)}"
+        raise ValueError(f"no preset is called {name!r}; {hint}")
+    return {**PRESETS[name], **given}
+
+
+ModelTable = Annotated[ModelConfig, BeforeValidator(_from_preset)]
+"""Features of a model, on top of `preset` if the table names one."""
+
+
+class PretrainConfig(EngineConfig):
+    """A run of next-token prediction from initial weights."""
+
+    model: ModelTable
+    data: DataConfig
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        found = length_faults(self.model, self.batch.seq_len)
+        if self.model.num_labels:
+            found.append(
+                f"model.num_labels={self.model.num_labels}, but pretraining needs the language-model head; remove it"
+            )
+        if self.parallel.dp != "auto":
+            found += self.batch.faults(self.parallel.dp)
+        steps = self.planned_steps()
+        if steps is not None and self.optim.warmup > steps:
+            found.append(f"optim.warmup={self.optim.warmup} is longer than the run of {steps} steps; lower it")
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+
+def schedule_named(name: str) -> Schedule:
+    """The pipeline schedule of that name; ValueError with the known ones."""
+    known: dict[str, Schedule] = discover("pretrain.schedules", "SCHEDULE")
+    if name not in known:
+        raise ValueError(f"no schedule is called {name!r}; there are {', '.join(known)}")
+    return known[name]

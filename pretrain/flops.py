@@ -1,0 +1,62 @@
+"""What a token costs, and what the hardware could do: the two halves of model FLOP/s utilisation (MFU)."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from workbench.spec.model import ModelConfig
+
+CONVENTION = "matrix products forward and backward (3 x 2 per weight), attention in full, recompute not counted"
+
+_DENSE_BF16_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
+"""Vendors' data sheets, dense, without sparsity; the first name that is part of the device's name counts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Peak:
+    """The most that one rank's device can do, and where the number comes from."""
+
+    flops: float
+    source: str
+
+
+def flops_per_token(model: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations to train on one token, by CONVENTION; the embedding lookup is none, the head counts."""
+    heads, kv_heads, d = model.num_attention_heads, model.num_key_value_heads, model.head_dim
+    attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
+    mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
+    scores = 2 * seq_len * heads * d  # in units of 2 FLOPs: queries by keys, and probabilities by values
+    head = 0 if model.num_labels else model.hidden_size * model.vocab_size
+    return 6.0 * (model.num_hidden_layers * (attention + mlp + scores) + head)
+
+
+def find_peak(asked: float | str, device: torch.device, dtype: torch.dtype) -> Peak | None:
+    """The peak that the configuration asks for; None when "auto" does not know this device or type."""
+    if isinstance(asked, float | int):
+        return Peak(asked * 1e12, f"{asked:g} TFLOP/s as configured")
+    if asked == "measure":
+        return measure_peak(device, dtype)
+    if device.type == "cuda" and dtype == torch.bfloat16:
+        name = torch.cuda.get_device_name(device)
+        for known, tflops in _DENSE_BF16_TFLOPS.items():
+            if known in name:
+                return Peak(tflops * 1e12, f"{tflops} TFLOP/s, dense bf16 by the data sheet of {known}")
+    return None
+
+
+def measure_peak(device: torch.device, dtype: torch.dtype) -> Peak:
+    """The best of several square matrix products here and now."""
+    size, rounds = (8192, 20) if device.type == "cuda" else (1024, 5)
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(rounds):
+        started = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - started)
+    flops = 2 * size**3 / best
+    return Peak(flops, f"{flops / 1e12:.3g} TFLOP/s, measured {size} x {size} matrix product in {str(dtype)[6:]}")

@@ -1,0 +1,157 @@
+"""What a training run is for: which rows it learns from, and how it is judged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from pretrain.data.config import OpenedData
+from pretrain.data.loader import EvaluationLoader, Microbatch
+from workbench.models.batch import Batch
+from workbench.models.decoder import Output
+from workbench.parallel.dropout import DropoutKey
+from workbench.parallel.loss import IGNORE
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One microbatch as arrays of int64: input_ids [B, T]; labels [B, T] already shifted, or [B] for a sequence head;
+    sample_ids [B], global; lengths [B] where rows are padded."""
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    sample_ids: np.ndarray
+    lengths: np.ndarray | None = None
+
+    @property
+    def num_labels(self) -> int:
+        """Labels that count."""
+        return int(np.count_nonzero(self.labels != IGNORE))
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which part of a batch a data-parallel rank takes, in microbatches of how many rows."""
+
+    micro_size: int
+    dp_rank: int
+    dp_size: int
+
+
+class Evaluation(Protocol):
+    """A score over held-out rows. Sums are added over microbatches and ranks, then turned into metrics once."""
+
+    @property
+    def name(self) -> str:
+        """What its metrics are called after: `valid`."""
+        ...
+
+    @property
+    def output(self) -> Output:
+        """What the last stage computes for it."""
+        ...
+
+    def batches(self, share: Share, *, num_microbatches: int, max_samples: int | None) -> Iterator[list[Rows]]:
+        """This rank's microbatches, `num_microbatches` at a time; equally many on every rank, padded with IGNORE."""
+        ...
+
+    def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
+        """What a microbatch adds to the sums, a float64 vector of fixed length on the output's device."""
+        ...
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """Metrics from the sums over everything."""
+        ...
+
+
+class Objective(Protocol):
+    """What the engine needs to know of a task."""
+
+    @property
+    def evaluations(self) -> Sequence[Evaluation]: ...
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """JSON values that decide the order of samples; a resumed run must have the same."""
+        ...
+
+    def train_rows(self, share: Share, *, step: int, first_sample: int, global_size: int) -> list[Rows]:
+        """This rank's microbatches of the step that begins at global sample `first_sample`; a pure function."""
+        ...
+
+
+def to_batch(rows: Rows, device: torch.device, *, seed: int | None = None, step: int = 0) -> Batch:
+    """The rows as tensors on `device`; with a seed, dropout is on."""
+
+    def tensor(array: np.ndarray) -> torch.Tensor:
+        return torch.from_numpy(array).to(device, non_blocking=True)
+
+    return Batch(
+        input_ids=tensor(rows.input_ids),
+        labels=tensor(rows.labels),
+        lengths=None if rows.lengths is None else tensor(rows.lengths),
+        dropout=None if seed is None else DropoutKey(seed, step, tensor(rows.sample_ids)),
+    )
+
+
+class NextToken:
+    """Next-token prediction over token files."""
+
+    def __init__(self, data: OpenedData, *, seed: int) -> None:
+        self._data, self._seed = data, seed
+        self.evaluations: tuple[Evaluation, ...] = () if data.valid is None else (NextTokenLoss(data.valid),)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return {"kind": "next_token", "seed": self._seed, "tokens": self._data.train_tokens}
+
+    def train_rows(self, share: Share, *, step: int, first_sample: int, global_size: int) -> list[Rows]:
+        found = self._data.train.batch(
+            step,
+            global_size=global_size,
+            micro_size=share.micro_size,
+            dp_rank=share.dp_rank,
+            dp_size=share.dp_size,
+            first_sample=first_sample,
+        )
+        return [_rows(microbatch) for microbatch in found]
+
+
+class NextTokenLoss:
+    """Mean loss of held-out tokens; bits per byte where the data says how many bytes a token stands for."""
+
+    name = "valid"
+    output: Output = "loss"
+
+    def __init__(self, loader: EvaluationLoader) -> None:
+        self._loader = loader
+
+    def batches(self, share: Share, *, num_microbatches: int, max_samples: int | None) -> Iterator[list[Rows]]:
+        for microbatches in self._loader.batches(
+            micro_size=share.micro_size,
+            dp_rank=share.dp_rank,
+            dp_size=share.dp_size,
+            num_microbatches=num_microbatches,
+            max_samples=max_samples,
+        ):
+            yield [_rows(microbatch) for microbatch in microbatches]
+
+    def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
+        assert batch.labels is not None
+        return torch.stack([output.double(), (batch.labels != IGNORE).sum().double()])
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        loss = sums[0] / max(sums[1], 1.0)
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": sums[1]}
+        if self._loader.tokens_per_byte is not None:
+            found["bits_per_byte"] = loss / math.log(2) * self._loader.tokens_per_byte
+        return found
+
+
+def _rows(microbatch: Microbatch) -> Rows:
+    return Rows(microbatch.input_ids, microbatch.labels, microbatch.sample_ids)

@@ -1,0 +1,59 @@
+"""One training step: agree, forward and backward through the pipeline, update."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from pretrain.objective import Rows, to_batch
+from pretrain.optimizer import Optimizer
+from pretrain.pipeline import Pipeline
+from workbench.parallel.mesh import Mesh
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What all ranks know before a step: how many labels it has over all of them, and whether one wants to stop."""
+
+    num_labels: int
+    stop: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did. `loss_sum` is this rank's part; `gradient_norm` is the same on every rank, before clipping."""
+
+    loss_sum: torch.Tensor
+    gradient_norm: torch.Tensor
+    num_labels: int
+
+    def mean_loss(self, mesh: Mesh) -> float:
+        """The loss per label over the whole step; communicates over the world."""
+        # Tensor ranks hold copies of the same loss, and stages before the last hold zero.
+        part = self.loss_sum if mesh.tp.rank == 0 else torch.zeros_like(self.loss_sum)
+        return mesh.world.all_reduce(part.clone()).item() / max(self.num_labels, 1)
+
+
+def agree(rows: Sequence[Rows], mesh: Mesh, *, stop: bool) -> Agreement:
+    """Sums labels over data-parallel ranks and wishes to stop over all ranks: one small all-reduce on the CPU."""
+    counts_here = mesh.tp.rank == 0 and mesh.pp.rank == 0
+    labels = sum(microbatch.num_labels for microbatch in rows) if counts_here else 0
+    total = mesh.world.all_reduce(torch.tensor([labels, int(stop)], dtype=torch.int64))
+    return Agreement(int(total[0]), bool(total[1]))
+
+
+def train_step(
+    pipeline: Pipeline, optimizer: Optimizer, rows: Sequence[Rows], *, num_labels: int, lr: float, seed: int, step: int
+) -> StepResult:
+    """Updates the parameters by the gradient of the mean loss of the step's `num_labels` labels, of all ranks.
+
+    The mean is a global sum over a global count, so it does not depend on how rows lie in microbatches and ranks.
+    """
+    device = pipeline.mesh.device
+    batches = [to_batch(microbatch, device, seed=seed, step=step) for microbatch in rows]
+    scale = torch.tensor(1.0 / max(num_labels, 1), dtype=torch.float64, device=device)
+    loss_sum = pipeline.train(batches, scale)
+    norm = optimizer.update(lr)
+    return StepResult(loss_sum, norm, num_labels)
