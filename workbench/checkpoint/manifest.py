@@ -67,7 +67,11 @@ class TrainingState:
 
 @dataclass(frozen=True)
 class Manifest:
-    """All that a checkpoint says of itself. `files` are sizes in bytes; `lineage` is what it came from, oldest first."""
+    """All that a checkpoint says of itself.
+
+    files: size in bytes by name. lineage: what it came from, oldest first. tokenizer: xxh3-64 of each file in
+    `tokenizer/`, by name.
+    """
 
     model: ModelConfig
     layout: ParallelLayout
@@ -75,7 +79,7 @@ class Manifest:
     files: Mapping[str, int]
     training: TrainingState | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
-    tokenizer: bool = False
+    tokenizer: Mapping[str, str] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The text of manifest.json, a line for each tensor, with its own checksum filled in."""
@@ -84,7 +88,7 @@ class Manifest:
             "layout": self.layout.model_dump(mode="json"),
             "training": None if self.training is None else _training_to_json(self.training),
             "lineage": [dict(parent) for parent in self.lineage],
-            "tokenizer": self.tokenizer,
+            "tokenizer": dict(self.tokenizer),
             "files": dict(self.files),
         }
         lines = [f'{{"format": "{FORMAT_NAME}", "version": {VERSION},', _NO_CHECKSUM.decode() + ","]
@@ -138,9 +142,7 @@ def _why_no_manifest(folder: Path) -> str:
         return f"{folder}: an unfinished checkpoint: its save was interrupted; use the checkpoint before it"
     if not folder.exists():
         if partial.is_dir():
-            return (
-                f"{folder}: only the unfinished {partial.name} is there: its save was interrupted; use the one before"
-            )
+            return f"{folder}: only the unfinished {partial.name} is there: its save was interrupted; use an older one"
         return f"{folder}: no such checkpoint"
     if not folder.is_dir():
         return f"{folder}: a file, not a checkpoint folder"
@@ -169,7 +171,7 @@ class _Parser:
                 files=files,
                 training=training,
                 lineage=tuple(raw["lineage"]),
-                tokenizer=bool(raw["tokenizer"]),
+                tokenizer={self._file_name(name): str(value) for name, value in raw["tokenizer"].items()},
             )
         except KeyError as error:
             self.refuse(f"the key {error} is missing; the manifest is damaged")
@@ -239,6 +241,6 @@ class _Parser:
         return StoredBox(box, file, start, num_bytes, str(checksum))
 
     def _training(self, raw: dict[str, Any]) -> TrainingState:
-        counts = {name: self._size(raw[name]) for name in ("step", "samples", "tokens")}
-        tables = {name: dict(raw[name]) for name in ("scheduler", "optimizer", "data")}
-        return TrainingState(**counts, **tables, seed=int(raw["seed"]))
+        step, samples, tokens = (self._size(raw[name]) for name in ("step", "samples", "tokens"))
+        scheduler, optimizer, data = (dict(raw[name]) for name in ("scheduler", "optimizer", "data"))
+        return TrainingState(step, samples, tokens, int(raw["seed"]), scheduler, optimizer, data)

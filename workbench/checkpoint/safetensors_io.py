@@ -168,7 +168,7 @@ class RangedFile:
         """Fills a contiguous array with the bytes from `start` on; CheckpointError when the file ends before."""
         if not array.nbytes:
             return
-        view = memoryview(array).cast("B")
+        view = array.data.cast("B")
         done = 0
         while done < len(view):
             try:

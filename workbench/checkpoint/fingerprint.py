@@ -1,0 +1,115 @@
+"""Fingerprints of logical tensors that do not depend on layout, file order or format. NumPy only.
+
+A tensor is seen as a matrix of 16-bit words: its last dimension gives the columns (an F32 element is two words), all
+dimensions before it the rows. The fingerprint is three sums over all words, modulo the prime 2**31 - 1, of
+`word * column_weight * row_weight`, followed by a digest of dtype and shape. Sums are linear, so each box adds its own
+part in any order and on any rank. Column weights have 20 bits: a product with a 16-bit word summed over up to 2**16
+columns stays under 2**53, so float64 matrix products are exact and run near memory speed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import numpy as np
+
+from workbench.spec.geometry import Box, LogicalTensor
+
+_PRIME: Final = (1 << 31) - 1
+_COLUMN_BLOCK: Final = 1 << 16
+_ROW_BLOCK_WORDS: Final = 1 << 18  # words turned into float64 at a time: 2 MiB, so that they stay in the cache
+_STREAMS: Final = 3
+_ROW_SEED: Final = 0x1000
+
+
+@dataclass(frozen=True, slots=True)
+class PartialFingerprint:
+    """The sums over some boxes of a tensor; adding those of disjoint boxes that cover it gives the whole's."""
+
+    sums: tuple[int, int, int] = (0, 0, 0)
+
+    def __add__(self, other: PartialFingerprint) -> PartialFingerprint:
+        a, b, c = ((x + y) % _PRIME for x, y in zip(self.sums, other.sums, strict=True))
+        return PartialFingerprint((a, b, c))
+
+    def finish(self, tensor: LogicalTensor) -> str:
+        """The fingerprint as text, 32 hexadecimal digits, once the sums cover `tensor`."""
+        kind = hashlib.blake2s(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=4).hexdigest()
+        return "".join(f"{value:08x}" for value in self.sums) + kind
+
+
+def box_fingerprint(tensor: LogicalTensor, box: Box, array: np.ndarray) -> PartialFingerprint:
+    """The part that the elements of `box`, given in storage dtype, add to the fingerprint of `tensor`."""
+    words, words_per_element = _words(array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1))
+    first_column = (box.offset[-1] if box.offset else 0) * words_per_element
+    step = max(1, _ROW_BLOCK_WORDS // max(1, min(words.shape[1], _COLUMN_BLOCK)))
+    prime = np.uint64(_PRIME)
+    inner = np.zeros((words.shape[0], _STREAMS), np.uint64)
+    for columns, weights in _column_blocks(first_column, words.shape[1]):
+        sums = np.empty((words.shape[0], _STREAMS), np.float64)
+        for row in range(0, words.shape[0], step):
+            np.matmul(words[row : row + step, columns].astype(np.float64), weights, out=sums[row : row + step])
+        inner = (inner + sums.astype(np.uint64)) % prime
+    outer = inner * _row_weights(_row_indices(tensor.shape, box)) % prime
+    total = outer.sum(axis=0, dtype=np.uint64) % prime
+    a, b, c = (int(value) for value in total)
+    return PartialFingerprint((a, b, c))
+
+
+def fingerprint(tensor: LogicalTensor, parts: Iterable[PartialFingerprint]) -> str:
+    """The fingerprint of a tensor from the parts of the boxes that cover it."""
+    return sum(parts, PartialFingerprint()).finish(tensor)
+
+
+def _words(matrix: np.ndarray) -> tuple[np.ndarray, int]:
+    """The matrix as 16-bit words (bytes, for one-byte elements), and how many words an element has."""
+    matrix = np.ascontiguousarray(matrix)
+    size = matrix.dtype.itemsize
+    if size == 1:
+        return matrix.view(np.uint8), 1
+    return matrix.view("<u2"), size // 2
+
+
+def _row_indices(shape: tuple[int, ...], box: Box) -> np.ndarray:
+    """Index of each row of the box among the rows of the whole tensor."""
+    found = np.zeros(1, np.uint64)
+    for length, offset, size in zip(shape[:-1], box.offset[:-1], box.size[:-1], strict=True):
+        here = np.arange(offset, offset + size, dtype=np.uint64)
+        found = (found[:, None] * np.uint64(length) + here[None, :]).reshape(-1)
+    return found
+
+
+def _column_blocks(first: int, count: int) -> Iterable[tuple[slice, np.ndarray]]:
+    """Slices of a box's columns that each lie in one block of weights, with the weights."""
+    done = 0
+    while done < count:
+        block, inside = divmod(first + done, _COLUMN_BLOCK)
+        size = min(count - done, _COLUMN_BLOCK - inside)
+        yield slice(done, done + size), _column_weights(block)[inside : inside + size]
+        done += size
+
+
+@lru_cache(maxsize=16)
+def _column_weights(block: int) -> np.ndarray:
+    """Weights of the columns of a block: float64, integers of 20 bits, never zero."""
+    index = np.arange(block * _COLUMN_BLOCK, (block + 1) * _COLUMN_BLOCK, dtype=np.uint64)
+    streams = [_mix(index, seed) >> np.uint64(44) | np.uint64(1) for seed in range(_STREAMS)]
+    return np.stack(streams, axis=1).astype(np.float64)
+
+
+def _row_weights(rows: np.ndarray) -> np.ndarray:
+    """Weights of rows by their index: integers in [1, 2**31 - 1)."""
+    streams = [_mix(rows, _ROW_SEED + seed) % np.uint64(_PRIME - 1) + np.uint64(1) for seed in range(_STREAMS)]
+    return np.stack(streams, axis=1)
+
+
+def _mix(index: np.ndarray, seed: int) -> np.ndarray:
+    """Pseudo-random 64-bit integers from indices: SplitMix64 (Steele, Lea, Flood 2014), one stream per seed."""
+    state = index * np.uint64(0x9E3779B97F4A7C15) + np.uint64((seed + 1) * 0xD1B54A32D192ED03 % (1 << 64))
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))
