@@ -129,7 +129,9 @@ def _locate(path: Path) -> tuple[Path, Path]:
         return folder, file
     if path.is_dir():
         found = ", ".join(sorted(entry.name for entry in path.iterdir())[:5]) or "nothing"
-        raise DataError(f"{path}: holds no tokenizer.json (but {found}); save the fast tokenizer there, or `wb tokenizer train`")
+        raise DataError(
+            f"{path}: holds no tokenizer.json (but {found}); save the fast tokenizer there, or `wb tokenizer train`"
+        )
     raise DataError(f"{path}: no such tokenizer folder; train one with `wb tokenizer train`")
 
 

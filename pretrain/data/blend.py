@@ -8,8 +8,8 @@ class Blend:
     """Which source the n-th sample comes from, and which of that source's samples it is.
 
     Sources hang on a balanced binary tree. At a node whose left side has the share p, the left side has received
-    floor(n * p) of the node's first n samples (a Beatty sequence), in exact rational arithmetic: every prefix holds each
-    source in proportion to within one sample a level of the tree, and position n costs O(log sources).
+    floor(n * p) of the node's first n samples (a Beatty sequence), in exact rational arithmetic: every prefix holds
+    each source in proportion to within one sample a level of the tree, and position n costs O(log sources).
     """
 
     def __init__(self, weights: Sequence[float]) -> None:

@@ -1,7 +1,6 @@
 """Training a byte-level BPE tokenizer and saving it as a folder that Hugging Face's loaders read."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ MIN_VOCABULARY = _NUM_BYTES + len(SPECIAL_TOKENS)
 Progress = Callable[[int, int], None]
 
 
-def train_tokenizer(source: TextSource, *, vocab_size: int, max_bytes: int = 1 << 30, progress: Progress | None = None) -> "tokenizers.Tokenizer":
+def train_tokenizer(
+    source: TextSource, *, vocab_size: int, max_bytes: int = 1 << 30, progress: Progress | None = None
+) -> "tokenizers.Tokenizer":
     """A byte-level BPE of exactly `vocab_size` ids, the two specials first; equal text gives an equal tokenizer.
 
     GPT-2's pre-tokenization. Reads the first `max_bytes` of the text. DataError when the text is too small to fill the
@@ -30,7 +31,10 @@ def train_tokenizer(source: TextSource, *, vocab_size: int, max_bytes: int = 1 <
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     if vocab_size < MIN_VOCABULARY:
-        raise DataError(f"vocab_size={vocab_size}: the 256 bytes and {', '.join(SPECIAL_TOKENS)} need {MIN_VOCABULARY}; ask for at least that")
+        raise DataError(
+            f"vocab_size={vocab_size}: the 256 bytes and {', '.join(SPECIAL_TOKENS)} need {MIN_VOCABULARY}; "
+            "ask for at least that"
+        )
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -64,8 +68,7 @@ def save_tokenizer(backend: "tokenizers.Tokenizer", folder: str | Path, *, overw
         (partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
         _remove_tokenizer(folder)
-    os.replace(partial, folder)
-    return folder
+    return partial.replace(folder)
 
 
 def _remove_tokenizer(folder: Path) -> None:

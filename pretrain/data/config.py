@@ -20,8 +20,12 @@ from workbench.tokenizer import Tokenizer
 class DataSource(Config):
     """One token file of a blend."""
 
-    path: str = Field(min_length=1, description="token file made by `wb data build` (or by Megatron), without .bin or .idx")
-    weight: float = Field(default=1.0, gt=0, allow_inf_nan=False, description="share of the samples, relative to the other sources")
+    path: str = Field(
+        min_length=1, description="token file made by `wb data build` (or by Megatron), without .bin or .idx"
+    )
+    weight: float = Field(
+        default=1.0, gt=0, allow_inf_nan=False, description="share of the samples, relative to the other sources"
+    )
 
 
 def _as_sources(value: Any) -> Any:
@@ -42,15 +46,22 @@ class DataConfig(Config):
     train: Sources = Field(min_length=1, description="a path, a list of paths, or a list of {path, weight}")
     valid: Sources = Field(default=(), description="evaluation data, read once in file order; weights are not used")
     split: float = Field(
-        default=0.0, ge=0, lt=1, description="share of each train source, whole documents from its end, to hold out as evaluation data"
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="share of each train source, whole documents from its end, to hold out as evaluation data",
     )
     seed: int = Field(default=1234, ge=0, description="decides the order of samples, alone")
-    tokenizer: str | None = Field(default=None, description="tokenizer folder or tokenizer.json; carried into checkpoints")
+    tokenizer: str | None = Field(
+        default=None, description="tokenizer folder or tokenizer.json; carried into checkpoints"
+    )
 
     @model_validator(mode="after")
     def _one_kind_of_validation(self) -> "DataConfig":
         if self.valid and self.split:
-            raise ValueError(f"split={self.split} and valid are both set; give evaluation files or hold out a share, not both")
+            raise ValueError(
+                f"split={self.split} and valid are both set; give evaluation files or hold out a share, not both"
+            )
         return self
 
 
@@ -73,7 +84,10 @@ def open_data(config: DataConfig, *, seq_len: int, vocab_size: int | None = None
     cuts = [_held_out(tokens, config.split) for tokens in train_files]
     train = [TokenStream(tokens, documents=range(cut)) for tokens, cut in zip(train_files, cuts, strict=True)]
     if config.split:
-        valid = [TokenStream(tokens, documents=range(cut, len(tokens))) for tokens, cut in zip(train_files, cuts, strict=True)]
+        valid = [
+            TokenStream(tokens, documents=range(cut, len(tokens)))
+            for tokens, cut in zip(train_files, cuts, strict=True)
+        ]
     else:
         valid = [TokenStream(tokens) for tokens in valid_files]
     return OpenedData(
@@ -88,7 +102,8 @@ def open_data(config: DataConfig, *, seq_len: int, vocab_size: int | None = None
 def _training_sampler(config: DataConfig, streams: Sequence[TokenStream], seq_len: int) -> Sampler:
     # The key names the position in the blend and not the path, so that a run can be resumed after its data moved.
     samplers = [
-        ShuffledSampler(stream, seq_len=seq_len, key=f"seed {config.seed}/source {number}") for number, stream in enumerate(streams)
+        ShuffledSampler(stream, seq_len=seq_len, key=f"seed {config.seed}/source {number}")
+        for number, stream in enumerate(streams)
     ]
     return BlendedSampler(samplers, weights=[source.weight for source in config.train])
 
@@ -99,7 +114,10 @@ def _evaluation_loader(streams: Sequence[TokenStream], seq_len: int, vocab_size:
     # Of a held-out tail the bytes are not known, so the ratio is that of the whole file.
     ratio = None
     if len(known) == len(manifests):
-        shares = [stream.num_tokens * manifest.text_bytes / manifest.tokens for stream, manifest in zip(streams, known, strict=True)]
+        shares = [
+            stream.num_tokens * manifest.text_bytes / manifest.tokens
+            for stream, manifest in zip(streams, known, strict=True)
+        ]
         ratio = sum(stream.num_tokens for stream in streams) / sum(shares)
     return EvaluationLoader(SequentialSampler(streams, seq_len=seq_len), vocab_size=vocab_size, tokens_per_byte=ratio)
 
@@ -109,7 +127,9 @@ def _held_out(tokens: IndexedTokens, split: float) -> int:
     if not split:
         return len(tokens)
     if len(tokens) < 2:
-        raise DataError(f"{tokens.prefix}: one document cannot be split by data.split={split}; give data.valid its own file")
+        raise DataError(
+            f"{tokens.prefix}: one document cannot be split by data.split={split}; give data.valid its own file"
+        )
     goal = tokens.num_tokens - math.ceil(split * tokens.num_tokens)
     low, high = 0, len(tokens)
     while low < high:
@@ -126,7 +146,8 @@ def _open(source: DataSource, tokenizer: Tokenizer | None, vocab_size: int | Non
     _check_tokenizer(tokens.prefix, manifest, tokenizer)
     if vocab_size is not None and manifest.vocab_size > vocab_size:
         raise DataError(
-            f"{tokens.prefix}: tokenized with a vocabulary of {manifest.vocab_size}, but model.vocab_size is {vocab_size}; "
+            f"{tokens.prefix}: tokenized with a vocabulary of {manifest.vocab_size}, "
+            f"but model.vocab_size is {vocab_size}; "
             f"set model.vocab_size = {manifest.vocab_size}, or build the data with the model's tokenizer"
         )
     return tokens
@@ -135,6 +156,7 @@ def _open(source: DataSource, tokenizer: Tokenizer | None, vocab_size: int | Non
 def _check_tokenizer(prefix: Path, manifest: DataManifest, tokenizer: Tokenizer | None) -> None:
     if tokenizer is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
-            f"{prefix}: tokenized with another tokenizer ({manifest.tokenizer}, sha256 {manifest.tokenizer_sha256[:12]}) than "
-            f"data.tokenizer={tokenizer.path} (sha256 {tokenizer.sha256[:12]}); use that one, or build the data again"
+            f"{prefix}: tokenized with another tokenizer ({manifest.tokenizer}, "
+            f"sha256 {manifest.tokenizer_sha256[:12]}) "
+            f"than data.tokenizer={tokenizer.path} (sha256 {tokenizer.sha256[:12]}); use that one, or build the data again"
         )

@@ -15,7 +15,22 @@ END_OF_TEXT = "<|endoftext|>"
 _PIECE_CHARS = 1 << 20  # what one piece of a long document holds at most, about: bounds memory
 _LINE_BYTES = 1 << 20
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
-_NOT_TEXT = (".parquet", ".arrow", ".bin", ".idx", ".npy", ".npz", ".zst", ".zip", ".tar", ".xz", ".bz2", ".pkl", ".pt", ".safetensors")
+_NOT_TEXT = (
+    ".parquet",
+    ".arrow",
+    ".bin",
+    ".idx",
+    ".npy",
+    ".npz",
+    ".zst",
+    ".zip",
+    ".tar",
+    ".xz",
+    ".bz2",
+    ".pkl",
+    ".pt",
+    ".safetensors",
+)
 
 
 @dataclass(frozen=True)
@@ -30,7 +45,8 @@ class Piece:
 class TextSource(Protocol):
     """Documents of one origin, in an order that does not change."""
 
-    label: str
+    @property
+    def label(self) -> str: ...
 
     def parts(self) -> "list[TextPart]": ...
 
@@ -38,7 +54,8 @@ class TextSource(Protocol):
 class TextPart(Protocol):
     """One file of a source (or what stands for a file): what the manifest lists."""
 
-    name: str
+    @property
+    def name(self) -> str: ...
 
     def pieces(self) -> Iterator[Piece]: ...
 
@@ -64,7 +81,7 @@ class TextFile:
 
     def sha256(self) -> str:
         """The digest of the file as it lies on disk."""
-        with open(self.path, "rb") as file:
+        with self.path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
 
     def pieces(self) -> Iterator[Piece]:
@@ -84,11 +101,17 @@ class TextFile:
             try:
                 record = json.loads(line)
             except UnicodeDecodeError as error:
-                raise DataError(f"{place}: not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}") from error
+                raise DataError(
+                    f"{place}: not UTF-8: byte {line[error.start]:#04x} at column {error.start + 1}"
+                ) from error
             except ValueError as error:
                 raise DataError(f"{place}: not JSON: {error}; a .jsonl file holds one object a line") from error
             if not isinstance(record, dict) or self.field not in record:
-                found = f"the keys {', '.join(map(repr, record))}" if isinstance(record, dict) else f"a {type(record).__name__}"
+                found = (
+                    f"the keys {', '.join(map(repr, record))}"
+                    if isinstance(record, dict)
+                    else f"a {type(record).__name__}"
+                )
                 raise DataError(f"{place}: no field {self.field!r}, but {found}; name the right one with --field")
             text = record[self.field]
             if not isinstance(text, str):
@@ -136,7 +159,10 @@ class FileSource:
             raise DataError(f"{self.path}: no such file or folder (the word 'stdlib' names the embedded corpus)")
         for path in found:
             if path.suffix.lower() in _NOT_TEXT:
-                raise DataError(f"{path}: {path.suffix} files are not read; give text or .jsonl, or leave it out with --glob '**/*.txt'")
+                raise DataError(
+                    f"{path}: {path.suffix} files are not read; give text or .jsonl, "
+                    "or leave it out with --glob '**/*.txt'"
+                )
         root = self.path if self.path.is_dir() else self.path.parent
         return [TextFile(path, path.relative_to(root).as_posix(), self.field) for path in found]
 
@@ -155,7 +181,7 @@ def documents(part: TextPart) -> Iterator[tuple[str, str]]:
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
+    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else path.open("rb")
 
 
 def _decoded_lines(file: BinaryIO, path: Path) -> Iterator[tuple[int, str]]:

@@ -86,7 +86,9 @@ class IndexedTokens:
     def document_start(self, number: int) -> int:
         """Where document `number` begins in the concatenated stream; the stream's length for number == len(self)."""
         sequence = int(self.documents[number])
-        return self.num_tokens if sequence == self.num_sequences else int(self.pointers[sequence]) // self.dtype.itemsize
+        return (
+            self.num_tokens if sequence == self.num_sequences else int(self.pointers[sequence]) // self.dtype.itemsize
+        )
 
     def verify(self) -> int:
         """The largest token id, after checking that every document lies where the tables say; reads the whole file."""
@@ -95,16 +97,22 @@ class IndexedTokens:
             sizes = self.sizes[low : low + _COPY_ITEMS].astype(np.int64) * self.dtype.itemsize
             pointers = expected + np.cumsum(sizes) - sizes
             if (sizes < 0).any() or not np.array_equal(pointers, self.pointers[low : low + _COPY_ITEMS]):
-                raise DataError(f"{idx_path(self.prefix)}: sequences near number {low} do not follow one another; build it again")
+                raise DataError(
+                    f"{idx_path(self.prefix)}: sequences near number {low} do not follow one another; build it again"
+                )
             expected += int(sizes.sum())
         for low in range(0, self.num_documents, _COPY_ITEMS):
             table = self.documents[low : low + _COPY_ITEMS + 1]
             if (np.diff(table) < 0).any():
-                raise DataError(f"{idx_path(self.prefix)}: the document table decreases near document {low}; build it again")
+                raise DataError(
+                    f"{idx_path(self.prefix)}: the document table decreases near document {low}; build it again"
+                )
         largest = 0
         for block in self.blocks():
             if int(block.min()) < 0:
-                raise DataError(f"{bin_path(self.prefix)}: holds the negative token id {int(block.min())}; build it again")
+                raise DataError(
+                    f"{bin_path(self.prefix)}: holds the negative token id {int(block.min())}; build it again"
+                )
             largest = max(largest, int(block.max()))
         return largest
 
@@ -123,7 +131,9 @@ class IndexedTokens:
                 "the file is truncated or belongs to another index; build it again"
             )
         if int(self.pointers[0]) != 0 or int(self.documents[0]) != 0 or int(self.documents[-1]) != self.num_sequences:
-            raise DataError(f"{idx_path(self.prefix)}: its tables do not cover its {self.num_sequences} sequences; build it again")
+            raise DataError(
+                f"{idx_path(self.prefix)}: its tables do not cover its {self.num_sequences} sequences; build it again"
+            )
 
 
 def _read_header(prefix: Path) -> tuple[np.dtype, int, int]:
@@ -134,7 +144,7 @@ def _read_header(prefix: Path) -> tuple[np.dtype, int, int]:
             hint = "the build did not finish" if _partial(path).exists() else "name the path without .bin or .idx"
             raise DataError(f"{path}: no such token file; {hint} (make one with `wb data build`)")
     try:
-        with open(index, "rb") as file:
+        with index.open("rb") as file:
             header = file.read(_HEADER.size)
             size = os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -142,7 +152,9 @@ def _read_header(prefix: Path) -> tuple[np.dtype, int, int]:
     if not header.startswith(MAGIC):
         raise DataError(f"{index}: begins with {header[:9]!r}, not {MAGIC!r}; it is not a Megatron token index")
     if len(header) < _HEADER.size:
-        raise DataError(f"{index}: {size} bytes, shorter than its {_HEADER.size}-byte header; it is truncated, build it again")
+        raise DataError(
+            f"{index}: {size} bytes, shorter than its {_HEADER.size}-byte header; it is truncated, build it again"
+        )
     _, version, code, num_sequences, table_length = _HEADER.unpack(header)
     if version != VERSION:
         raise DataError(f"{index}: version {version}, only version {VERSION} can be read; build it again")
@@ -154,7 +166,9 @@ def _read_header(prefix: Path) -> tuple[np.dtype, int, int]:
     # Multimodal indices carry one mode byte a sequence behind the tables: allowed, and of no concern to a token stream.
     needed = _HEADER.size + 12 * num_sequences + 8 * table_length
     if size not in (needed, needed + num_sequences):
-        raise DataError(f"{index}: {size} bytes, but {num_sequences} sequences need {needed}; it is truncated, build it again")
+        raise DataError(
+            f"{index}: {size} bytes, but {num_sequences} sequences need {needed}; it is truncated, build it again"
+        )
     return np.dtype(_DTYPES[code]), num_sequences, table_length
 
 
@@ -176,17 +190,19 @@ class IndexedWriter:
                     raise DataError(f"{final}: exists already; choose another destination or overwrite it with --force")
         self.prefix.parent.mkdir(parents=True, exist_ok=True)
         self._sizes_path = Path(f"{self.prefix}.sizes.partial")
-        self._bin: BinaryIO = open(_partial(bin_path(self.prefix)), "wb", buffering=1 << 20)
-        self._sizes: BinaryIO = open(self._sizes_path, "w+b", buffering=1 << 20)
+        self._bin: BinaryIO = _partial(bin_path(self.prefix)).open("wb", buffering=1 << 20)
+        self._sizes: BinaryIO = self._sizes_path.open("w+b", buffering=1 << 20)
 
     def add(self, tokens: npt.ArrayLike) -> None:
         """Append tokens to the open document."""
         array = np.asarray(tokens, dtype=np.int64)
-        if array.size and (int(array.min()) < 0 or int(array.max()) >= self._vocab_size):
-            raise DataError(
-                f"{self.prefix}: document {self.num_documents} holds token id "
-                f"{int(array.max() if array.max() >= self._vocab_size else array.min())}, outside the vocabulary of {self._vocab_size}"
-            )
+        if array.size:
+            low, high = int(array.min()), int(array.max())
+            if low < 0 or high >= self._vocab_size:
+                raise DataError(
+                    f"{self.prefix}: document {self.num_documents} holds token id {low if low < 0 else high}, "
+                    f"outside the vocabulary of {self._vocab_size}"
+                )
         self._bin.write(array.astype(self.dtype).tobytes())
         self.open_length += array.size
 
@@ -195,7 +211,10 @@ class IndexedWriter:
         if not self.open_length:
             return
         if self.open_length >= 1 << 31:
-            raise DataError(f"{self.prefix}: document {self.num_documents} has {self.open_length} tokens; the format holds 2147483647")
+            raise DataError(
+                f"{self.prefix}: document {self.num_documents} has {self.open_length} tokens; "
+                "the format holds 2147483647"
+            )
         self._sizes.write(struct.pack("<i", self.open_length))
         self.num_tokens += self.open_length
         self.num_documents += 1
@@ -208,7 +227,7 @@ class IndexedWriter:
             self.abort()
             raise DataError(f"{self.prefix}: the source holds no documents, so no token file was written")
         index = _partial(idx_path(self.prefix))
-        with open(index, "wb") as file:
+        with index.open("wb") as file:
             self._write_index(file)
             _sync(file)
         _sync(self._bin)
@@ -216,8 +235,8 @@ class IndexedWriter:
         self._sizes.close()
         self._sizes_path.unlink()
         idx_path(self.prefix).unlink(missing_ok=True)
-        os.replace(_partial(bin_path(self.prefix)), bin_path(self.prefix))
-        os.replace(index, idx_path(self.prefix))
+        _partial(bin_path(self.prefix)).replace(bin_path(self.prefix))
+        index.replace(idx_path(self.prefix))
 
     def abort(self) -> None:
         """Remove everything written so far."""
@@ -229,7 +248,9 @@ class IndexedWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is None:
             self.close()
         else:

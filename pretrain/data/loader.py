@@ -26,7 +26,14 @@ class Loader:
         self._vocab_size = vocab_size
 
     def batch(
-        self, step: int, *, global_size: int, micro_size: int, dp_rank: int, dp_size: int, first_sample: int | None = None
+        self,
+        step: int,
+        *,
+        global_size: int,
+        micro_size: int,
+        dp_rank: int,
+        dp_size: int,
+        first_sample: int | None = None,
     ) -> list[Microbatch]:
         """The rank's microbatches of `step`, which begins at sample step * global_size unless `first_sample` says so.
 
@@ -62,7 +69,9 @@ class Loader:
 class EvaluationLoader(Loader):
     """Every token of the evaluation data once, in a fixed order; `num_samples` sequences."""
 
-    def __init__(self, sampler: SequentialSampler, *, vocab_size: int | None = None, tokens_per_byte: float | None = None) -> None:
+    def __init__(
+        self, sampler: SequentialSampler, *, vocab_size: int | None = None, tokens_per_byte: float | None = None
+    ) -> None:
         super().__init__(sampler, vocab_size=vocab_size)
         self.num_samples = sampler.num_samples
         self.tokens_per_byte = tokens_per_byte
@@ -79,5 +88,5 @@ class EvaluationLoader(Loader):
         for first in range(0, total, across * num_microbatches):
             starts = range(first + dp_rank * micro_size, first + across * num_microbatches, across)
             ids = [np.arange(start, start + micro_size) for start in starts]
-            # Past `total` there is padding even where the data goes on: the score must not depend on how ranks divide it.
+            # Past `total` is padding even where the data goes on: the score must not depend on how ranks divide it.
             yield [self.rows(np.where(row < total, row, self.num_samples)) for row in ids]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,7 +23,7 @@ class SourceFile:
 
 @dataclass(frozen=True)
 class DataManifest:
-    """What a token file holds. `text_bytes` counts the UTF-8 bytes of its documents, which makes bits per byte possible."""
+    """What a token file holds; `text_bytes` counts the UTF-8 bytes of its documents, for bits per byte."""
 
     source: str
     tokenizer: str
@@ -47,7 +46,7 @@ def write_manifest(prefix: Path, manifest: DataManifest) -> None:
     partial = Path(f"{manifest_path(prefix)}.partial")
     document = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(manifest)}
     partial.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, manifest_path(prefix))
+    partial.replace(manifest_path(prefix))
 
 
 def read_manifest(prefix: Path) -> DataManifest | None:
@@ -62,7 +61,9 @@ def read_manifest(prefix: Path) -> DataManifest | None:
     if not isinstance(document, dict) or document.get("format") != FORMAT:
         return None
     if document.get("version") != VERSION:
-        raise DataError(f"{path}: version {document.get('version')}, only version {VERSION} can be read; build the data again")
+        raise DataError(
+            f"{path}: version {document.get('version')}, only version {VERSION} can be read; build the data again"
+        )
     fields = {field.name for field in dataclasses.fields(DataManifest)}
     if missing := sorted(fields - document.keys()):
         raise DataError(f"{path}: lacks {', '.join(missing)}; build the data again")

@@ -1,8 +1,8 @@
 """PyBLiMP: minimal pairs of a real Python statement and a one-token corruption of it that does not parse.
 
-A model is scored by how often it gives the real statement the lower mean loss a token, without any training for it; after
-BLiMP (Warstadt et al. 2020). The statements come from held-out files of the embedded corpus and occur in none of its
-training files.
+A model is scored by how often it gives the real statement the lower mean loss a token, without any training for it;
+after BLiMP (Warstadt et al. 2020). The statements come from held-out files of the embedded corpus and occur in none of
+its training files.
 """
 
 from dataclasses import dataclass
@@ -32,5 +32,7 @@ def minimal_pairs(pool: StatementPool, *, count: int = 1000, seed: int = 0) -> l
         if corruption is not None:
             pairs.append(MinimalPair(statement.text, corruption.text, corruption.kind, statement.file, statement.line))
     if len(pairs) < count:
-        raise DataError(f"stdlib: its held-out files yield {len(pairs)} minimal pairs, not {count}; ask for at most that many")
+        raise DataError(
+            f"stdlib: its held-out files yield {len(pairs)} minimal pairs, not {count}; ask for at most that many"
+        )
     return pairs

@@ -1,4 +1,4 @@
-"""PyCoLA: is this statement valid Python? A balanced yes-or-no task, divided by file; after CoLA (Warstadt et al. 2019).
+"""PyCoLA: is this statement valid Python? A balanced task, divided by file; after CoLA (Warstadt et al. 2019).
 
 Every statement appears once, either as it stands in its file (label 1) or corrupted by one token (label 0). Test
 statements come from the embedded corpus's test files and occur in none of its training files.
@@ -46,7 +46,11 @@ def _examples(found: Sequence[Statement], *, count: int, seed: int, split: str) 
         corruption = corrupt(statement.text, key=f"seed {seed}/{statement.text}")
         if corruption is not None:
             label = len(examples) % 2
-            examples.append(Example(statement.text if label else corruption.text, label, statement.file, statement.line))
+            examples.append(
+                Example(statement.text if label else corruption.text, label, statement.file, statement.line)
+            )
     if len(examples) < count:
-        raise DataError(f"stdlib: its {split} files yield {len(examples)} statements, not {count}; ask for at most that many")
+        raise DataError(
+            f"stdlib: its {split} files yield {len(examples)} statements, not {count}; ask for at most that many"
+        )
     return tuple(examples)

@@ -1,7 +1,7 @@
 """Which tokens the n-th sample of a run is: a function of the files, the sequence length and the seed, of nothing else.
 
-Not of the ranks, the batch size or the number of steps, and without state: any n costs the same, so resuming at sample n
-is to ask for sample n.
+Not of the ranks, the batch size or the number of steps, and without state: any n costs the same, so resuming at sample
+n is to ask for sample n.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence: `input_ids` [T] and `labels` [T], already shifted; labels IGNORE where there is nothing to predict."""
+    """One sequence: `input_ids` [T] and `labels` [T], already shifted; IGNORE where there is nothing to predict."""
 
     input_ids: Ids
     labels: Ids
@@ -98,8 +98,8 @@ class BlendedSampler:
 class SequentialSampler:
     """Every token of the streams once, in file order; the last window of a stream is padded with ignored labels.
 
-    Samples past the end (`index >= num_samples`) are padding alone: ranks that must take the same number of microbatches
-    can, and no label is counted twice.
+    Samples past the end (`index >= num_samples`) are padding alone: ranks that must take the same number of
+    microbatches can, and no label is counted twice.
     """
 
     def __init__(self, streams: Sequence[TokenStream], *, seq_len: int) -> None:

@@ -13,7 +13,9 @@ from pretrain.data.stdlib import StdlibDocument, split_of
 CORRUPTIONS = ("delete", "duplicate", "swap")
 _MIN_CHARS, _MAX_CHARS, _MAX_LINES = 20, 220, 6
 _LEFT_OUT = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef, ast.Import, ast.ImportFrom)
-_LAYOUT_TOKENS = frozenset((tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.COMMENT))
+_LAYOUT_TOKENS = frozenset(
+    (tokenize.NEWLINE, tokenize.NL, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER, tokenize.COMMENT)
+)
 _MAX_TRIES = 20
 
 
@@ -78,7 +80,9 @@ def statement_pool(documents: Sequence[StdlibDocument]) -> StatementPool:
 
 def ranked(found: Iterable[Statement], *, seed: int) -> list[Statement]:
     """The statements in a pseudo-random order of the seed and their text."""
-    return sorted(found, key=lambda statement: hashlib.blake2b(f"seed {seed}/{statement.text}".encode(), digest_size=8).digest())
+    return sorted(
+        found, key=lambda statement: hashlib.blake2b(f"seed {seed}/{statement.text}".encode(), digest_size=8).digest()
+    )
 
 
 def corrupt(text: str, *, key: str) -> Corruption | None:
@@ -176,9 +180,9 @@ def _edited(text: str, spans: list[tuple[int, int]], number: int, kind: str) -> 
     token = text[low:high]
     if kind == "delete":
         # With the blank before it, or the one behind it where it stands first on its line.
-        gap = low > 0 and text[low - 1] == " " and text[:low].split("\n")[-1].strip() != ""
-        behind = not gap and text[high : high + 1] == " "
-        return text[: low - gap] + text[high + behind :]
+        before = text[:low].endswith(" ") and bool(text[:low].split("\n")[-1].strip())
+        behind = not before and text[high:].startswith(" ")
+        return text[: low - before] + text[high + behind :]
     if kind == "duplicate":
         return f"{text[:high]} {token}{text[high:]}" if _is_word(token) else text[:high] + token + text[high:]
     next_low, next_high = spans[number + 1]

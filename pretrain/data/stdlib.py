@@ -1,8 +1,8 @@
 """The embedded corpus: the Python standard library of this machine, about 730 documents and 10 MB.
 
-The source files of the library (without tests, machine-specific files and the tables of character sets), and the pages of
-`pydoc_data.topics`. Versions of Python differ, so a build lists the sha256 of each. Files are divided into train, valid
-and test by a digest of their name: the same on every machine.
+The source files of the library (without tests, machine-specific files and the tables of character sets), and the pages
+of `pydoc_data.topics`. Versions of Python differ, so a build lists the sha256 of each. Files are divided into train,
+valid and test by a digest of their name: the same on every machine.
 """
 
 import ast
@@ -19,7 +19,9 @@ from workbench.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 _TRAIN_SHARE, _VALID_SHARE = 0.90, 0.03
-_LEFT_OUT_FOLDERS = frozenset(("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip"))
+_LEFT_OUT_FOLDERS = frozenset(
+    ("test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "ensurepip")
+)
 _LEFT_OUT = re.compile(r"_sysconfigdata|config-|encodings/(cp|mac_|iso8859|koi8|kz1048|ptcp|tis|hp_)")
 _TOPICS = "pydoc_data/topics.py"
 
@@ -93,9 +95,13 @@ def stdlib_documents(root: Path | None = None) -> list[StdlibDocument]:
             if path.suffix == ".py" and not _LEFT_OUT.match(name) and name != _TOPICS:
                 documents.append(StdlibDocument(name, _read(path)))
     documents += _topic_pages(root / _TOPICS)
-    documents = sorted((document for document in documents if document.text.strip()), key=lambda document: document.name)
+    documents = sorted(
+        (document for document in documents if document.text.strip()), key=lambda document: document.name
+    )
     if not any(document.is_code for document in documents):
-        raise DataError(f"{root}: Python came without the sources of its standard library; install them, or use your own text")
+        raise DataError(
+            f"{root}: Python came without the sources of its standard library; install them, or use your own text"
+        )
     return documents
 
 

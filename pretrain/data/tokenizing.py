@@ -33,7 +33,9 @@ def build_data(
     """
     prefix = strip_suffix(destination)
     if tokenizer.eos_id is None:
-        raise DataError(f"{tokenizer.path}: names no end-of-text token; put an eos_token into its tokenizer_config.json")
+        raise DataError(
+            f"{tokenizer.path}: names no end-of-text token; put an eos_token into its tokenizer_config.json"
+        )
     prefixes = [Path(f"{prefix}-train"), Path(f"{prefix}-valid")] if valid_share else [prefix]
     parts = source.parts()
     with ExitStack() as stack:
@@ -57,6 +59,7 @@ class _Output:
     def __init__(self, prefix: Path, tokenizer: Tokenizer, overwrite: bool) -> None:
         self.writer = IndexedWriter(prefix, vocab_size=tokenizer.vocab_size, overwrite=overwrite)
         self.text_bytes = 0
+        assert tokenizer.eos_id is not None
         self._eos_id = tokenizer.eos_id
         self._files: list[SourceFile] = []
         self._documents_before = 0
@@ -78,17 +81,18 @@ class _Output:
     def check_not_empty(self, source: TextSource) -> None:
         """DataError if no document came this way."""
         if not self.writer.num_documents:
-            raise DataError(f"{source.label}: no text for {self.writer.prefix}; give more documents, or another --valid share")
+            raise DataError(
+                f"{source.label}: no text for {self.writer.prefix}; give more documents, or another --valid share"
+            )
 
     def manifest(self, source: TextSource, tokenizer: Tokenizer) -> DataManifest:
         """What was written."""
-        assert tokenizer.eos_id is not None
         return DataManifest(
             source=source.label,
             tokenizer=str(tokenizer.path),
             tokenizer_sha256=tokenizer.sha256,
             vocab_size=tokenizer.vocab_size,
-            eos_id=tokenizer.eos_id,
+            eos_id=self._eos_id,
             documents=self.writer.num_documents,
             tokens=self.writer.num_tokens,
             text_bytes=self.text_bytes,
