@@ -18,6 +18,7 @@ from workbench.errors import CheckpointError
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 
 MANIFEST: Final = "manifest.json"
@@ -70,7 +71,7 @@ class Manifest:
     """All that a checkpoint says of itself.
 
     files: size in bytes by name. lineage: what it came from, oldest first. tokenizer: xxh3-64 of each file in
-    `tokenizer/`, by name.
+    `tokenizer/`, by name. adapter: set when the tensors are an adapter to the weights of another checkpoint.
     """
 
     model: ModelConfig
@@ -80,6 +81,7 @@ class Manifest:
     training: TrainingState | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
     tokenizer: Mapping[str, str] = field(default_factory=dict)
+    adapter: AdapterRecord | None = None
 
     def to_bytes(self) -> bytes:
         """The text of manifest.json, a line for each tensor, with its own checksum filled in."""
@@ -89,6 +91,7 @@ class Manifest:
             "training": None if self.training is None else _training_to_json(self.training),
             "lineage": [dict(parent) for parent in self.lineage],
             "tokenizer": dict(self.tokenizer),
+            "adapter": None if self.adapter is None else self.adapter.model_dump(mode="json"),
             "files": dict(self.files),
         }
         lines = [f'{{"format": "{FORMAT_NAME}", "version": {VERSION},', _NO_CHECKSUM.decode() + ","]
@@ -172,6 +175,7 @@ class _Parser:
                 training=training,
                 lineage=tuple(raw["lineage"]),
                 tokenizer={self._file_name(name): str(value) for name, value in raw["tokenizer"].items()},
+                adapter=None if raw["adapter"] is None else AdapterRecord.model_validate(raw["adapter"]),
             )
         except KeyError as error:
             self.refuse(f"the key {error} is missing; the manifest is damaged")

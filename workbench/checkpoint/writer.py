@@ -27,6 +27,7 @@ from workbench.errors import CheckpointError, ConfigError, ResourceError
 from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 
 OPTIMIZER_PREFIX: Final = "optim."
@@ -178,6 +179,7 @@ def assemble(
     training: TrainingState | None = None,
     lineage: Sequence[Mapping[str, Any]] = (),
     tokenizer: Mapping[str, str] | None = None,
+    adapter: AdapterRecord | None = None,
 ) -> Manifest:
     """The manifest of what all ranks have written, after proof that every element was stored exactly once."""
     boxes: dict[str, list[StoredBox]] = {}
@@ -198,7 +200,7 @@ def assemble(
         name: StoredTensor(tensor, fingerprint(tensor, parts[name]), tuple(sorted(boxes[name], key=_by_offset)))
         for name, tensor in tensors.items()
     }
-    return Manifest(model, layout, stored_tensors, files, training, tuple(lineage), tokenizer or {})
+    return Manifest(model, layout, stored_tensors, files, training, tuple(lineage), tokenizer or {}, adapter)
 
 
 def _by_offset(stored: StoredBox) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ from torch import nn
 
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.data import DataParallel
-from workbench.parallel.initial import normal
+from workbench.parallel.initial import normal, uniform
 from workbench.parallel.live import LiveParameter, live_parameters, shard_views
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import Shard
@@ -45,9 +45,9 @@ def build_stage(
     compute_dtype = compute_dtype or dtype
     with torch.device("meta"):
         module = DecoderStage(model, mesh.layout, mesh, stage=mesh.pp.rank, compute_dtype=compute_dtype)
-        module.to(dtype)
         if adapt is not None:
             adapt(module)
+        module.to(dtype)
     blocks: list[nn.Module] = list(module.layers.values())
     if compile_blocks:
         for block in blocks:
@@ -71,6 +71,9 @@ def _fill(
 ) -> None:
     if init in ("zeros", "ones"):
         view.fill_(float(init == "ones"))
+        return
+    if init == "fan_in":
+        view.copy_(uniform(shard.name, shape, shard.box, seed=seed, bound=1 / math.sqrt(shape[1])))
         return
     std = model.initializer_range
     if init == "residual":

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 
 import torch
 
 from workbench.spec.geometry import Box
 
 BLOCK_ROWS = 256
+_Draw = Callable[[torch.Tensor, torch.Generator], torch.Tensor]
 
 
 def normal(name: str, shape: tuple[int, ...], box: Box, *, seed: int, std: float) -> torch.Tensor:
@@ -17,12 +19,21 @@ def normal(name: str, shape: tuple[int, ...], box: Box, *, seed: int, std: float
     The tensor is drawn in blocks of rows, each from a generator of its own, so any box costs only the blocks that it
     meets and all layouts see the same numbers.
     """
+    return _drawn(name, shape, box, seed, lambda block, generator: block.normal_(0.0, std, generator=generator))
+
+
+def uniform(name: str, shape: tuple[int, ...], box: Box, *, seed: int, bound: float) -> torch.Tensor:
+    """As `normal`, drawn evenly between -bound and bound."""
+    return _drawn(name, shape, box, seed, lambda block, generator: block.uniform_(-bound, bound, generator=generator))
+
+
+def _drawn(name: str, shape: tuple[int, ...], box: Box, seed: int, draw: _Draw) -> torch.Tensor:
     columns = shape[1:]
     found = torch.empty(box.size)
     start, stop = box.offset[0], box.end[0]
     for first in range(start - start % BLOCK_ROWS, stop, BLOCK_ROWS):
         last = min(first + BLOCK_ROWS, shape[0])
-        block = torch.empty((last - first, *columns)).normal_(0.0, std, generator=_generator(seed, name, first))
+        block = draw(torch.empty((last - first, *columns)), _generator(seed, name, first))
         low, high = max(first, start), min(last, stop)
         rows = block[low - first : high - first]
         found[low - start : high - start] = rows[(slice(None), *box.slices[1:])]

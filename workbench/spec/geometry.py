@@ -172,7 +172,7 @@ class ParameterSpec:
     parts: tuple[Part, ...]
     places: tuple[Place, ...]
     role: Literal["matrix", "embedding", "bias", "norm", "head"]
-    init: Literal["normal", "residual", "zeros", "ones"] = "normal"
+    init: Literal["normal", "residual", "fan_in", "zeros", "ones"] = "normal"
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """Shape of the parameter on each rank of a tensor-parallel group of `tp`."""
