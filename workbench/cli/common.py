@@ -87,7 +87,7 @@ class Output:
 
     def silenced(self) -> Output:
         """An Output that prints nothing: for the ranks that are not the first."""
-        return Output(quiet=True, stdout=open(os.devnull, "w"))  # noqa: PTH123
+        return Output(quiet=True, stdout=open(os.devnull, "w"))
 
 
 def run_command(work: Callable[[], int | None], out: Output) -> int:
