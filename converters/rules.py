@@ -172,7 +172,7 @@ class Rule:
 
 
 def pull(view: Sequence[Operation], box: Box, fetch: Fetch) -> np.ndarray:
-    """The elements of a logical box, from `fetch(foreign box)`; a view of what was fetched when it lies in one piece."""
+    """The elements of a logical box, from `fetch(foreign box)`; a view of what was fetched when that is one piece."""
     return assemble(box, pull_pieces(view, box, fetch))
 
 
@@ -189,7 +189,7 @@ def pull_pieces(view: Sequence[Operation], box: Box, fetch: Fetch) -> Iterator[t
 
 
 def push_pieces(view: Sequence[Operation], box: Box, fetch: Fetch) -> Iterator[tuple[Box, np.ndarray]]:
-    """Disjoint boxes of that part of `box`, a foreign box, which the logical tensor holds, from `fetch(logical box)`."""
+    """Disjoint boxes of that part of a foreign box which the logical tensor holds, from `fetch(logical box)`."""
     if not view:
         yield box, fetch(box)
         return

@@ -1,0 +1,234 @@
+"""What a model family is: its configuration and its tensors as one closed-world table, readable in both directions.
+
+Closed world: every key of the foreign configuration and every foreign tensor is consumed, produced or listed as
+ignored, and so is every feature of ModelConfig. Anything else is an error that names it; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Final
+
+from pydantic import ValidationError
+
+from converters.fields import FieldFault, FieldRule, Fixed
+from converters.names import summarise
+from converters.rules import Rule
+from workbench.errors import ConversionError
+from workbench.registry import discover
+from workbench.spec.model import ModelConfig
+from workbench.spec.schema import logical_tensors
+
+# Keys of every transformers configuration that say nothing of what a decoder computes. Text generation settings of
+# old configurations are among them (transformers 5 drops them when it loads).
+_HARMLESS_WORDS: Final = """
+    architectures model_type dtype torch_dtype transformers_version use_cache return_dict return_dict_in_generate
+    output_hidden_states output_attentions output_scores name_or_path id2label label2id num_labels problem_type
+    finetuning_task task_specific_params tokenizer_class prefix sep_token_id decoder_start_token_id
+    forced_bos_token_id forced_eos_token_id is_decoder gradient_checkpointing torchscript use_bfloat16 tf_legacy_loss
+    max_length min_length do_sample early_stopping num_beams num_beam_groups diversity_penalty temperature top_k top_p
+    typical_p repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences remove_invalid_values exponential_decay_length_penalty suppress_tokens begin_suppress_tokens
+    attn_implementation _attn_implementation_autoset _name_or_path _commit_hash unsloth_version unsloth_fixed
+"""
+HARMLESS: Final = frozenset(_HARMLESS_WORDS.split())
+FIXED: Final = (
+    Fixed("is_encoder_decoder", (False,)),
+    Fixed("add_cross_attention", (False,)),
+    Fixed("chunk_size_feed_forward", (0,)),
+    Fixed("cross_attention_hidden_size", (None,)),
+    Fixed("tie_encoder_decoder", (False,)),
+    Fixed("pruned_heads", (None, {})),
+    Fixed("quantization_config", (None,)),
+    Fixed("auto_map", (None, {})),
+)
+
+
+@dataclass(frozen=True)
+class IgnoredTensor:
+    """Foreign tensors that carry no weights of the model, and why; `{i}` is the layer."""
+
+    pattern: str
+    why: str
+
+    def matches(self, name: str) -> bool:
+        return re.fullmatch(re.escape(self.pattern).replace(r"\{i\}", r"\d+"), name) is not None
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family of transformers.
+
+    prefix: what a model with a head puts before the names of its body; files of the bare body lack it.
+    features: fields of ModelConfig that have one value in this family. unused: fields that mean nothing in it.
+    training_only: fields that the family cannot say and inference does not need, with the value they get on import.
+    harmless: keys beyond HARMLESS that may have any value.
+    """
+
+    name: str
+    model_type: str
+    causal_lm: str
+    sequence_classification: str
+    prefix: str
+    fields: tuple[FieldRule, ...]
+    features: Mapping[str, Any]
+    training_only: Mapping[str, Any]
+    rules: Callable[[ModelConfig], tuple[Rule, ...]]
+    unused: tuple[str, ...] = ()
+    harmless: tuple[str, ...] = ()
+    ignored: tuple[IgnoredTensor, ...] = ()
+    faults: Callable[[ModelConfig], list[str]] = field(default=lambda _: [])
+
+    def architecture(self, model: ModelConfig) -> str:
+        """The class of transformers that this model is."""
+        return self.sequence_classification if model.num_labels else self.causal_lm
+
+    def load_config(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
+        """The model that a foreign configuration describes; ConversionError with every key that has no place."""
+        faults: list[str] = []
+        values: dict[str, Any] = {**self.features, **self.training_only, "num_labels": self._num_labels(given, faults)}
+        for rule in (*self.fields, *FIXED):
+            try:
+                values |= rule.load(given)
+            except FieldFault as fault:
+                faults.append(str(fault))
+            except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
+                faults.append(f"{', '.join(f'{key}={given.get(key)!r}' for key in rule.keys)}: {error}")
+        faults += [f"{key}={given[key]!r} is unknown" for key in sorted(set(given) - self._known_keys())]
+        if not faults:
+            try:
+                return ModelConfig.model_validate(values)
+            except ValidationError as error:
+                faults = [f"{'.'.join(map(str, e['loc'])) or 'model'}: {e['msg']}" for e in error.errors()]
+        raise ConversionError(f"{where}: family {self.name!r} has no place for: {'; '.join(faults)}")
+
+    def _known_keys(self) -> set[str]:
+        return {key for rule in (*self.fields, *FIXED) for key in rule.keys} | HARMLESS | set(self.harmless)
+
+    def _num_labels(self, given: Mapping[str, Any], faults: list[str]) -> int:
+        architectures = given.get("architectures") or [self.causal_lm]
+        if self.sequence_classification in architectures:
+            labels = given.get("id2label")
+            return len(labels) if labels else int(given.get("num_labels") or 2)
+        if self.causal_lm not in architectures:
+            known = f"{self.causal_lm} and {self.sequence_classification}"
+            faults.append(f"architectures={architectures!r}, only {known}")
+        return 0
+
+    def dump_config(self, model: ModelConfig, dtype: str, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The foreign configuration of `model`, whose weights are of torch type `dtype`.
+
+        `original`: the configuration that the model came from, if it did. Its harmless keys are carried over, and where
+        it says the same in other words (or by leaving a key out) its words are kept. ConversionError with every field
+        that the family cannot say.
+        """
+        original = original or {}
+        rules = (*self.fields, *FIXED)
+        faults = [*self.faults(model), *self._feature_faults(model)]
+        said: dict[str, Any] = {}
+        for rule in rules:
+            try:
+                said |= rule.dump(model)
+            except FieldFault as fault:
+                faults.append(str(fault))
+        if faults:
+            raise ConversionError(f"family {self.name!r} cannot represent this model: {'; '.join(faults)}")
+        written = {key: original[key] for key in original if key in HARMLESS or key in self.harmless}
+        for rule in rules:
+            words = original if original and _says_the_same(rule, original, said) else said
+            written |= {key: words[key] for key in rule.keys if key in words}
+        return dict(sorted((written | self._heading(model, dtype, original)).items()))
+
+    def _heading(self, model: ModelConfig, dtype: str, original: Mapping[str, Any]) -> dict[str, Any]:
+        """What names the class, the element type and the labels."""
+        architecture = self.architecture(model)
+        heading: dict[str, Any] = {"model_type": self.model_type, "architectures": [architecture]}
+        heading["dtype" if "torch_dtype" not in original or "dtype" in original else "torch_dtype"] = dtype
+        if not model.num_labels or (
+            architecture in (original.get("architectures") or ())
+            and model.num_labels == (self._num_labels(original, []))
+        ):
+            return heading
+        names = {str(index): f"LABEL_{index}" for index in range(model.num_labels)}
+        return {**heading, "id2label": names, "label2id": {name: int(index) for index, name in names.items()}}
+
+    def _feature_faults(self, model: ModelConfig) -> list[str]:
+        values = model.model_dump()
+        return [
+            f"{name}={values[name]!r} has no place, only {only!r}"
+            for name, only in self.features.items()
+            if values[name] != only
+        ]
+
+    def left_out(self, model: ModelConfig) -> dict[str, Any]:
+        """Fields of `model` that only training reads and that the family cannot say."""
+        values = model.model_dump()
+        return {name: values[name] for name, usual in self.training_only.items() if values[name] != usual}
+
+    def bind(self, model: ModelConfig) -> dict[str, Rule]:
+        """The rule of each logical tensor of `model`, layers filled in; ConversionError for a tensor without one."""
+        table = {rule.logical: rule for rule in self.rules(model)}
+        bound: dict[str, Rule] = {}
+        homeless: list[str] = []
+        for name in logical_tensors(model, "F32"):
+            layer = re.fullmatch(r"layers\.(\d+)\..*", name)
+            pattern = f"layers.{{i}}.{name.split('.', 2)[2]}" if layer else name
+            if pattern not in table:
+                homeless.append(name)
+                continue
+            bound[name] = table[pattern].at(int(layer[1])) if layer else table[pattern]
+        if homeless:
+            raise ConversionError(f"{summarise(homeless, 'has', 'have')} no place in family {self.name!r}")
+        return bound
+
+
+def _says_the_same(rule: FieldRule, original: Mapping[str, Any], said: Mapping[str, Any]) -> bool:
+    try:
+        return rule.load(original) == rule.load(said)
+    except (FieldFault, ArithmeticError, AttributeError, KeyError, TypeError, ValueError):
+        return False
+
+
+@cache
+def families() -> Mapping[str, Family]:
+    """Every family by name: one file each in converters/families/."""
+    return discover("converters.families", "FAMILY")
+
+
+def family_named(name: str) -> Family:
+    """The family called `name`; ConversionError with the known names."""
+    if name not in families():
+        raise ConversionError(f"family {name!r} is not known; use one of: {', '.join(families())}")
+    return families()[name]
+
+
+def detect_family(config: Mapping[str, Any], where: str) -> Family:
+    """The family of a foreign configuration, by its model_type or else its architectures."""
+    architectures = config.get("architectures") or []
+    for family in families().values():
+        if config.get("model_type") == family.model_type:
+            return family
+    for family in families().values():
+        if not config.get("model_type") and {family.causal_lm, family.sequence_classification} & set(architectures):
+            return family
+    raise ConversionError(
+        f"{where}: model_type={config.get('model_type')!r}, architectures={architectures!r} is no known family; "
+        f"known: {', '.join(families())}. If the model is one of them under another name, say so with --family; "
+        "docs/adding-a-family.md tells how to add one"
+    )
+
+
+def family_for(model: ModelConfig) -> Family:
+    """The family that can say all of `model`; ConversionError with each family's reasons when there is none."""
+    reasons = []
+    for family in families().values():
+        try:
+            family.dump_config(model, "float32")
+        except ConversionError as error:
+            reasons.append(str(error))
+        else:
+            return family
+    raise ConversionError("no family of Hugging Face models can hold this model: " + "\n  ".join(["", *reasons]))

@@ -1,0 +1,62 @@
+"""The README.md of an exported folder. No torch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from converters.family import Family
+from converters.format import WriteRequest
+
+
+def model_card(request: WriteRequest, family: Family, dtype: str) -> str:
+    """What the model is, where it came from, and how to load it."""
+    model = request.model
+    elements = sum(math.prod(tensor.shape) for tensor in request.schema.values())
+    task = "text-classification" if model.num_labels else "text-generation"
+    loader = "AutoModelForSequenceClassification" if model.num_labels else "AutoModelForCausalLM"
+    lines = [
+        "---",
+        "library_name: transformers",
+        f"pipeline_tag: {task}",
+        "tags:",
+        "- workbench",
+        "---",
+        "",
+        f"# {request.path.name}",
+        "",
+        f"A {family.architecture(model)} of {elements:,} parameters in {dtype}: {model.num_hidden_layers} layers, hidden size "
+        f"{model.hidden_size}, {model.num_attention_heads} heads ({model.num_key_value_heads} for keys and values), "
+        f"vocabulary of {model.vocab_size}.",
+        "",
+        "```python",
+        f"from transformers import AutoTokenizer, {loader}",
+        "",
+        f'model = {loader}.from_pretrained("{request.path.name}")',
+        *([f'tokenizer = AutoTokenizer.from_pretrained("{request.path.name}")'] if request.tokenizer else []),
+        "```",
+        "",
+        "## Where it comes from",
+        "",
+        *(f"- {line}" for line in _provenance(request)),
+    ]
+    if left_out := family.left_out(model):
+        said = ", ".join(f"`{name}={value}`" for name, value in left_out.items())
+        lines += ["", f"Used in training and not part of this configuration: {said}."]
+    return "\n".join([*lines, ""])
+
+
+def _provenance(request: WriteRequest) -> list[str]:
+    found = [_line(entry) for entry in request.lineage]
+    if request.training is not None:
+        found.append(
+            f"trained with Workbench: step {request.training.step:,}, {request.training.tokens:,} tokens, "
+            f"seed {request.training.seed}"
+        )
+    return [*found, "exported by Workbench"]
+
+
+def _line(entry: Mapping[str, Any]) -> str:
+    words = [f"{key} {value}" for key, value in entry.items() if isinstance(value, str | int) and key != "kind"]
+    return f"{entry.get('kind', 'from')}: {', '.join(words)}"

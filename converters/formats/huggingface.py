@@ -1,0 +1,97 @@
+"""Hugging Face folders: config.json, safetensors weights in one file or several, tokenizer files. NumPy, no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from converters.family import Family, detect_family, family_for, family_named
+from converters.format import OpenedCheckpoint, WriteRequest
+from converters.formats._huggingface_destination import HuggingFaceDestination
+from converters.formats._huggingface_source import CONFIG, HuggingFaceSource, read_json
+from workbench.errors import ConversionError
+from workbench.tokenizer import TOKENIZER_FILES
+
+GENERATION_CONFIG = "generation_config.json"
+NAME = "huggingface"
+
+
+@dataclass(frozen=True)
+class HuggingFaceFormat:
+    """What `from_pretrained` reads and `save_pretrained` writes."""
+
+    name: str = NAME
+
+    def recognises(self, path: Path) -> bool:
+        """Whether `path` is a folder with a model's config.json."""
+        return path.is_dir() and (path / CONFIG).is_file() and not (path / "adapter_config.json").is_file()
+
+    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+        """The folder as logical tensors.
+
+        CheckpointError when it is damaged, ConversionError when the family has no place for a key or a tensor.
+        """
+        config = read_json(path / CONFIG)
+        found = family_named(family) if family else detect_family(config, str(path / CONFIG))
+        model = found.load_config(config, str(path / CONFIG))
+        source = HuggingFaceSource(path, found, model)
+        info = {"architecture": found.architecture(model)}
+        if source.match.ignored:
+            reasons = {why: 0 for why in source.match.ignored.values()}
+            for why in source.match.ignored.values():
+                reasons[why] += 1
+            info["ignored tensors"] = "; ".join(f"{count} ({why})" for why, count in reasons.items())
+        return OpenedCheckpoint(
+            format=NAME,
+            path=path,
+            source=source,
+            model=model,
+            tokenizer=path if any((path / name).is_file() for name in TOKENIZER_FILES) else None,
+            family=found.name,
+            lineage=(_birth(path, found, config),),
+            info=info,
+        )
+
+    def destination(self, request: WriteRequest) -> HuggingFaceDestination:
+        """A folder to be written. ConversionError when no family, or not the asked one, can hold the model."""
+        birth = birth_of(request.lineage)
+        known = birth.get("family") if birth else None
+        if request.family:
+            family = family_named(request.family)
+        elif isinstance(known, str) and _can_hold(family_named(known), request):
+            family = family_named(known)
+        else:
+            family = family_for(request.model)
+        return HuggingFaceDestination(request, family, birth if birth and known == family.name else {})
+
+
+def _can_hold(family: Family, request: WriteRequest) -> bool:
+    try:
+        family.dump_config(request.model, "float32")
+    except ConversionError:
+        return False
+    return True
+
+
+def _birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The line of the lineage that says where the model came from, with the words of its configuration."""
+    generation = path / GENERATION_CONFIG
+    return {
+        "kind": "import",
+        "format": NAME,
+        "name": path.resolve().name,
+        "family": family.name,
+        "config": dict(config),
+        "generation_config": read_json(generation) if generation.is_file() else None,
+    }
+
+
+def birth_of(lineage: tuple[Mapping[str, Any], ...]) -> Mapping[str, Any] | None:
+    """The latest line of a lineage that records a Hugging Face folder, or None."""
+    found = [entry for entry in lineage if entry.get("format") == NAME and isinstance(entry.get("config"), Mapping)]
+    return found[-1] if found else None
+
+
+FORMAT = HuggingFaceFormat()
