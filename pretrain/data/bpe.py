@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 PAD = "<|pad|>"
 SPECIAL_TOKENS = (END_OF_TEXT, PAD)
+_SAVED = frozenset(("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"))
 _NUM_BYTES = 256
 MIN_VOCABULARY = _NUM_BYTES + len(SPECIAL_TOKENS)
 
@@ -56,8 +57,7 @@ def train_tokenizer(
 def save_tokenizer(backend: "tokenizers.Tokenizer", folder: str | Path, *, overwrite: bool = False) -> Path:
     """Write tokenizer.json with its two companions; the folder is complete or absent."""
     folder = Path(folder)
-    if folder.exists() and not overwrite:
-        raise DataError(f"{folder}: exists already; choose another destination or overwrite it with --force")
+    check_destination(folder, overwrite=overwrite)
     partial = Path(f"{folder}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -67,15 +67,20 @@ def save_tokenizer(backend: "tokenizers.Tokenizer", folder: str | Path, *, overw
     for name, document in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
         (partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     if folder.exists():
-        _remove_tokenizer(folder)
+        shutil.rmtree(folder)
     return partial.replace(folder)
 
 
-def _remove_tokenizer(folder: Path) -> None:
-    names = {"tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
-    if foreign := sorted(entry.name for entry in folder.iterdir() if entry.name not in names):
+def check_destination(folder: Path, *, overwrite: bool) -> None:
+    """DataError unless nothing is there, or with `overwrite` a tokenizer and nothing else."""
+    if not folder.exists():
+        return
+    if not overwrite:
+        raise DataError(f"{folder}: exists already; choose another destination or overwrite it with --force")
+    if not folder.is_dir():
+        raise DataError(f"{folder}: is a file, not a tokenizer folder; choose another destination")
+    if foreign := sorted(entry.name for entry in folder.iterdir() if entry.name not in _SAVED):
         raise DataError(f"{folder}: holds {', '.join(foreign[:3])} besides a tokenizer; choose another destination")
-    shutil.rmtree(folder)
 
 
 def _texts(source: TextSource, max_bytes: int, progress: Progress | None) -> Iterator[str]:

@@ -157,6 +157,6 @@ def _check_tokenizer(prefix: Path, manifest: DataManifest, tokenizer: Tokenizer 
     if tokenizer is not None and manifest.tokenizer_sha256 != tokenizer.sha256:
         raise DataError(
             f"{prefix}: tokenized with another tokenizer ({manifest.tokenizer}, "
-            f"sha256 {manifest.tokenizer_sha256[:12]}) "
-            f"than data.tokenizer={tokenizer.path} (sha256 {tokenizer.sha256[:12]}); use that one, or build the data again"
+            f"sha256 {manifest.tokenizer_sha256[:12]}) than data.tokenizer={tokenizer.path} "
+            f"(sha256 {tokenizer.sha256[:12]}); use that one, or build the data again"
         )

@@ -137,5 +137,5 @@ def _batches(parts: list[TextPart]) -> Iterator[list[Piece | TextPart]]:
 
 
 def _chosen(document: str, share: float) -> bool:
-    """Whether a document is held out: a function of its name."""
-    return int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") < share * 2**64
+    """Whether a document is held out: a function of its name, independent of the embedded corpus's own division."""
+    return int.from_bytes(hashlib.sha256(f"held out/{document}".encode()).digest()[:8], "big") < share * 2**64

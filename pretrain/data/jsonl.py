@@ -1,0 +1,28 @@
+"""Writing records as JSON lines."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from workbench.errors import DataError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def write_jsonl(path: str | Path, records: "Iterable[DataclassInstance]", *, overwrite: bool = False) -> int:
+    """The number of records written, one JSON object a line; the file is complete or absent."""
+    path = Path(path)
+    if path.exists() and not overwrite:
+        raise DataError(f"{path}: exists already; choose another destination or overwrite it with --force")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(f"{path}.partial")
+    count = 0
+    with partial.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
+            count += 1
+    partial.replace(path)
+    return count
