@@ -26,8 +26,9 @@ def model_card(request: WriteRequest, family: Family, dtype: str) -> str:
         "",
         f"# {request.path.name}",
         "",
-        f"A {family.architecture(model)} of {elements:,} parameters in {dtype}: {model.num_hidden_layers} layers, hidden size "
-        f"{model.hidden_size}, {model.num_attention_heads} heads ({model.num_key_value_heads} for keys and values), "
+        f"A {family.architecture(model)} of {elements:,} parameters in {dtype}: {model.num_hidden_layers} layers, "
+        f"hidden size {model.hidden_size}, {model.num_attention_heads} heads "
+        f"({model.num_key_value_heads} for keys and values), "
         f"vocabulary of {model.vocab_size}.",
         "",
         "```python",

@@ -46,7 +46,7 @@ def write_box(path: Path, descriptor: int, entry: FileEntry, box: Box, array: np
     if not array.size:
         return
     if (first := first_element(entry.shape, box)) is not None:
-        data = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
         start = entry.start + first * dtype.itemsize
         done = 0
         while done < len(data):

@@ -1,0 +1,235 @@
+"""The native checkpoint as a format: opened at whatever layout it has, written at any other."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from xxhash import xxh3_64
+
+from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
+from converters.threads import in_threads
+from workbench.checkpoint.manifest import TOKENIZER, Manifest, StoredBox, StoredTensor, is_native
+from workbench.checkpoint.reader import NativeSource, open_native
+from workbench.checkpoint.safetensors_io import RangedFile
+from workbench.checkpoint.source import TensorSource
+from workbench.checkpoint.writer import (
+    ShardFileWriter,
+    commit,
+    copy_tokenizer,
+    discard,
+    file_of,
+    partial_folder,
+    prepare,
+    rank_tag,
+)
+from workbench.errors import ConfigError, VerificationError
+from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.schema import MOMENTS, stored_shards
+
+_CHECK_BYTES = 1 << 20
+
+
+class NativeFormat:
+    """Native checkpoints; see docs/checkpoint-format.md."""
+
+    name = "native"
+
+    def recognises(self, path: Path) -> bool:
+        """Whether there is a manifest of ours."""
+        return is_native(path)
+
+    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+        """The checkpoint at `path`; CheckpointError when it is missing, unfinished, truncated, newer or foreign."""
+        source = open_native(path)
+        manifest = source.manifest
+        tokenizer = path / TOKENIZER if manifest.tokenizer else None
+        return OpenedCheckpoint(
+            format=self.name,
+            path=path,
+            source=source,
+            model=manifest.model,
+            layout=manifest.layout,
+            training=manifest.training,
+            tokenizer=tokenizer,
+            family=family or _family(manifest),
+            lineage=manifest.lineage,
+            fingerprints={name: stored.fingerprint for name, stored in manifest.tensors.items()},
+            check=source.check,
+        )
+
+    def destination(self, request: WriteRequest) -> Destination:
+        """A native checkpoint at the request's layout; LayoutError when the layout cannot hold the model."""
+        request.layout.validate_for(request.model)
+        return NativeDestination(request)
+
+
+def _family(manifest: Manifest) -> str | None:
+    found = [str(parent["family"]) for parent in manifest.lineage if parent.get("family")]
+    return found[-1] if found else None
+
+
+def stored_boxes(request: WriteRequest) -> dict[str, tuple[tuple[str, Box], ...]]:
+    """File and box of every piece of every tensor of a request, from the model's one table of geometry.
+
+    Moments are cut like their weights. A tensor that the model does not know (an adapter's) is stored whole by the
+    first rank: nothing is left out for want of a place.
+    """
+    found: dict[str, list[tuple[str, Box]]] = {name: [] for name in request.schema}
+    for (stage, tp_rank), shards in stored_shards(request.model, request.layout).items():
+        tag = rank_tag(tp_rank, stage)
+        for shard in shards:
+            for name in (shard.name, *(f"{moment}/{shard.name}" for moment in MOMENTS)):
+                if name in found:
+                    found[name].append((file_of(name, tag), shard.box))
+    return {
+        name: tuple(pieces) or ((file_of(name, rank_tag(0, 0)), Box.whole(request.schema[name].shape)),)
+        for name, pieces in found.items()
+    }
+
+
+class NativeDestination:
+    """A native checkpoint being written."""
+
+    def __init__(self, request: WriteRequest) -> None:
+        self._request = request
+        self._pieces = stored_boxes(request)
+        self._partial = partial_folder(request.path)
+        by_file: dict[str, list[tuple[LogicalTensor, Box]]] = {}
+        for name, pieces in self._pieces.items():
+            for file, box in pieces:
+                by_file.setdefault(file, []).append((request.schema[name], box))
+        self._writers = {f: ShardFileWriter(self._partial / f, boxes) for f, boxes in sorted(by_file.items())}
+        self._tokenizer: dict[str, str] = {}
+        self._lock: int | None = None
+
+    @property
+    def path(self) -> Path:
+        return self._request.path
+
+    @property
+    def schema(self) -> Mapping[str, LogicalTensor]:
+        return self._request.schema
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        return {name: writer.file_bytes for name, writer in self._writers.items()}
+
+    def boxes(self, name: str) -> tuple[tuple[str, Box], ...]:
+        return self._pieces[name]
+
+    def sweep(self, name: str) -> int:
+        return 0
+
+    def begin(self) -> None:
+        """Makes the `.partial` folder and its files; ConfigError when the path exists or is being written."""
+        _refuse_busy(self._partial)
+        prepare(self.path)
+        self._lock = _hold(self._partial)
+        for writer in self._writers.values():
+            writer.open()
+        if self._request.tokenizer is not None:
+            self._tokenizer = copy_tokenizer(self._request.tokenizer, self._partial)
+
+    def write(self, name: str, box: Box, array: np.ndarray) -> None:
+        """Appends to the stored box that contains `box`."""
+        file, piece = next((f, p) for f, p in self._pieces[name] if p.contains(box))
+        self._writers[file].append(name, piece, array)
+
+    def check(self, progress: Progress) -> None:
+        """Reads every file back from the disk's side and compares it with the checksums of what was written."""
+        self._sync()
+
+        def work(item: tuple[LogicalTensor, StoredBox], stop: threading.Event) -> None:
+            _compare(self._partial, *item, stop, progress)
+
+        in_threads([entry for writer in self._writers.values() for entry in writer.entries()], work, 2)
+
+    def _sync(self) -> None:
+        in_threads(self._writers.values(), lambda writer, _: writer.sync(), 2)
+
+    def reopen(self) -> TensorSource:
+        """What has been written, as a source."""
+        return NativeSource(self._partial, self._manifest({}))
+
+    def commit(self, fingerprints: Mapping[str, str]) -> Path:
+        """Syncs, writes the manifest and renames."""
+        self._sync()
+        commit(self._partial, self.path, self._manifest(fingerprints))
+        self._close()
+        return self.path
+
+    def abort(self) -> None:
+        """Removes the `.partial` folder if it is this writer's."""
+        held = self._lock is not None
+        self._close()
+        if held:
+            discard(self._partial)
+
+    def _close(self) -> None:
+        for writer in self._writers.values():
+            writer.close()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _manifest(self, fingerprints: Mapping[str, str]) -> Manifest:
+        boxes: dict[str, list[StoredBox]] = {name: [] for name in self.schema}
+        for writer in self._writers.values():
+            for tensor, stored in writer.entries():
+                boxes[tensor.name].append(stored)
+        request = self._request
+        tensors = {
+            name: StoredTensor(tensor, fingerprints.get(name, ""), tuple(sorted(boxes[name], key=_by_offset)))
+            for name, tensor in self.schema.items()
+        }
+        return Manifest(
+            request.model, request.layout, tensors, self.files, request.training, request.lineage, self._tokenizer
+        )
+
+
+def _by_offset(stored: StoredBox) -> tuple[int, ...]:
+    return stored.box.offset
+
+
+def _compare(folder: Path, tensor: LogicalTensor, stored: StoredBox, stop: threading.Event, progress: Progress) -> None:
+    """VerificationError unless the bytes of a stored box have the checksum of what was written."""
+    hasher, buffer = xxh3_64(), np.empty(_CHECK_BYTES, np.uint8)
+    file = RangedFile(folder / stored.file)
+    for start in range(0, stored.num_bytes, _CHECK_BYTES):
+        if stop.is_set():
+            return
+        block = buffer[: min(_CHECK_BYTES, stored.num_bytes - start)]
+        file.read_into(block, stored.start + start)
+        hasher.update(block.data)
+        progress(block.nbytes)
+    file.close()
+    if hasher.hexdigest() != stored.checksum:
+        raise VerificationError(
+            f"{stored.file}: tensor {tensor.name!r}, box at {list(stored.box.offset)}: read back with checksum "
+            f"{hasher.hexdigest()}, written with {stored.checksum}; the disk or its memory is faulty"
+        )
+
+
+def _hold(folder: Path) -> int:
+    """Marks a folder as being written by this process, for as long as the returned descriptor is open."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
+    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return descriptor
+
+
+def _refuse_busy(partial: Path) -> None:
+    """ConfigError when another process is writing `partial` now."""
+    if not partial.is_dir():
+        return
+    try:
+        os.close(_hold(partial))
+    except BlockingIOError:
+        raise ConfigError(f"{partial} is being written by another process; wait for it, or name another one") from None
+
+
+FORMAT = NativeFormat()
