@@ -126,7 +126,8 @@ class Destination(Protocol):
         ...
 
     def abort(self) -> None:
-        """Removes everything that was written; safe to call at any time but after `commit`."""
+        """Removes what this object has written, and nothing else; safe at any time but after `commit`, also when
+        `begin` refused."""
         ...
 
 

@@ -1,0 +1,145 @@
+"""Runs a plan: any source into any destination, in slabs, by threads; the destination appears whole or not at all."""
+
+from __future__ import annotations
+
+import shutil
+import threading
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+
+from converters.format import Destination, OpenedCheckpoint, Progress, no_progress
+from converters.plan import Plan, Sweep
+from converters.threads import in_threads
+from converters.verify import compare_fingerprints, compute_fingerprints
+from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
+from workbench.checkpoint.source import TensorSource
+from workbench.errors import ResourceError, VerificationError
+from workbench.spec.geometry import Box
+
+Verify = Literal["none", "crc", "full"]
+_SPARE_BYTES: Final = 16 << 20  # for manifests, configuration and tokenizers
+
+
+def copy_checkpoint(
+    opened: OpenedCheckpoint,
+    source: TensorSource,
+    destination: Destination,
+    plan: Plan,
+    *,
+    verify: Verify = "crc",
+    progress: Progress = no_progress,
+) -> dict[str, str]:
+    """Fills and commits `destination` and returns the fingerprints of what it holds.
+
+    `source` is that of `opened`, perhaps wrapped (a cast). With "crc" the source's own checksums are verified and the
+    destination is read back; "full" also computes the fingerprints again from the destination. Whatever fails, and on
+    Ctrl-C, nothing is left at the destination.
+    """
+    require_space(destination.path, sum(plan.files.values()))
+    known = known_fingerprints(opened, source, plan)
+    destination.begin()
+    try:
+        computed = run_plan(
+            plan, source, destination, fingerprint=plan.tensors.keys() - known.keys(), progress=progress
+        )
+        fingerprints = {name: known.get(name) or computed[name] for name in plan.tensors}
+        if verify != "none":
+            if opened.check is not None:
+                opened.check(progress)
+            destination.check(progress)
+        if verify == "full":
+            found = compute_fingerprints(destination.reopen(), workers=plan.workers, progress=progress)
+            if faults := compare_fingerprints(fingerprints, found):
+                raise VerificationError(f"what was written differs from the source: {'; '.join(faults[:4])}")
+        destination.commit(fingerprints)
+    except BaseException:
+        destination.abort()
+        raise
+    return fingerprints
+
+
+def work_bytes(plan: Plan, verify: Verify) -> int:
+    """About how many bytes `copy_checkpoint` will report to its progress callback."""
+    return plan.num_bytes * {"none": 1, "crc": 2, "full": 3}[verify]
+
+
+def known_fingerprints(opened: OpenedCheckpoint, source: TensorSource, plan: Plan) -> dict[str, str]:
+    """Fingerprints that the source records and that hold for what is written: those of tensors that are not cast."""
+    before = opened.source.schema
+    same = (name for name, tensor in plan.tensors.items() if before.get(name) == tensor == source.schema[name])
+    return {name: opened.fingerprints[name] for name in same if opened.fingerprints.get(name)}
+
+
+def require_space(path: Path, num_bytes: int) -> None:
+    """ResourceError unless the file system of `path` has room for `num_bytes`."""
+    parent = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(parent).free
+    if num_bytes + _SPARE_BYTES > free:
+        raise ResourceError(f"{path}: needs {num_bytes + _SPARE_BYTES} bytes, but only {free} are free in {parent}")
+
+
+def run_plan(
+    plan: Plan,
+    source: TensorSource,
+    destination: Destination,
+    *,
+    fingerprint: Collection[str] = (),
+    progress: Progress = no_progress,
+) -> dict[str, str]:
+    """Copies every slab of the plan; returns the fingerprints of the tensors named in `fingerprint`."""
+    sums: dict[str, PartialFingerprint] = {name: PartialFingerprint() for name in fingerprint}
+    lock = threading.Lock()
+    copier = _Copier(plan, source, destination, progress)
+
+    def work(sweep: Sweep, stop: threading.Event) -> None:
+        part = copier.run(sweep, stop, fingerprint=sweep.name in sums)
+        if sweep.name in sums:
+            with lock:
+                sums[sweep.name] += part
+
+    in_threads(plan.sweeps, work, plan.workers)
+    return {name: part.finish(plan.tensors[name]) for name, part in sums.items()}
+
+
+class _Copier:
+    """Moves the slabs of one sweep after another."""
+
+    def __init__(self, plan: Plan, source: TensorSource, destination: Destination, progress: Progress) -> None:
+        self._plan, self._source, self._destination, self._progress = plan, source, destination, progress
+        self._boxes: dict[str, list[Box]] = {}
+        for unit in plan.units:
+            self._boxes.setdefault(unit.name, []).append(unit.box)
+
+    def run(self, sweep: Sweep, stop: threading.Event, *, fingerprint: bool) -> PartialFingerprint:
+        """Copies one sweep, in order; the fingerprint's part of it if asked."""
+        tensor = self._plan.tensors[sweep.name]
+        chunks = self._source.chunks(sweep.name)
+        total = PartialFingerprint()
+        for slab in sweep.slabs(tensor.shape):
+            if stop.is_set():
+                break
+            held = [(box, self._source.read(sweep.name, box)) for chunk in chunks if (box := chunk.intersect(slab))]
+            for piece in self._boxes[sweep.name]:
+                box = piece.intersect(slab)
+                if box is None:
+                    continue
+                array = _cut(held, box)
+                self._destination.write(sweep.name, box, array)
+                if fingerprint:
+                    total += box_fingerprint(tensor, box, array)
+                self._progress(array.nbytes)
+        return total
+
+
+def _cut(held: Iterable[tuple[Box, np.ndarray]], box: Box) -> np.ndarray:
+    """The elements of `box` from arrays of boxes that together cover it; a view when one of them is enough."""
+    pieces = [(common, array[common.relative_to(own).slices]) for own, array in held if (common := own.intersect(box))]
+    if len(pieces) == 1:
+        return pieces[0][1]
+    joined = np.empty(box.size, pieces[0][1].dtype)
+    for common, array in pieces:
+        joined[common.relative_to(box).slices] = array
+    return joined

@@ -1,0 +1,49 @@
+"""Opens a checkpoint of whatever format a path holds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from converters.format import Format, OpenedCheckpoint
+from workbench import registry
+from workbench.checkpoint.manifest import MANIFEST, is_native, read_manifest
+from workbench.checkpoint.store import resolve
+from workbench.errors import CheckpointError, ConfigError
+
+_PACKAGE = "converters.formats"
+_NATIVE = "native"
+
+
+def formats() -> dict[str, Format]:
+    """Every format by name."""
+    return registry.discover(_PACKAGE, "FORMAT")
+
+
+def get_format(name: str) -> Format:
+    """The format called `name`; ConfigError names those that exist."""
+    known = registry.module_names(_PACKAGE)
+    if name in known:
+        found: Format = registry.load(_PACKAGE, name, "FORMAT")
+        return found
+    by_name = formats()
+    if name not in by_name:
+        raise ConfigError(f"format {name!r} is not known; use one of {', '.join(by_name)}")
+    return by_name[name]
+
+
+def open_checkpoint(path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    """The checkpoint at `path`: a native one, a run folder (its latest), or a folder of another format.
+
+    CheckpointError when there is none, or when it is unfinished or damaged.
+    """
+    path = resolve(path)
+    if is_native(path):  # the common case needs no other format's module
+        return get_format(_NATIVE).open(path, family=family)
+    known = formats()
+    for found in known.values():
+        if path.exists() and found.recognises(path):
+            return found.open(path, family=family)
+    if not path.is_dir() or path.name.endswith(".partial") or (path / MANIFEST).exists():
+        read_manifest(path)  # says which it is: missing, a file, unfinished, foreign
+    names = ", ".join(known)
+    raise CheckpointError(f"{path}: not a checkpoint of any known format ({names}), nor a run folder with one")
