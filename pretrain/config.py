@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BeforeValidator, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pretrain.data.config import DataConfig
 from pretrain.lr import Curve, CurveName
-from pretrain.presets import PRESETS
-from pretrain.schedules import Schedule
+from pretrain.schedules import schedule_named
 from workbench.config import Config
 from workbench.errors import LayoutError
-from workbench.registry import discover
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
@@ -89,8 +86,8 @@ class BatchTable(Config):
         if self.global_size % (dp * self.micro_size):
             nearest = max(1, round(self.global_size / (dp * self.micro_size))) * dp * self.micro_size
             return [
-                f"batch.global_size={self.global_size} is not a multiple of dp={dp} x batch.micro_size={self.micro_size}; "
-                f"use {nearest}, or another micro_size"
+                f"batch.global_size={self.global_size} is not a multiple of dp={dp} x "
+                f"batch.micro_size={self.micro_size}; use {nearest}, or another micro_size"
             ]
         return []
 
@@ -157,7 +154,7 @@ class LogTable(Config):
     tensorboard: bool = Field(default=False, description="Write TensorBoard events as well.")
     peak_tflops: float | Literal["auto", "measure"] = Field(
         default="auto",
-        description="What MFU is measured against: auto knows some GPUs; measure times a matrix product; or a number per rank.",
+        description="What MFU is measured against, per rank: auto knows some GPUs; measure times a matrix product.",
     )
 
 
@@ -223,27 +220,10 @@ def length_faults(model: ModelConfig, seq_len: int) -> list[str]:
     return []
 
 
-def _from_preset(value: Any) -> Any:
-    """The [model] table with the features of its preset filled in."""
-    if not isinstance(value, dict) or "preset" not in value:
-        return value
-    given = dict(value)
-    name = given.pop("preset")
-    if name not in PRESETS:
-        close = difflib.get_close_matches(str(name), PRESETS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(PRESETS)}"
-        raise ValueError(f"no preset is called {name!r}; {hint}")
-    return {**PRESETS[name], **given}
-
-
-ModelTable = Annotated[ModelConfig, BeforeValidator(_from_preset)]
-"""Features of a model, on top of `preset` if the table names one."""
-
-
 class PretrainConfig(EngineConfig):
     """A run of next-token prediction from initial weights."""
 
-    model: ModelTable
+    model: ModelConfig
     data: DataConfig
 
     @model_validator(mode="after")
@@ -261,11 +241,3 @@ class PretrainConfig(EngineConfig):
         if found:
             raise ValueError("; ".join(found))
         return self
-
-
-def schedule_named(name: str) -> Schedule:
-    """The pipeline schedule of that name; ValueError with the known ones."""
-    known: dict[str, Schedule] = discover("pretrain.schedules", "SCHEDULE")
-    if name not in known:
-        raise ValueError(f"no schedule is called {name!r}; there are {', '.join(known)}")
-    return known[name]

@@ -1,7 +1,4 @@
-"""Model shapes by name, for `model.preset`. No torch.
-
-Any other key of the [model] table overrides the preset.
-"""
+"""Model shapes by name, for `model.preset`; any other key of the [model] table goes before it. No torch."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from workbench.registry import discover
+
 Kind = Literal["F", "B"]
 
 
@@ -35,3 +37,11 @@ class Schedule:
     name: str
     summary: str
     actions: Callable[[int, int, int], tuple[Action, ...]]
+
+
+def schedule_named(name: str) -> Schedule:
+    """The pipeline schedule of that name; ValueError with the known ones."""
+    known: dict[str, Schedule] = discover("pretrain.schedules", "SCHEDULE")
+    if name not in known:
+        raise ValueError(f"no schedule is called {name!r}; there are {', '.join(known)}")
+    return known[name]

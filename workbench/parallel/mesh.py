@@ -211,6 +211,7 @@ class Mesh:
 
 def _own_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
     """A new group of `ranks`, made by its members alone; None for a single rank."""
-    if len(ranks) == 1:
-        return None
-    return dist.new_group(list(ranks), use_local_synchronization=True)
+    # torch names a group by its ranks and by how many groups this process has made. So a lone rank makes one too, or
+    # its next group would be called otherwise here than on its other members, and they would wait for each other.
+    group = dist.new_group(list(ranks), use_local_synchronization=True)
+    return group if len(ranks) > 1 else None

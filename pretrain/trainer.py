@@ -1,0 +1,301 @@
+"""The trainer: builds a stage, fills or resumes it, and steps until the run is over."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from pretrain.checkpointing import Contents, load_training, save
+from pretrain.config import EngineConfig
+from pretrain.evaluation import evaluate
+from pretrain.flops import find_peak, flops_per_token
+from pretrain.interrupt import StopSignal
+from pretrain.meter import Budget, Meter
+from pretrain.objective import Objective, Share
+from pretrain.optimizer import Optimizer
+from pretrain.pipeline import Pipeline
+from pretrain.resume import find_checkpoint, require_same_run
+from pretrain.schedules import schedule_named
+from pretrain.step import StepResult, agree, train_step
+from workbench.checkpoint.manifest import TrainingState
+from workbench.checkpoint.reader import open_native
+from workbench.checkpoint.store import CHECKPOINTS, Store
+from workbench.errors import WorkbenchError
+from workbench.models.build import build_stage
+from workbench.models.decoder import DecoderStage
+from workbench.parallel.live import LiveParameter
+from workbench.parallel.mesh import Mesh
+from workbench.spec.model import ModelConfig
+
+COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained. `fill` gives every parameter its first value; `adapt` may change modules before they are
+    wrapped; `tokenizer` and `lineage` are carried into checkpoints."""
+
+    model: ModelConfig
+    fill: Callable[[list[LiveParameter]], None]
+    adapt: Callable[[DecoderStage], None] | None = None
+    tokenizer: Path | None = None
+    lineage: Sequence[Mapping[str, Any]] = ()
+
+
+class Watcher(Protocol):
+    """Who is told what happens; rank 0 tells the user, the others tell nobody."""
+
+    def started(self, facts: Mapping[str, Any]) -> None:
+        """Before the first step: what was resumed, how many steps there will be, the peak that MFU is measured by."""
+        ...
+
+    def stepped(self, done: int, total: int | None) -> None:
+        """After every step."""
+        ...
+
+    def measured(self, row: Mapping[str, Any]) -> None:
+        """A row of metrics."""
+        ...
+
+    def saved(self, checkpoint: Path) -> None: ...
+
+
+class Silent:
+    """A watcher that tells nobody."""
+
+    def started(self, facts: Mapping[str, Any]) -> None: ...
+    def stepped(self, done: int, total: int | None) -> None: ...
+    def measured(self, row: Mapping[str, Any]) -> None: ...
+    def saved(self, checkpoint: Path) -> None: ...
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """How a run ended. `metrics` are those of the last evaluation, by `<evaluation>/<metric>`."""
+
+    step: int
+    samples: int
+    tokens: int
+    seconds: float
+    loss: float | None
+    metrics: Mapping[str, float]
+    checkpoint: str
+    interrupted: bool
+    ended_by: str
+
+
+class Trainer:
+    """One run on this rank; every rank makes one and calls `run`. Collective over the mesh throughout."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        subject: Subject,
+        objective: Objective,
+        mesh: Mesh,
+        *,
+        watcher: Watcher | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        """Builds the model and fills it, or resumes from the newest checkpoint of the run's folder.
+
+        `dtype` is that of parameters and moments; in anything but fp32 the model also computes in it.
+        """
+        self.config, self.subject, self.objective, self.mesh = config, subject, objective, mesh
+        self._watcher: Watcher = watcher if watcher is not None and mesh.world.rank == 0 else Silent()
+        compute = COMPUTE_DTYPES[config.precision.compute] if dtype == torch.float32 else dtype
+        self.built = build_stage(
+            subject.model,
+            mesh,
+            dtype=dtype,
+            compute_dtype=compute,
+            adapt=subject.adapt,
+            compile_blocks=config.kernels.compile,
+        )
+        self.optimizer = Optimizer(self.built.parameters, mesh, config.optim)
+        self.pipeline = Pipeline(self.built, mesh, schedule_named(config.parallel.schedule))
+        self.store = Store(Path(config.run.dir) / CHECKPOINTS)
+        self.state = self._fill_or_resume()
+        self._saved_step = self.state.step if self.state.step else None
+        scheduler = self.state.scheduler
+        self.budget = Budget(
+            config.planned_steps(),
+            config.run.seconds,
+            horizon=scheduler.get("horizon"),
+            spent=float(scheduler.get("seconds", 0.0)),
+        )
+        self._peak = find_peak(config.log.peak_tflops, mesh.device, compute)
+        self.meter = Meter(
+            token_flops=flops_per_token(subject.model, config.batch.seq_len),
+            num_ranks=mesh.world.size,
+            peak=self._peak,
+        )
+        self._loss: float | None = None
+        self._metrics: dict[str, float] = {}
+
+    def run(self) -> RunResult:
+        """Trains until steps, tokens or time are used up or a signal comes; evaluates and saves; says how it ended."""
+        self._watcher.started(self._facts())
+        self.meter.read()
+        with StopSignal() as signal:
+            ended_by = self._loop(signal)
+            interrupted = ended_by == "signal"
+            if not interrupted and self.objective.evaluations:
+                self.evaluate()
+            self.save()
+        return RunResult(
+            step=self.state.step,
+            samples=self.state.samples,
+            tokens=self.state.tokens,
+            seconds=self.budget.spent,
+            loss=self._loss,
+            metrics=dict(self._metrics),
+            checkpoint=str(self.store.path(self.state.step)),
+            interrupted=interrupted,
+            ended_by=ended_by,
+        )
+
+    def _loop(self, signal: StopSignal) -> str:
+        """Steps until the run is over; returns what ended it: steps, time or signal."""
+        config = self.config
+        share = Share(config.batch.micro_size, self.mesh.dp.rank, self.mesh.dp.size)
+        while self.budget.horizon is None or self.state.step < self.budget.horizon:
+            rows = self.objective.train_rows(
+                share, step=self.state.step, first_sample=self.state.samples, global_size=config.batch.global_size
+            )
+            # Whose clock or signal it was does not matter: all ranks stop before the same step.
+            time_is_up = self.mesh.world.rank == 0 and self.budget.is_over
+            agreed = agree(rows, self.mesh, stop=signal.asked or time_is_up)
+            if agreed.stop:
+                asked = self.mesh.world.gather_objects(signal.asked)
+                return "signal" if any(asked) else "time"
+            step, lr = self.state.step, config.optim.curve(self.budget.horizon)(self.state.step)
+            result = train_step(
+                self.pipeline,
+                self.optimizer,
+                rows,
+                num_labels=agreed.num_labels,
+                lr=lr,
+                seed=config.run.seed,
+                step=step,
+            )
+            self._advance()
+            self._after_step(result, lr)
+        return "steps"
+
+    def _advance(self) -> None:
+        config, state = self.config, self.state
+        self.state = replace(
+            state,
+            step=state.step + 1,
+            samples=state.samples + config.batch.global_size,
+            tokens=state.tokens + config.step_tokens,
+        )
+        self.meter.count(config.step_tokens)
+        if self.budget.horizon is None:
+            first = self.mesh.world.rank == 0
+            found = self.budget.measured_horizon(self.state.step) if first else None
+            self.budget.horizon = self.mesh.world.broadcast_object(found)
+
+    def _after_step(self, result: StepResult, lr: float) -> None:
+        """Metrics, evaluation and checkpoint, each when it is due."""
+        config, step = self.config, self.state.step
+        is_last = step == self.budget.horizon
+        evaluates = bool(self.objective.evaluations) and _due(step, config.eval.every) and not is_last
+        saves = _due(step, config.checkpoint.every) and not is_last
+        if _due(step, config.log.every) or step == 1 or is_last or evaluates or saves:
+            self._log(result, lr)
+        self._watcher.stepped(step, self.budget.horizon)
+        started = time.perf_counter()
+        if evaluates:
+            self.evaluate()
+        if saves:
+            self.save()
+        if evaluates or saves:
+            self.meter.skip(time.perf_counter() - started)
+
+    def _log(self, result: StepResult, lr: float) -> None:
+        loss, norm = result.mean_loss(self.mesh), result.gradient_norm.item()
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise WorkbenchError(
+                f"step {self.state.step}: the loss is {loss} and the gradient norm {norm}; the run has diverged. "
+                f"Lower optim.lr={self.config.optim.lr:g} or lengthen optim.warmup={self.config.optim.warmup}; "
+                "running again goes on from the last checkpoint"
+            )
+        self._loss = loss
+        row = {"step": self.state.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": self.state.tokens}
+        self._watcher.measured({**row, "seconds": self.budget.spent, **self.meter.read()})
+
+    def evaluate(self) -> dict[str, float]:
+        """Runs every evaluation and returns the metrics, by `<evaluation>/<metric>`."""
+        config, micros = self.config, self.config.batch.micro_size * self.mesh.dp.size
+        limit = config.eval.batches * config.batch.global_size or None
+        self.built.module.eval()
+        for evaluation in self.objective.evaluations:
+            found = evaluate(
+                self.pipeline,
+                evaluation,
+                micro_size=config.batch.micro_size,
+                num_microbatches=max(config.batch.global_size // micros, 1),
+                max_samples=limit,
+            )
+            self._metrics.update({f"{evaluation.name}/{name}": value for name, value in found.items()})
+        self.built.module.train()
+        self._watcher.measured({"step": self.state.step, "tokens": self.state.tokens, **self._metrics})
+        return dict(self._metrics)
+
+    def save(self) -> None:
+        """Writes a checkpoint of this step, unless it is there, and removes those beyond `checkpoint.keep`."""
+        if self._saved_step == self.state.step:
+            return
+        config = self.config
+        # Rank 0's clock speaks for all, so that every rank writes the same state.
+        spent = self.mesh.world.broadcast_object(self.budget.spent)
+        scheduler = {"schedule": config.optim.schedule, "horizon": self.budget.horizon, "seconds": spent}
+        optimizer = self.optimizer if config.checkpoint.optimizer else None
+        self.state = replace(
+            self.state,
+            scheduler=scheduler,
+            optimizer={} if optimizer is None else {"name": config.optim.name, "step": optimizer.step_count},
+        )
+        path = self.store.path(self.state.step)
+        contents = Contents(self.subject.model, self.subject.lineage, self.subject.tokenizer)
+        save(path, self.built.parameters, optimizer, self.mesh, training=self.state, contents=contents)
+        self._saved_step = self.state.step
+        if self.mesh.world.rank == 0 and config.checkpoint.keep:
+            self.store.retain(config.checkpoint.keep)
+        self._watcher.saved(path)
+
+    def _fill_or_resume(self) -> TrainingState:
+        if self.mesh.world.rank == 0:
+            self.store.clean()
+        path = self.mesh.world.broadcast_object(find_checkpoint(self.store, self.config.run.resume))
+        if path is None:
+            self.subject.fill(self.built.parameters)
+            return TrainingState(step=0, seed=self.config.run.seed, data=self.objective.identity)
+        source = open_native(path)
+        try:
+            state = require_same_run(source.manifest, self.config, self.subject.model, self.objective, path)
+            updates = int(state.optimizer.get("step", state.step))
+            load_training(source, self.built.parameters, self.optimizer, updates=updates)
+        finally:
+            source.close()
+        return state
+
+    def _facts(self) -> dict[str, Any]:
+        return {
+            "resumed_step": self.state.step,
+            "steps": self.budget.horizon,
+            "peak": None if self._peak is None else self._peak.source,
+            "device": self.mesh.device.type,
+        }
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
