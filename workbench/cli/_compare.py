@@ -1,0 +1,76 @@
+"""What `wb verify A B` and `wb diff A B` share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.cli.common import Output
+from workbench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from converters.format import OpenedCheckpoint
+    from converters.verify import Comparison
+
+_SHOWN = 12
+
+
+def compare_checkpoints(
+    out: Output, first: Path, second: Path, *, recorded: bool
+) -> tuple[OpenedCheckpoint, OpenedCheckpoint, Comparison, list[str]]:
+    """Both checkpoints, how their tensors compare, and what had to be left out of the comparison.
+
+    When one side has no optimizer state at all, the other's is left out and said so. `recorded`: trust the
+    fingerprints that the checkpoints carry instead of reading every byte.
+    """
+    from converters.open import open_checkpoint
+    from converters.verify import compare, compute_fingerprints
+    from workbench.checkpoint.writer import OPTIMIZER_PREFIX
+
+    sides = [open_checkpoint(first), open_checkpoint(second)]
+    if sides[0].path.resolve() == sides[1].path.resolve():
+        raise ConfigError(f"{first} and {second} are the same folder; name two checkpoints")
+    has = [any(name.startswith(OPTIMIZER_PREFIX) for name in side.source.schema) for side in sides]
+    notes = []
+    if has[0] != has[1]:
+        notes.append(f"{sides[has.index(False)].path} has no optimizer state; only weights are compared")
+    schemas = [
+        {n: t for n, t in side.source.schema.items() if all(has) or not n.startswith(OPTIMIZER_PREFIX)}
+        for side in sides
+    ]
+    fingerprints = []
+    for side, schema in zip(sides, schemas, strict=True):
+        known = {n: side.fingerprints[n] for n in schema if side.fingerprints.get(n)} if recorded else {}
+        names = schema.keys() - known.keys()
+        total = sum(_bytes(schema[name]) for name in names)
+        with out.progress(f"reading {side.path.name}", total=total, unit="B") as bar:
+            found = compute_fingerprints(side.source, names=names, progress=bar.advance)
+        fingerprints.append({**known, **found})
+    return sides[0], sides[1], compare(schemas[0], schemas[1], (fingerprints[0], fingerprints[1])), notes
+
+
+def _bytes(tensor: Any) -> int:
+    from converters.plan import tensor_bytes
+
+    return tensor_bytes(tensor)
+
+
+def comparison_text(first: Path, second: Path, comparison: Comparison, notes: list[str]) -> str:
+    """A comparison for people, the first dozen faults of each kind."""
+    if comparison.equal:
+        lines = [f"equal: {len(comparison.same)} tensors, bit for bit"]
+    else:
+        lines = [f"{len(comparison.same)} tensors are equal, bit for bit"]
+    groups = (
+        ("differ", list(comparison.different)),
+        ("have another shape", [f"{name}: {text}" for name, text in comparison.shape.items()]),
+        ("have another dtype", [f"{name}: {text}" for name, text in comparison.dtype.items()]),
+        (f"are only in {first}", list(comparison.only_first)),
+        (f"are only in {second}", list(comparison.only_second)),
+    )
+    for what, names in groups:
+        if names:
+            lines.append(f"{len(names)} tensors {what}:")
+            lines += [f"  {name}" for name in names[:_SHOWN]]
+            lines += [f"  and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
+    return "\n".join([*lines, *(f"note: {note}" for note in notes)])

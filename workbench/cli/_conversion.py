@@ -1,0 +1,163 @@
+"""What reshard, import and export share: options from words, the plan shown, the copy run with progress."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from workbench.cli.common import Output, size_text, time_text
+from workbench.errors import ConfigError
+
+if TYPE_CHECKING:
+    from converters.format import Format, OpenedCheckpoint
+    from converters.job import Job, JobOptions
+    from workbench.spec.layout import ParallelLayout
+
+_UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_size(text: str, option: str) -> int:
+    """Bytes from '512MiB', '5GB' or '1000'; ConfigError names the option."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", text.strip())
+    unit = match[2].upper() if match else "?"
+    unit = unit.removesuffix("B") + "B" if unit in ("K", "M", "G", "T") else unit.removeprefix("B")
+    if match is None or unit not in _UNITS:
+        raise ConfigError(f"{option} {text!r} is not a size; write it as 512MiB, 2GiB or 5GB")
+    return int(float(match[1]) * _UNITS[unit])
+
+
+def choice(value: str, allowed: tuple[str, ...], option: str) -> Any:
+    """`value` when it is one of `allowed`; ConfigError lists them otherwise."""
+    if value not in allowed:
+        raise ConfigError(f"{option} {value!r} is not known; use one of {', '.join(allowed)}")
+    return value
+
+
+def new_layout(
+    opened: OpenedCheckpoint,
+    *,
+    tp: int | None = None,
+    pp: int | None = None,
+    pp_layout: str = "",
+    vocab_multiple: int | None = None,
+) -> ParallelLayout:
+    """The layout to write: what is not given is the source's, as far as it has one and still fits."""
+    from pydantic import ValidationError
+
+    from workbench.spec.layout import ParallelLayout
+
+    old = opened.layout or ParallelLayout()
+    stages = parse_stages(pp_layout)
+    new_pp = pp if pp is not None else len(stages) if stages else old.pp
+    if stages is None and new_pp == old.pp:
+        stages = old.pp_layout
+    try:
+        return ParallelLayout(
+            tp=old.tp if tp is None else tp,
+            pp=new_pp,
+            pp_layout=stages,
+            vocab_multiple=old.vocab_multiple if vocab_multiple is None else vocab_multiple,
+        )
+    except ValidationError as error:
+        fault = error.errors()[0]
+        name = str(fault["loc"][0]).replace("_", "-")
+        raise ConfigError(f"--{name} {fault['input']}: {fault['msg'].lower()}") from None
+
+
+def parse_stages(text: str) -> tuple[int, ...] | None:
+    """Layers per stage from '6,8,8,6'; None for an empty text."""
+    if not text:
+        return None
+    try:
+        return tuple(int(word) for word in text.split(","))
+    except ValueError:
+        raise ConfigError(f"--pp-layout {text!r} is not a list of layer counts; write it as 6,8,8,6") from None
+
+
+def job_options(
+    layout: ParallelLayout, *, dtype: str, optimizer: str, mem: str, workers: int, max_shard_size: str = "5GB"
+) -> JobOptions:
+    """The options of a conversion from the words of the command line."""
+    from converters.cast import FLOATS
+    from converters.job import JobOptions, Optimizer
+
+    names = {"fp32": "F32", "float32": "F32", "bfloat16": "BF16", "fp16": "F16", "float16": "F16", "half": "F16"}
+    wanted = names.get(dtype.lower(), dtype.upper()) if dtype else ""
+    return JobOptions(
+        layout=layout,
+        dtype=choice(wanted, FLOATS, "--dtype") if wanted else None,
+        optimizer=choice(optimizer, get_args(Optimizer), "--optimizer"),
+        workers=workers,
+        budget_bytes=parse_size(mem, "--mem"),
+        max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+    )
+
+
+def convert(
+    out: Output,
+    opened: OpenedCheckpoint,
+    target: Format,
+    destination: Path,
+    options: JobOptions,
+    *,
+    operation: str,
+    verify: str = "crc",
+    dry_run: bool = False,
+) -> None:
+    """Plans, shows the plan, runs it unless `dry_run`, and gives the command's result."""
+    from converters.copy import Verify
+    from converters.job import make_job
+
+    checked: Verify = choice(verify, get_args(Verify), "--verify")
+    started = time.monotonic()
+    job = make_job(opened, target, destination, options, operation=operation)
+    plan = {"source": str(opened.path), "destination": str(destination), **job.plan.describe()}
+    plan["layout"] = options.layout.model_dump(mode="json")
+    out.say(plan_text(job, target))
+    if dry_run:
+        out.result({**plan, "dry_run": True}, text="The plan covers every element exactly once; nothing was written.")
+        return
+    seconds = run_job(out, job, verify=checked, label=operation)
+    total = time.monotonic() - started
+    rate = job.plan.num_bytes / max(seconds, 1e-9)
+    out.result(
+        {**plan, "dry_run": False, "verify": checked, "seconds": total, "bytes_per_second": rate},
+        text=f"{destination}: {size_text(job.plan.num_bytes)} in {time_text(total)} ({size_text(rate)}/s), "
+        f"verified: {checked}.",
+    )
+
+
+def run_job(out: Output, job: Job, *, verify: Any, label: str) -> float:
+    """Runs a planned conversion with a progress bar; the seconds that it took."""
+    from converters.copy import work_bytes
+
+    out.interrupt_hint = f"nothing is left at {job.destination.path}; run the same command to start again"
+    started = time.monotonic()
+    with out.progress(label, total=work_bytes(job.plan, verify), unit="B") as bar:
+        job.run(verify=verify, progress=bar.advance)
+    return time.monotonic() - started
+
+
+def plan_text(job: Job, target: Format) -> str:
+    """The plan for people."""
+    plan, opened = job.plan, job.opened
+    lines = [
+        f"from  {opened.path} ({describe_layout(opened)})",
+        f"to    {job.destination.path} ({target.name})",
+        f"      {len(plan.tensors)} tensors, {size_text(plan.num_bytes)}, {len(plan.units)} pieces in "
+        f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory",
+    ]
+    if plan.drops:
+        lines.append(f"      drops {len(plan.drops)} tensors: {plan.drops[0]} ...")
+    return "\n".join(lines)
+
+
+def describe_layout(opened: OpenedCheckpoint) -> str:
+    """A checkpoint's format and layout in a few words."""
+    layout = opened.layout
+    if layout is None:
+        return opened.format
+    stages = f" pp_layout={','.join(map(str, layout.pp_layout))}" if layout.pp_layout else ""
+    return f"{opened.format}, tp={layout.tp} pp={layout.pp}{stages}"

@@ -1,0 +1,46 @@
+"""`wb reshard`: a native checkpoint at another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from workbench.cli.common import Command, Output
+
+
+def reshard(
+    out: Output,
+    source: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder (its latest checkpoint).")],
+    destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
+    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; the source's by default.")] = None,
+    pp: Annotated[int | None, typer.Option(help="Pipeline stages; the source's by default.")] = None,
+    pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
+    vocab_multiple: Annotated[int | None, typer.Option(help="Pad each rank's vocabulary to this multiple.")] = None,
+    dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
+    optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
+    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
+    workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
+    verify: Annotated[str, typer.Option(help="none, crc (checksums both sides) or full (fingerprints too).")] = "crc",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
+) -> None:
+    """Write a checkpoint at another tensor and pipeline layout, optimizer state included, without a GPU."""
+    from converters.open import get_format, open_checkpoint
+    from workbench.cli._conversion import convert, job_options, new_layout
+
+    opened = open_checkpoint(source)
+    target = get_format("native")
+    layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
+    options = job_options(layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers)
+    convert(out, opened, target, destination, options, operation="reshard", verify=verify, dry_run=dry_run)
+
+
+COMMAND = Command(
+    "reshard",
+    reshard,
+    panel="Core",
+    order=20,
+    example="wb reshard runs/tiny out/tp4 --tp 4 --pp 1\n"
+    "wb reshard runs/tiny/checkpoints/step-00000100 out/uneven --tp 2 --pp 4 --pp-layout 6,8,8,6 --dry-run",
+)
