@@ -1,0 +1,113 @@
+"""Tiny models, data and configurations for the engine's tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from pretrain.engine import EngineConfig, Evaluation, Rows, Share, Subject
+from pretrain.objective import NextTokenLoss
+from workbench.models.build import initialise
+from workbench.models.decoder import Output
+from workbench.parallel.mesh import Mesh
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
+
+VOCAB = 53  # no multiple of any degree: padding is in play everywhere
+
+
+def tiny_model(**changes: Any) -> ModelConfig:
+    """A model with every hazard: grouped heads, tied embeddings, odd vocabulary."""
+    values = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": True,
+    }
+    return ModelConfig.model_validate({**values, **changes})
+
+
+def tiny_config(folder: str, **tables: dict[str, Any]) -> EngineConfig:
+    """An engine configuration of six small steps."""
+    values: dict[str, dict[str, Any]] = {
+        "batch": {"global_size": 8, "micro_size": 2, "seq_len": 12},
+        "optim": {"lr": 1e-2, "warmup": 2},
+        "log": {"every": 1},
+        "run": {"dir": folder, "steps": 6, "seed": 5},
+    }
+    for name, table in tables.items():
+        values[name] = {**values.get(name, {}), **table}
+    return EngineConfig.model_validate(values)
+
+
+def tiny_subject(model: ModelConfig, seed: int = 5) -> Subject:
+    """The model with its initial weights."""
+    return Subject(model, fill=lambda parameters: initialise(parameters, model, seed=seed))
+
+
+def mesh_of(layout: ParallelLayout) -> Mesh:
+    return Mesh.create(layout, torch.device("cpu"))
+
+
+def sample(index: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of one sample, from its index alone; some labels are ignored, unevenly."""
+    random = np.random.default_rng(index)
+    text = random.integers(0, VOCAB, tokens + 1)
+    labels = text[1:].copy()
+    labels[: index % 5] = -100
+    return text[:-1], labels
+
+
+class Noise:
+    """An objective over random tokens, that remembers which samples it was asked for."""
+
+    def __init__(self, *, tokens: int = 12, held_out: int = 0) -> None:
+        self._tokens = tokens
+        self.asked: list[int] = []
+        self.evaluations: tuple[Evaluation, ...] = (HeldOut(held_out, tokens),) if held_out else ()
+        self.identity = {"kind": "noise"}
+
+    def train_rows(self, share: Share, *, step: int, first_sample: int, global_size: int) -> list[Rows]:
+        across = share.micro_size * share.dp_size
+        starts = range(first_sample + share.dp_rank * share.micro_size, first_sample + global_size, across)
+        found = [np.arange(start, start + share.micro_size) for start in starts]
+        self.asked += [int(index) for ids in found for index in ids]
+        return [rows_of(ids, self._tokens) for ids in found]
+
+
+class HeldOut:
+    """The mean loss of a few samples that are not trained on."""
+
+    name = "valid"
+    output: Output = "loss"
+    tally = NextTokenLoss.tally
+
+    def __init__(self, count: int, tokens: int) -> None:
+        self._count, self._tokens = count, tokens
+
+    def batches(self, share: Share, *, num_microbatches: int, max_samples: int | None) -> Iterator[list[Rows]]:
+        across = share.micro_size * share.dp_size
+        for first in range(0, min(self._count, max_samples or self._count), across * num_microbatches):
+            found = []
+            for m in range(num_microbatches):
+                start = first + m * across + share.dp_rank * share.micro_size
+                rows = rows_of(np.arange(start, start + share.micro_size) + 10_000, self._tokens)
+                rows.labels[rows.sample_ids - 10_000 >= self._count] = -100
+                found.append(rows)
+            yield found
+
+    def metrics(self, sums: list[float]) -> dict[str, float]:
+        return {"loss": sums[0] / sums[1], "labels": sums[1]}
+
+
+def rows_of(ids: np.ndarray, tokens: int) -> Rows:
+    """The microbatch of these samples."""
+    samples = [sample(int(index), tokens) for index in ids]
+    return Rows(np.stack([s[0] for s in samples]), np.stack([s[1] for s in samples]), ids.astype(np.int64))
