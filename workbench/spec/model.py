@@ -12,9 +12,9 @@ from workbench.config import Config
 class RopeScaling(Config):
     """How rotary frequencies are stretched beyond the trained length.
 
-    linear: positions divided by `factor`. llama3-style frequencies ("by_parts"): long wavelengths are divided by
-    `factor`, short ones kept, and those between `low_freq_factor` and `high_freq_factor` blended (transformers,
-    modeling_rope_utils.py, `_compute_llama3_parameters`).
+    linear: positions divided by `factor`. by_parts: long wavelengths are divided by `factor`, short ones kept, and
+    those between `low_freq_factor` and `high_freq_factor` blended (transformers, modeling_rope_utils.py,
+    `_compute_llama3_parameters`).
     """
 
     kind: Literal["linear", "by_parts"]
