@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 _POOLS: dict[int, RankPool] = {}
-_TIMEOUT_SECONDS = 300
+_TIMEOUT_SECONDS = 120
 
 
 class RankFailed(AssertionError):

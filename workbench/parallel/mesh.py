@@ -121,7 +121,6 @@ class Mesh:
         self,
         *,
         layout: ParallelLayout,
-        rank: int,
         device: torch.device,
         tp: Axis,
         dp: Axis,
@@ -130,11 +129,11 @@ class Mesh:
         world: Axis,
         data_mesh: DeviceMesh | None,
     ) -> None:
-        self.layout, self.rank, self.device = layout, rank, device
+        self.layout, self.rank, self.device = layout, world.rank, device
         self.tp, self.dp, self.pp, self.world = tp, dp, pp, world
         self.tied = tied
         self.data_mesh = data_mesh
-        self._copies: dict[int, Axis] = {1: Axis("copies", [rank], 0, None)}
+        self._copies: dict[int, Axis] = {1: Axis("copies", [self.rank], 0, None)}
 
     @property
     def coordinate(self) -> Coordinate:
@@ -146,7 +145,6 @@ class Mesh:
         one = [0]
         return Mesh(
             layout=ParallelLayout(),
-            rank=0,
             device=device or torch.device("cpu"),
             tp=Axis("tp", one, 0, None),
             dp=Axis("dp", one, 0, None),
@@ -175,22 +173,21 @@ class Mesh:
         )
         at = layout.coordinate(rank)
 
-        def along(axis: str) -> list[int]:
-            degree = {"tp_rank": layout.tp, "dp_rank": layout.dp, "stage": layout.pp}[axis]
-            fixed = {"tp_rank": at.tp_rank, "dp_rank": at.dp_rank, "stage": at.stage}
-            return [layout.rank(Coordinate(**{**fixed, axis: i})) for i in range(degree)]
-
-        pp_ranks = along("stage")
-        backward = _own_group(pp_ranks) if layout.pp > 1 else None
-        tied_ranks = [pp_ranks[0], pp_ranks[-1]] if layout.pp > 1 and rank in (pp_ranks[0], pp_ranks[-1]) else [rank]
+        pp_ranks = layout.pipeline(at.tp_rank, at.dp_rank)
+        tp_ranks = [layout.rank(Coordinate(i, at.dp_rank, at.stage)) for i in range(layout.tp)]
+        dp_ranks = [layout.rank(Coordinate(at.tp_rank, i, at.stage)) for i in range(layout.dp)]
+        pipelines = [layout.pipeline(tp_rank, dp_rank) for dp_rank in range(layout.dp) for tp_rank in range(layout.tp)]
+        ends = [(ranks[0], ranks[-1]) for ranks in pipelines] if layout.pp > 1 else []
+        backward = _group_of(rank, pipelines)
+        tied = _group_of(rank, ends)
+        tied_ranks = [pp_ranks[0], pp_ranks[-1]] if tied is not None else [rank]
         return Mesh(
             layout=layout,
-            rank=rank,
             device=device,
-            tp=Axis("tp", along("tp_rank"), at.tp_rank, grid.get_group("tp")),
-            dp=Axis("dp", along("dp_rank"), at.dp_rank, grid.get_group("dp_shard" if sharded else "dp_replicate")),
+            tp=Axis("tp", tp_ranks, at.tp_rank, grid.get_group("tp")),
+            dp=Axis("dp", dp_ranks, at.dp_rank, grid.get_group("dp_shard" if sharded else "dp_replicate")),
             pp=PipelineAxis(pp_ranks, at.stage, grid.get_group("pp"), backward),
-            tied=Axis("tied", tied_ranks, tied_ranks.index(rank), _own_group(tied_ranks)),
+            tied=Axis("tied", tied_ranks, tied_ranks.index(rank), tied),
             world=Axis("world", range(world_size), rank, dist.group.WORLD),
             data_mesh=grid["dp_replicate", "dp_shard"] if layout.dp > 1 else None,
         )
@@ -198,20 +195,24 @@ class Mesh:
     def copies(self, count: int) -> Axis:
         """The `count` neighbours on the tensor axis that hold copies of the same box.
 
-        Collective over the tensor axis the first time that a count is asked for.
+        Collective over the world the first time that a count is asked for.
         """
         if count == self.tp.size:
             return self.tp
         if count not in self._copies:
-            start = self.tp.rank - self.tp.rank % count
-            ranks = self.tp.ranks[start : start + count]
-            self._copies[count] = Axis("copies", ranks, self.tp.rank % count, _own_group(ranks))
+            neighbours = [range(first, first + count) for first in range(0, self.layout.world_size, count)]
+            mine = self.tp.ranks[self.tp.rank - self.tp.rank % count :][:count]
+            self._copies[count] = Axis("copies", mine, self.tp.rank % count, _group_of(self.rank, neighbours))
         return self._copies[count]
 
 
-def _own_group(ranks: Sequence[int]) -> dist.ProcessGroup | None:
-    """A new group of `ranks`, made by its members alone; None for a single rank."""
-    # torch names a group by its ranks and by how many groups this process has made. So a lone rank makes one too, or
-    # its next group would be called otherwise here than on its other members, and they would wait for each other.
-    group = dist.new_group(list(ranks), use_local_synchronization=True)
-    return group if len(ranks) > 1 else None
+def _group_of(rank: int, members: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """The new group that `rank` belongs to; None for a group of one. Collective: all ranks make all groups in one order,
+    since ranks that had made different numbers of groups would wait for each other under different names."""
+    mine = None
+    for ranks in members:
+        if len(ranks) > 1:
+            group = dist.new_group(list(ranks))
+            if rank in ranks:
+                mine = group
+    return mine

@@ -48,6 +48,10 @@ class ParallelLayout(Config):
         """The inverse of `coordinate`."""
         return coordinate.tp_rank + self.tp * (coordinate.dp_rank + self.dp * coordinate.stage)
 
+    def pipeline(self, tp_rank: int, dp_rank: int) -> tuple[int, ...]:
+        """The ranks of one pipeline, by stage."""
+        return tuple(self.rank(Coordinate(tp_rank, dp_rank, stage)) for stage in range(self.pp))
+
     def stages(self, num_layers: int) -> tuple[range, ...]:
         """Global layer indices of each stage; LayoutError when the layers cannot be dealt out."""
         if self.pp_layout is not None:

@@ -1,0 +1,38 @@
+"""Tiny models that hold every hazard of cutting: odd vocabulary, fewer KV heads than heads, tied heads, biases."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from workbench.spec.model import ModelConfig
+
+
+def gated_model(**changes: Any) -> ModelConfig:
+    """Rotary positions, RMSNorm, gated MLP, grouped KV heads; 101 words, which no tp > 1 divides."""
+    features: dict[str, Any] = dict(
+        vocab_size=101,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    return ModelConfig(**{**features, **changes})
+
+
+def biased_model(**changes: Any) -> ModelConfig:
+    """Learned positions, LayerNorm, plain GELU MLP, biases everywhere."""
+    features: dict[str, Any] = dict(
+        num_key_value_heads=4,
+        intermediate_size=64,
+        hidden_act="gelu_tanh",
+        gated_mlp=False,
+        norm="layernorm",
+        position_embedding="learned",
+        attention_bias=True,
+        attention_output_bias=True,
+        mlp_bias=True,
+    )
+    return gated_model(**{**features, **changes})

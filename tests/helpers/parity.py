@@ -1,0 +1,112 @@
+"""Three training steps at any layout, and everything about them that must not depend on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pretrain.config import OptimTable
+from pretrain.optimizer import Optimizer
+from pretrain.pipeline import Pipeline
+from pretrain.schedules import schedule_named
+from workbench.models.batch import Batch
+from workbench.models.build import build_stage, initialise
+from workbench.parallel.dropout import DropoutKey
+from workbench.parallel.gradients import complete_gradients, gradient_norm
+from workbench.parallel.initial import normal
+from workbench.parallel.live import LiveParameter, shard_views
+from workbench.parallel.loss import IGNORE
+from workbench.parallel.mesh import Mesh
+from workbench.spec.geometry import Box
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
+
+STEPS, SAMPLES, TOKENS = 3, 8, 12
+Boxes = list[tuple[str, Box, torch.Tensor]]
+
+
+@dataclass
+class Observed:
+    """What one rank saw: per step loss and gradient norm, the first step's gradients, the last weights."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: Boxes = field(default_factory=list)
+    weights: Boxes = field(default_factory=list)
+
+
+def train_three_steps(model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int) -> Observed:
+    """What this rank saw of three AdamW steps in float64 on data that depends on the step alone."""
+    mesh = Mesh.create(layout, torch.device("cpu"))
+    built = build_stage(model, mesh, dtype=torch.float64)
+    initialise(built.parameters, model, seed=7)
+    perturb(built.parameters)
+    pipeline = Pipeline(built, mesh, schedule_named(schedule))
+    seen = Observed()
+    _train(pipeline, model, 0, micro_size)
+    complete_gradients(built.parameters, mesh)
+    seen.norms.append(float(gradient_norm(built.parameters, mesh)))
+    seen.gradients = boxes_of(built.parameters, gradients=True)
+    for parameter in built.parameters:
+        parameter.parameter.grad = None
+    optimizer = Optimizer(built.parameters, mesh, OptimTable(lr=1e-2, weight_decay=0.1, clip=1.0))
+    for step in range(STEPS):
+        seen.losses.append(_train(pipeline, model, step, micro_size))
+        seen.norms.append(float(optimizer.update(1e-2)))
+    seen.weights = boxes_of(built.parameters)
+    return seen
+
+
+def boxes_of(parameters: list[LiveParameter], *, gradients: bool = False) -> Boxes:
+    """Every logical box that this rank holds, copies included."""
+    return [
+        (shard.name, shard.box, view.clone())
+        for parameter in parameters
+        for shard, view in shard_views(parameter, parameter.require_grad() if gradients else parameter.data)
+    ]
+
+
+def perturb(parameters: list[LiveParameter]) -> None:
+    """Gives norms and biases values of their own, so that a swapped or forgotten one is seen."""
+    for parameter in parameters:
+        if parameter.spec.init in ("ones", "zeros"):
+            for part, (shard, view) in zip(parameter.spec.parts, shard_views(parameter, parameter.data), strict=False):
+                noise = normal(shard.name, part.shape, shard.box, seed=11, std=0.3)
+                view.add_(noise.to(view.dtype))
+
+
+def largest_difference(boxes: Boxes, reference: dict[str, torch.Tensor]) -> float:
+    """The largest difference of any box from the whole tensors, relative to the largest element of its tensor.
+
+    A gradient that is zero but for rounding (a key's bias moves all scores of a row alike) is measured against a
+    millionth of the largest element of all.
+    """
+    floor = 1e-6 * max(float(whole.abs().max()) for whole in reference.values())
+    return max(
+        float((reference[name][box.slices] - values).abs().max()) / max(float(reference[name].abs().max()), floor)
+        for name, box, values in boxes
+    )
+
+
+def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int) -> float:
+    """Adds the gradient of the step's mean loss; returns that loss, equal on all ranks."""
+    mesh = pipeline.mesh
+    ids, labels, count = _samples(model, step)
+    across = mesh.dp.size * micro_size
+    batches = []
+    for first in range(mesh.dp.rank * micro_size, SAMPLES, across):
+        rows = torch.arange(first, first + micro_size)
+        batches.append(Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows)))
+    loss = pipeline.train(batches, torch.tensor(1.0 / count, dtype=torch.float64))
+    return float(mesh.pp.all_reduce(mesh.dp.all_reduce(loss.clone()))) / count
+
+
+def _samples(model: ModelConfig, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Random tokens, labels of which each row ignores another number, and the count of those that are left."""
+    generator = torch.Generator().manual_seed(100 + step)
+    ids = torch.randint(0, model.vocab_size, (SAMPLES, TOKENS + 1), generator=generator)
+    labels = ids[:, 1:].clone()
+    for row in range(SAMPLES):
+        labels[row, : row % 5] = IGNORE
+    return ids[:, :-1].contiguous(), labels, int((labels != IGNORE).sum())

@@ -1,0 +1,75 @@
+"""Every layout trains the same model: loss, gradients, norms and weights against one process, in float64.
+
+1e-10 relative: float64 keeps about 1e-16 a sum, three AdamW steps divide by small moments; a wrong collective is off by
+far more.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from itertools import product
+
+import pytest
+
+from tests.helpers.models import biased_model, gated_model
+from tests.helpers.parity import Observed, largest_difference, train_three_steps
+from tests.helpers.ranks import run_ranks
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
+
+TOLERANCE = 1e-10
+MODELS = {
+    f"{kind}-{'tied' if tied else 'untied'}": make(tie_word_embeddings=tied)
+    for (kind, make), tied in product({"gated": gated_model, "biased": biased_model}.items(), (True, False))
+}
+DEGREES = [(tp, pp, dp) for tp, pp, dp in product((1, 2, 4), (1, 2, 4), (1, 2)) if 1 < tp * pp * dp <= 8]
+SHARDS = ("none", "zero2", "zero3")
+
+
+@cache
+def _reference(name: str) -> Observed:
+    return train_three_steps(MODELS[name], ParallelLayout(), "gpipe", 8)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("tp", "pp", "dp"), DEGREES)
+def test_three_steps_at_any_layout_equal_one_process(name: str, tp: int, pp: int, dp: int) -> None:
+    turn = DEGREES.index((tp, pp, dp)) + list(MODELS).index(name)
+    layout = ParallelLayout(tp=tp, pp=pp, dp=dp, shard=SHARDS[turn % 3] if dp > 1 else "none")
+    _assert_equal(name, MODELS[name], layout, ("gpipe", "1f1b")[turn % 2], micro_size=(1, 2)[turn % 2])
+
+
+@pytest.mark.parametrize("shard", SHARDS)
+def test_every_way_of_sharding_equals_one_process_with_all_three_axes(shard: str) -> None:
+    layout = ParallelLayout.model_validate({"tp": 2, "pp": 2, "dp": 2, "shard": shard})
+    _assert_equal("gated-tied", MODELS["gated-tied"], layout, "1f1b", micro_size=1)
+
+
+def test_uneven_stages_equal_one_process() -> None:
+    layout = ParallelLayout(pp=2, tp=2, pp_layout=(3, 1))
+    _assert_equal("gated-tied", MODELS["gated-tied"], layout, "1f1b", micro_size=2)
+
+
+@pytest.mark.parametrize("make", [gated_model, biased_model])
+@pytest.mark.parametrize("degrees", [{"tp": 4}, {"tp": 2, "pp": 2, "dp": 2}])
+def test_dropout_is_the_same_at_every_layout(make: type, degrees: dict[str, int]) -> None:
+    model: ModelConfig = make(embed_dropout=0.1, attention_dropout=0.2, hidden_dropout=0.3)
+    layout = ParallelLayout(**degrees)
+    reference = train_three_steps(model, ParallelLayout(), "gpipe", 4)
+    _assert_observed(run_ranks(layout.world_size, train_three_steps, model, layout, "1f1b", 2), reference)
+
+
+def _assert_equal(name: str, model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int) -> None:
+    observed = run_ranks(layout.world_size, train_three_steps, model, layout, schedule, micro_size)
+    _assert_observed(observed, _reference(name))
+
+
+def _assert_observed(observed: list[Observed], reference: Observed) -> None:
+    gradients = {name: values for name, _, values in reference.gradients}
+    weights = {name: values for name, _, values in reference.weights}
+    for rank, seen in enumerate(observed):
+        assert seen.losses == pytest.approx(reference.losses, rel=TOLERANCE), f"losses on rank {rank}"
+        assert seen.norms == pytest.approx(reference.norms, rel=TOLERANCE), f"norms on rank {rank}"
+        assert largest_difference(seen.gradients, gradients) < TOLERANCE, f"gradients on rank {rank}"
+        assert largest_difference(seen.weights, weights) < TOLERANCE, f"weights on rank {rank}"
+    assert {name for seen in observed for name, _, _ in seen.weights} == set(weights)
