@@ -90,6 +90,14 @@ class Tokenizer:
         """The id that begins a sequence, where the tokenizer names one."""
         return self._special("bos_token", ())
 
+    @cached_property
+    def start_ids(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer's own template puts before a text, such as a beginning-of-sequence."""
+        bare = self._backend.encode("a", add_special_tokens=False).ids
+        full = self._backend.encode("a", add_special_tokens=True).ids
+        found = (at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare)
+        return tuple(full[: next(found, 0)])
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja template of the tokenizer's folder."""

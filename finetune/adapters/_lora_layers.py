@@ -1,0 +1,59 @@
+"""The low-rank updates of parallel linear layers, attached beside the weights that they adapt.
+
+Legend: B batch, T tokens, I inputs (local for row-parallel layers), O outputs (local for column-parallel layers),
+R ranks of all fused pairs together.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from workbench.models.decoder import DecoderStage
+from workbench.parallel.mesh import Mesh
+from workbench.parallel.module import ParallelModule
+from workbench.spec.lora import LoraPair, LoraSpec, layer_pairs
+
+
+class LoraDelta(ParallelModule):
+    """s (x A^T) B^T for each adapted projection of a layer, in its slice of the fused output; zero elsewhere.
+
+    Communicates nothing: of a column-parallel layer the input is whole and B is cut, of a row-parallel one A is cut
+    and the result is a partial sum that the layer reduces together with its own.
+    """
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+
+    def __init__(self, mesh: Mesh, pair: LoraPair, scaling: float) -> None:
+        super().__init__(mesh, lora_A=pair.a, lora_B=pair.b)
+        tp = mesh.tp.size
+        self.scaling = scaling
+        self.rows_A = [part.local_shape(tp)[0] for part in pair.a.parts]
+        self.rows_B = [part.local_shape(tp)[0] for part in pair.b.parts]
+        adapted = {part.name for part in pair.parts}
+        self.outputs = [(part.local_shape(tp)[0], part.name in adapted) for part in pair.base.parts]
+
+    def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        low_BTR = F.linear(x_BTI, self.lora_A.to(x_BTI.dtype)) * self.scaling
+        up_OR = self.lora_B.to(x_BTI.dtype)
+        if len(self.outputs) == 1:
+            return F.linear(low_BTR, up_OR)
+        pairs = zip(low_BTR.split(self.rows_A, dim=-1), up_OR.split(self.rows_B, dim=0), strict=True)
+        slices = [
+            F.linear(*next(pairs)) if adapted else x_BTI.new_zeros((*x_BTI.shape[:-1], size))
+            for size, adapted in self.outputs
+        ]
+        return torch.cat(slices, dim=-1)
+
+
+def attach(stage: DecoderStage, lora: LoraSpec) -> None:
+    """Freezes the stage but for a sequence head, and gives its projections adapters that are still without values."""
+    stage.requires_grad_(False)
+    for layer in stage.layers:
+        for pair in layer_pairs(stage.model, lora, int(layer)):
+            linear = stage.get_submodule(pair.base.path.removesuffix(".weight"))
+            linear.delta = LoraDelta(stage.mesh, pair, lora.scaling)
+    if stage.is_last and stage.model.num_labels:
+        stage.score.requires_grad_(True)

@@ -1,0 +1,67 @@
+"""The configuration of a fine-tuning run: that of a training run, with a base, a task and a method. No torch."""
+
+from __future__ import annotations
+
+from functools import reduce
+from operator import or_
+from typing import TYPE_CHECKING, Annotated, Any, Self
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from finetune.adapter import Adapter, adapters
+from finetune.task import Task, TaskTable, tasks
+from pretrain.config import EngineConfig
+from workbench.config import Config
+
+
+def _one_of(plugins: dict[str, Any]) -> Any:
+    """The table of any of the plug-ins, told apart by its `kind`."""
+    tagged = [Annotated[plugin.table, Tag(name)] for name, plugin in plugins.items()]
+    message = f"a table with kind = {' or '.join(map(repr, plugins))}"
+    chosen = Discriminator(_kind, custom_error_type="unknown_kind", custom_error_message=message)
+    return Annotated[reduce(or_, tagged), chosen]
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
+if TYPE_CHECKING:
+    AnyTask = TaskTable
+    AnyMethod = Config
+else:
+    AnyTask = _one_of(tasks())
+    AnyMethod = _one_of(adapters())
+
+
+class FinetuneConfig(EngineConfig):
+    """A run that starts from the weights of another."""
+
+    base: str = Field(
+        min_length=1, description="What to start from: a checkpoint, a run folder or a Hugging Face folder."
+    )
+    tokenizer: str | None = Field(
+        default=None, description="Tokenizer folder; by default the one that lies with the base."
+    )
+    task: AnyTask = Field(description="What to learn: kind, files.")
+    method: AnyMethod = Field(description="How to learn it: kind = full or lora, and its settings.")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        found = self.batch.faults(self.parallel.dp) if self.parallel.dp != "auto" else []
+        steps = self.planned_steps()
+        if steps is not None and self.optim.warmup > steps:
+            found.append(f"optim.warmup={self.optim.warmup} is longer than the run of {steps} steps; lower it")
+        if found:
+            raise ValueError("; ".join(found))
+        return self
+
+
+def task_of(config: FinetuneConfig) -> Task:
+    """The task that the [task] table describes."""
+    return next(task for task in tasks().values() if isinstance(config.task, task.table))
+
+
+def adapter_of(config: FinetuneConfig) -> Adapter:
+    """The adapter that the [method] table describes."""
+    return next(adapter for adapter in adapters().values() if isinstance(config.method, adapter.table))

@@ -1,0 +1,101 @@
+"""Encoded examples as the engine wants them: microbatches in an order that the seed alone decides, padded to the right.
+
+The n-th row of a run is a function of n: not of ranks, batch size or steps, so a resume only needs to know n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+
+from finetune.task import IGNORE, Example, Judge, Prepared
+from pretrain.engine import Evaluation, Permutation, Rows, Share
+from workbench.models.batch import Batch
+from workbench.models.decoder import Output
+
+
+class TaskObjective:
+    """Learns from the training rows of a task, judged by its held-out rows (`Objective`)."""
+
+    def __init__(self, prepared: Prepared, *, seed: int, judged_by: Sequence[str] = ("valid",)) -> None:
+        self._prepared = prepared
+        size = len(prepared.train)
+        self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(size, key=f"seed {seed}/rows/epoch {epoch}"))
+        self.evaluations: tuple[Evaluation, ...] = evaluations(prepared, judged_by)
+        self.identity: dict[str, Any] = {**prepared.identity, "seed": seed, "rows": size}
+
+    def train_rows(self, share: Share, *, step: int, first_sample: int, global_size: int) -> list[Rows]:
+        """This rank's microbatches of the step that begins at row `first_sample` of the endless order."""
+        across = share.dp_size * share.micro_size
+        starts = range(first_sample + share.dp_rank * share.micro_size, first_sample + global_size, across)
+        return [self._rows(range(start, start + share.micro_size)) for start in starts]
+
+    def _rows(self, ids: range) -> Rows:
+        return pad([self._prepared.train[self._row(n)] for n in ids], ids, self._prepared.pad_id)
+
+    def _row(self, sample: int) -> int:
+        epoch, position = divmod(sample, len(self._prepared.train))
+        return self._order(epoch)(position)
+
+
+class TaskEvaluation:
+    """The judge's metrics over all held-out rows (`Evaluation`). Rows of like length share a batch."""
+
+    def __init__(self, name: str, examples: Sequence[Example], judge: Judge, pad_id: int) -> None:
+        self.name, self.output = name, _output(judge)
+        self._examples, self._judge, self._pad_id = examples, judge, pad_id
+
+    def batches(self, share: Share, *, num_microbatches: int, max_samples: int | None) -> Iterator[list[Rows]]:
+        """This rank's microbatches; the same number on each, filled up with rows without labels."""
+        total = min(len(self._examples), max_samples or len(self._examples))
+        order = sorted(range(total), key=lambda index: (len(self._examples[index].input_ids), index))
+        across = share.micro_size * share.dp_size
+        for first in range(0, total, across * num_microbatches):
+            starts = range(first + share.dp_rank * share.micro_size, first + across * num_microbatches, across)
+            yield [self._rows(order[start : start + share.micro_size], share.micro_size) for start in starts]
+
+    def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
+        return self._judge.tally(batch, output)
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        return self._judge.metrics(sums)
+
+    def _rows(self, indices: Sequence[int], size: int) -> Rows:
+        examples = [self._examples[index] for index in indices]
+        like = self._examples[0].labels
+        empty = Example(np.full(1, self._pad_id), np.full(like.shape and 1, IGNORE))
+        missing = size - len(examples)
+        return pad([*examples, *[empty] * missing], [*indices, *[0] * missing], self._pad_id)
+
+
+def evaluations(prepared: Prepared, names: Sequence[str]) -> tuple[Evaluation, ...]:
+    """Those of the task's evaluations that are called one of `names`."""
+    return tuple(
+        TaskEvaluation(name, examples, prepared.judge, prepared.pad_id)
+        for name, examples in prepared.held_out.items()
+        if name in names
+    )
+
+
+def pad(examples: Sequence[Example], sample_ids: Sequence[int], pad_id: int) -> Rows:
+    """The examples as one microbatch as long as the longest of them."""
+    lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+    shape = (len(examples), int(lengths.max()))
+    input_ids = np.full(shape, pad_id, dtype=np.int64)
+    by_token = examples[0].labels.ndim > 0
+    labels = np.full(shape if by_token else shape[:1], IGNORE, dtype=np.int64)
+    for row, example in enumerate(examples):
+        input_ids[row, : lengths[row]] = example.input_ids
+        if by_token:
+            labels[row, : lengths[row]] = example.labels
+        else:
+            labels[row] = example.labels
+    return Rows(input_ids, labels, np.array(sample_ids, dtype=np.int64), lengths)
+
+
+def _output(judge: Judge) -> Output:
+    return judge.output
