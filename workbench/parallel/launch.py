@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import json
+import logging
 import multiprocessing
 import os
 import re
+import sys
+import tempfile
+import time
+import traceback
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, record
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from workbench import errors
@@ -68,6 +75,7 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
     if nproc == 1:
         return entry(*args)
     multiprocessing.set_forkserver_preload(_PRELOAD)
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     threads = max(1, (os.cpu_count() or 1) // nproc)
     config = LaunchConfig(
         min_nodes=1,
@@ -80,18 +88,31 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
         monitor_interval=0.1,
         start_method="forkserver",
     )
-    try:
-        results = elastic_launch(config, _rank_main)(entry, args, threads)
-    except ChildFailedError as error:
-        raise _first_failure(error) from None
+    with tempfile.TemporaryDirectory(prefix="wb-ranks-") as reports:
+        try:
+            results = elastic_launch(config, _rank_main)(entry, args, threads, reports)
+        except ChildFailedError as error:
+            raise _first_failure(Path(reports), error) from None
     return results[0]
 
 
-def _rank_main(entry: Callable[..., Any], args: tuple[Any, ...], threads: int) -> Any:
+def _rank_main(entry: Callable[..., Any], args: tuple[Any, ...], threads: int, reports: str) -> Any:
     torch.set_num_threads(threads)
     environment = rank_environment()
     assert environment is not None
-    return record(_join_and_call)(environment, entry, args)
+    try:
+        return _join_and_call(environment, entry, args)
+    except Exception as error:
+        report = {
+            "when": time.time(),
+            "rank": environment.rank,
+            "kind": type(error).__name__,
+            "message": str(error),
+            "traceback": traceback.format_exc(),
+        }
+        Path(reports, f"{environment.rank}.json").write_text(json.dumps(report))
+        # The report is told once by the process that started the ranks; here it would be printed by every rank.
+        sys.exit(1)
 
 
 def _join_and_call(environment: RankEnvironment, entry: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -112,17 +133,17 @@ def _join_and_call(environment: RankEnvironment, entry: Callable[..., Any], args
     return result
 
 
-def _first_failure(error: ChildFailedError) -> WorkbenchError:
-    _, failure = error.get_first_failure()
-    details = failure.message if isinstance(failure.message, dict) else {}
-    inner = details.get("message", {}) if details else {}
-    text = inner.get("message", "") if isinstance(inner, dict) else str(inner)
-    kind, _, message = text.partition(": ")
-    known = getattr(errors, kind, None)
-    if isinstance(known, type) and issubclass(known, WorkbenchError):
-        return known(message)
-    trace = inner.get("extraInfo", {}).get("py_callstack", "") if isinstance(inner, dict) else str(failure.message)
-    return LaunchError(f"rank {failure.rank} failed (exit code {failure.exitcode}):\n{trace or failure.message}")
+def _first_failure(reports: Path, error: ChildFailedError) -> WorkbenchError:
+    """The failure that came first; those of other ranks, whose neighbour was gone, are its consequences."""
+    found = [json.loads(path.read_text()) for path in reports.glob("*.json")]
+    if not found:
+        rank, failure = error.get_first_failure()
+        return LaunchError(f"rank {rank} ended with exit code {failure.exitcode} and left no message; see its log")
+    first = min(found, key=lambda report: report["when"])
+    kind = getattr(errors, first["kind"], None)
+    if isinstance(kind, type) and issubclass(kind, WorkbenchError):
+        return kind(first["message"])
+    return LaunchError(f"rank {first['rank']} failed:\n{first['traceback'].rstrip()}")
 
 
 def _first_host(nodes: str) -> str:
