@@ -27,6 +27,8 @@ class DataParallel:
                 module, mesh=mesh.data_mesh, mp_policy=policy, reshard_after_forward=self._reshard and module is not stage
             )
             wrapped.set_gradient_divide_factor(1.0)
+            # Otherwise torch asks for a pre-multiplied sum in fp32, which gloo does not have.
+            wrapped.set_force_sum_reduction_for_comms(True)
             self._stage = wrapped
 
     def before_backward(self, *, last: bool) -> None:
