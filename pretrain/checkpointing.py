@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from pretrain.optimizer import Optimizer
-from workbench.checkpoint.manifest import Manifest, TrainingState
+from workbench.checkpoint.manifest import TrainingState
 from workbench.checkpoint.reader import NativeSource
 from workbench.checkpoint.writer import (
     RankEntries,
@@ -28,6 +28,7 @@ from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import MOMENTS
 
@@ -36,11 +37,12 @@ Item = tuple[LogicalTensor, Box, Callable[[], np.ndarray]]
 
 @dataclass(frozen=True)
 class Contents:
-    """What goes into a checkpoint besides numbers; the same on every rank."""
+    """What goes into a checkpoint besides numbers; the same on every rank. `adapter`: what is saved is an adapter."""
 
     model: ModelConfig
     lineage: Sequence[Mapping[str, Any]] = ()
     tokenizer: Path | None = None
+    adapter: AdapterRecord | None = None
 
 
 def save(
@@ -72,17 +74,16 @@ def save(
 def _commit(
     final: Path, entries: Sequence[RankEntries], layout: ParallelLayout, training: TrainingState, contents: Contents
 ) -> None:
-    manifest: Manifest = assemble(
+    partial = partial_folder(final)
+    manifest = assemble(
         entries,
         model=contents.model,
         layout=layout,
         training=training,
         lineage=contents.lineage,
-        tokenizer=contents.tokenizer is not None,
+        tokenizer=None if contents.tokenizer is None else copy_tokenizer(contents.tokenizer, partial),
+        adapter=contents.adapter,
     )
-    partial = partial_folder(final)
-    if contents.tokenizer is not None:
-        copy_tokenizer(contents.tokenizer, partial)
     commit(partial, final, manifest)
 
 

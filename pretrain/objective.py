@@ -33,6 +33,11 @@ class Rows:
         """Labels that count."""
         return int(np.count_nonzero(self.labels != IGNORE))
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens without padding."""
+        return self.input_ids.size if self.lengths is None else int(self.lengths.sum())
+
 
 @dataclass(frozen=True, slots=True)
 class Share:

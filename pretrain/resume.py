@@ -9,6 +9,7 @@ from pretrain.objective import Objective
 from workbench.checkpoint.manifest import Manifest, TrainingState
 from workbench.checkpoint.store import Store
 from workbench.errors import CheckpointError, ConfigError
+from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 
 
@@ -50,3 +51,18 @@ def require_same_run(
     if faults:
         raise ConfigError(f"{path} belongs to another run: {'; '.join(faults)}; restore them, or name another run.dir")
     return state
+
+
+def require_same_adapter(found: AdapterRecord | None, adapter: AdapterRecord | None, path: Path) -> None:
+    """ConfigError unless checkpoint and run both train whole models, or adapters of one shape to the same weights."""
+    if found is None and adapter is None:
+        return
+    if found is None or adapter is None:
+        held = "a whole model, not an adapter" if found is None else "an adapter, not a whole model"
+        raise ConfigError(f"{path}: holds {held}; name another run.dir for this method")
+    before, now = found.lora.model_dump(), adapter.lora.model_dump()
+    faults = [f"method.{key} is {now[key]}, was {before[key]}" for key in now if now[key] != before[key]]
+    if found.base_fingerprint != adapter.base_fingerprint:
+        faults.append(f"the base {adapter.base} holds other weights than {found.base} did")
+    if faults:
+        raise ConfigError(f"{path} belongs to another run: {'; '.join(faults)}; restore them, or name another run.dir")

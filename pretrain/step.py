@@ -15,9 +15,10 @@ from workbench.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know before a step: how many labels it has over all of them, and whether one wants to stop."""
+    """What all ranks know before a step: its labels and tokens over all of them, and whether one wants to stop."""
 
     num_labels: int
+    num_tokens: int
     stop: bool
 
 
@@ -37,11 +38,11 @@ class StepResult:
 
 
 def agree(rows: Sequence[Rows], mesh: Mesh, *, stop: bool) -> Agreement:
-    """Sums labels over data-parallel ranks and wishes to stop over all ranks: one small all-reduce on the CPU."""
+    """Sums labels and tokens over data-parallel ranks, wishes to stop over all: one small all-reduce on the CPU."""
     counts_here = mesh.tp.rank == 0 and mesh.pp.rank == 0
-    labels = sum(microbatch.num_labels for microbatch in rows) if counts_here else 0
-    total = mesh.world.all_reduce(torch.tensor([labels, int(stop)], dtype=torch.int64))
-    return Agreement(int(total[0]), bool(total[1]))
+    labels, tokens = (sum(r.num_labels for r in rows), sum(r.num_tokens for r in rows)) if counts_here else (0, 0)
+    total = mesh.world.all_reduce(torch.tensor([labels, tokens, int(stop)], dtype=torch.int64))
+    return Agreement(int(total[0]), int(total[1]), bool(total[2]))
 
 
 def train_step(

@@ -20,7 +20,7 @@ from pretrain.meter import Budget, Meter
 from pretrain.objective import Objective, Share
 from pretrain.optimizer import Optimizer
 from pretrain.pipeline import Pipeline
-from pretrain.resume import find_checkpoint, require_same_run
+from pretrain.resume import find_checkpoint, require_same_adapter, require_same_run
 from pretrain.schedules import schedule_named
 from pretrain.step import StepResult, agree, train_step
 from workbench.checkpoint.manifest import TrainingState
@@ -31,6 +31,7 @@ from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
+from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 
 COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -39,13 +40,15 @@ COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 @dataclass(frozen=True)
 class Subject:
     """What is trained. `fill` gives every parameter its first value; `adapt` may change modules before they are
-    wrapped; `tokenizer` and `lineage` are carried into checkpoints."""
+    wrapped; `tokenizer` and `lineage` are carried into checkpoints. With `adapter`, checkpoints hold only what is
+    trained, and `fill` gives the rest its values on a resume as well."""
 
     model: ModelConfig
     fill: Callable[[list[LiveParameter]], None]
     adapt: Callable[[DecoderStage], None] | None = None
     tokenizer: Path | None = None
     lineage: Sequence[Mapping[str, Any]] = ()
+    adapter: AdapterRecord | None = None
 
 
 class Watcher(Protocol):
@@ -185,19 +188,19 @@ class Trainer:
                 seed=config.run.seed,
                 step=step,
             )
-            self._advance()
+            self._advance(agreed.num_tokens)
             self._after_step(result, lr)
         return "steps"
 
-    def _advance(self) -> None:
+    def _advance(self, tokens: int) -> None:
         config, state = self.config, self.state
         self.state = replace(
             state,
             step=state.step + 1,
             samples=state.samples + config.batch.global_size,
-            tokens=state.tokens + config.step_tokens,
+            tokens=state.tokens + tokens,
         )
-        self.meter.count(config.step_tokens)
+        self.meter.count(tokens)
         if self.budget.horizon is None:
             first = self.mesh.world.rank == 0
             found = self.budget.measured_horizon(self.state.step) if first else None
@@ -265,8 +268,9 @@ class Trainer:
             optimizer={} if optimizer is None else {"name": config.optim.name, "step": optimizer.step_count},
         )
         path = self.store.path(self.state.step)
-        contents = Contents(self.subject.model, self.subject.lineage, self.subject.tokenizer)
-        save(path, self.built.parameters, optimizer, self.mesh, training=self.state, contents=contents)
+        subject = self.subject
+        contents = Contents(subject.model, subject.lineage, subject.tokenizer, subject.adapter)
+        save(path, self._saved_parameters, optimizer, self.mesh, training=self.state, contents=contents)
         self._saved_step = self.state.step
         if self.mesh.world.rank == 0 and config.checkpoint.keep:
             self.store.retain(config.checkpoint.keep)
@@ -282,11 +286,19 @@ class Trainer:
         source = open_native(path)
         try:
             state = require_same_run(source.manifest, self.config, self.subject.model, self.objective, path)
+            require_same_adapter(source.manifest.adapter, self.subject.adapter, path)
+            if self.subject.adapter is not None:
+                self.subject.fill(self.built.parameters)
             updates = int(state.optimizer.get("step", state.step))
-            load_training(source, self.built.parameters, self.optimizer, updates=updates)
+            load_training(source, self._saved_parameters, self.optimizer, updates=updates)
         finally:
             source.close()
         return state
+
+    @property
+    def _saved_parameters(self) -> list[LiveParameter]:
+        everything = self.built.parameters
+        return everything if self.subject.adapter is None else [p for p in everything if p.trainable]
 
     def _facts(self) -> dict[str, Any]:
         return {
