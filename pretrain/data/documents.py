@@ -4,6 +4,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from typing import BinaryIO, Protocol, cast
 from workbench.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-_PIECE_CHARS = 1 << 20  # what one piece of a long document holds at most, about: bounds memory
+_PIECE_CHARS = 1 << 15  # about what one piece of a long document holds: a tokenizer takes 100 bytes a character
 _LINE_BYTES = 1 << 20
+# Pre-tokenizers of the GPT-2 kind always begin a word at a single blank, so a cut before one changes no token.
+_SAFE_CUT = re.compile(r"(?<=\S) (?=\S)")
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
 _NOT_TEXT = (
     ".parquet",
@@ -116,7 +119,7 @@ class TextFile:
             text = record[self.field]
             if not isinstance(text, str):
                 raise DataError(f"{place}: field {self.field!r} is {type(text).__name__}, not text")
-            yield Piece(text, f"{self.name}:{number}", ends=True)
+            yield from pieces_of(text, f"{self.name}:{number}")
 
     def _text(self, file: BinaryIO) -> Iterator[Piece]:
         held: list[str] = []
@@ -126,11 +129,12 @@ class TextFile:
                 yield Piece("".join(held), document, ends=True)
                 held, held_chars, document = [], 0, f"{self.name}:{number + 1}"
                 continue
-            if held_chars and held_chars + len(line) > _PIECE_CHARS:
-                yield Piece("".join(held), document, ends=False)
-                held, held_chars = [], 0
             held.append(line)
             held_chars += len(line)
+            if held_chars > 2 * _PIECE_CHARS:
+                *begun, rest = cut("".join(held))
+                yield from (Piece(one, document, ends=False) for one in begun)
+                held, held_chars = [rest], len(rest)
         yield Piece("".join(held), document, ends=True)
 
 
@@ -168,6 +172,24 @@ class FileSource:
 
     def _hidden(self, path: Path) -> bool:
         return any(part.startswith(".") for part in path.relative_to(self.path).parts)
+
+
+def pieces_of(text: str, document: str) -> Iterator[Piece]:
+    """The pieces of a whole document."""
+    *begun, rest = cut(text)
+    yield from (Piece(one, document, ends=False) for one in begun)
+    yield Piece(rest, document, ends=True)
+
+
+def cut(text: str, *, chars: int = _PIECE_CHARS) -> list[str]:
+    """The text in pieces of about `chars`, cut where a word begins; at the latest after 4 * chars."""
+    pieces, start = [], 0
+    while len(text) - start > 2 * chars:
+        found = _SAFE_CUT.search(text, start + chars, start + 4 * chars)
+        stop = found.start() if found else min(start + 4 * chars, len(text))
+        pieces.append(text[start:stop])
+        start = stop
+    return [*pieces, text[start:]]
 
 
 def documents(part: TextPart) -> Iterator[tuple[str, str]]:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pretrain.data.documents import Piece, TextPart
+from pretrain.data.documents import Piece, TextPart, pieces_of
 from workbench.errors import DataError
 
 SPLITS = ("train", "valid", "test")
@@ -40,7 +40,7 @@ class StdlibDocument:
 
     def pieces(self) -> Iterator[Piece]:
         """The whole document."""
-        yield Piece(self.text, self.name, ends=True)
+        yield from pieces_of(self.text, self.name)
 
     def num_bytes(self) -> int:
         """UTF-8 bytes."""

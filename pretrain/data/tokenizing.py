@@ -13,8 +13,8 @@ from workbench.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]
 
-_BATCH_CHARS = 4 << 20
-_BATCH_PIECES = 8192
+_BATCH_CHARS = 1 << 20
+_BATCH_PIECES = 4096
 
 
 def build_data(

@@ -198,7 +198,8 @@ COMMAND = Group(
         Command(
             "preview",
             preview,
-            example="wb data preview data/corpus-train -n 2\nwb data preview data/corpus-train --seq-len 512 --seed 1234",
+            example="wb data preview data/corpus-train -n 2\n"
+            "wb data preview data/corpus-train --seq-len 512 --seed 1234",
         ),
     ),
     panel="Data",
