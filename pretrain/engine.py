@@ -8,6 +8,7 @@ from pretrain.data.permutation import Permutation
 from pretrain.evaluation import evaluate
 from pretrain.objective import Evaluation, NextToken, NextTokenLoss, Objective, Rows, Share, to_batch
 from pretrain.pipeline import Pipeline
+from pretrain.schedules import schedule_named
 from pretrain.trainer import RunResult, Subject, Trainer, Watcher
 
 __all__ = [
@@ -26,5 +27,6 @@ __all__ = [
     "Watcher",
     "evaluate",
     "length_faults",
+    "schedule_named",
     "to_batch",
 ]
