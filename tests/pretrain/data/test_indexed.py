@@ -30,7 +30,7 @@ def test_documents_come_back_as_they_were_written(
             writer.end_document()
     tokens = IndexedTokens(prefix)
     assert [tokens.document(number).tolist() for number in range(len(tokens))] == documents
-    assert tokens.read(0, tokens.num_tokens).tolist() == sum(documents, [])
+    assert tokens.read(0, tokens.num_tokens).tolist() == [token for document in documents for token in document]
     assert tokens.verify() == max(map(max, documents))
 
 

@@ -1,6 +1,7 @@
 """The keyed permutation and the blend: bijections, proportions, and constants that never change."""
 
 from fractions import Fraction
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -41,7 +42,7 @@ def test_the_order_looks_random() -> None:
     firsts = [Permutation(size, key=f"k{key}")(0) for key in range(keys)]
     assert abs(sum(firsts) / keys - (size - 1) / 2) < 4 * size / (12 * keys) ** 0.5
     order = [Permutation(10_007, key="drift")(position) for position in range(10_007)]
-    rising = sum(one < other for one, other in zip(order, order[1:], strict=False))
+    rising = sum(one < other for one, other in pairwise(order))
     assert abs(rising - 5003) < 4 * (10_007 / 12) ** 0.5
     assert sum(position == element for position, element in enumerate(order)) < 8
 
