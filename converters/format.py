@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class OpenedCheckpoint:
     fingerprints: of the logical tensors, as far as the checkpoint records them (may be empty).
     tokenizer: a folder that holds tokenizer files, or None.
     info: more lines for `wb inspect`, label -> text.
+    adapter: set when the tensors are an adapter to the weights of another checkpoint; `model` is then the adapted one.
     check: reads everything and raises CheckpointError when the checkpoint contradicts itself (its own checksums,
         sizes, index); None when the format carries nothing to check.
     """
@@ -51,6 +53,7 @@ class OpenedCheckpoint:
     fingerprints: Mapping[str, str] = field(default_factory=dict)
     info: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Progress], None] | None = None
+    adapter: AdapterRecord | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class WriteRequest:
     family: str | None = None
     lineage: tuple[Mapping[str, Any], ...] = ()
     max_shard_bytes: int = 5_000_000_000
+    adapter: AdapterRecord | None = None
 
 
 class Destination(Protocol):

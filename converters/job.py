@@ -16,6 +16,7 @@ from workbench.checkpoint.writer import OPTIMIZER_PREFIX
 from workbench.errors import ConfigError, ConversionError
 from workbench.spec.geometry import LogicalTensor
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.lora import adapter_tensors
 from workbench.spec.schema import logical_tensors
 
 Optimizer = Literal["keep", "drop", "require"]
@@ -68,6 +69,7 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
         family=opened.family,
         lineage=(*opened.lineage, _parent(opened, operation)),
         max_shard_bytes=options.max_shard_bytes,
+        adapter=opened.adapter,
     )
     destination = target.destination(request)
     plan = make_plan(source, destination, drops=drops, workers=options.workers, budget_bytes=options.budget_bytes)
@@ -88,10 +90,11 @@ def _choose(
 
 def _check_complete(opened: OpenedCheckpoint, schema: dict[str, LogicalTensor]) -> None:
     """ConversionError when weights of the model are missing or have another shape than the model says."""
+    adapter = opened.adapter
     expected = logical_tensors(opened.model, "F32")
+    if adapter is not None:
+        expected = adapter_tensors(opened.model, adapter.lora, "F32")
     held = [name for name in expected if name in schema]
-    if not held:  # an adapter by itself
-        return
     faults = [f"{name} is missing" for name in expected if name not in schema]
     faults += [
         f"{name} has shape {list(schema[name].shape)}, but the model configuration says {list(expected[name].shape)}"

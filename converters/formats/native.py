@@ -6,6 +6,7 @@ import fcntl
 import os
 import threading
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -29,9 +30,11 @@ from workbench.checkpoint.writer import (
 )
 from workbench.errors import ConfigError, VerificationError
 from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.lora import adapter_specs
 from workbench.spec.schema import MOMENTS, stored_shards
 
 _CHECK_BYTES = 1 << 20
+_FLUSH_BYTES = 64 << 20
 
 
 class NativeFormat:
@@ -60,6 +63,7 @@ class NativeFormat:
             lineage=manifest.lineage,
             fingerprints={name: stored.fingerprint for name, stored in manifest.tensors.items()},
             check=source.check,
+            adapter=manifest.adapter,
         )
 
     def destination(self, request: WriteRequest) -> Destination:
@@ -76,11 +80,13 @@ def _family(manifest: Manifest) -> str | None:
 def stored_boxes(request: WriteRequest) -> dict[str, tuple[tuple[str, Box], ...]]:
     """File and box of every piece of every tensor of a request, from the model's one table of geometry.
 
-    Moments are cut like their weights. A tensor that the model does not know (an adapter's) is stored whole by the
-    first rank: nothing is left out for want of a place.
+    Moments are cut like their weights. A tensor that the model does not know is stored whole by the first rank: nothing
+    is left out for want of a place.
     """
     found: dict[str, list[tuple[str, Box]]] = {name: [] for name in request.schema}
-    for (stage, tp_rank), shards in stored_shards(request.model, request.layout).items():
+    adapter = request.adapter
+    specs = None if adapter is None else adapter_specs(request.model, adapter.lora, request.layout)
+    for (stage, tp_rank), shards in stored_shards(request.model, request.layout, specs).items():
         tag = rank_tag(tp_rank, stage)
         for shard in shards:
             for name in (shard.name, *(f"{moment}/{shard.name}" for moment in MOMENTS)):
@@ -106,6 +112,7 @@ class NativeDestination:
         self._writers = {f: ShardFileWriter(self._partial / f, boxes) for f, boxes in sorted(by_file.items())}
         self._tokenizer: dict[str, str] = {}
         self._lock: int | None = None
+        self._flusher = _Flusher()
 
     @property
     def path(self) -> Path:
@@ -139,6 +146,7 @@ class NativeDestination:
         """Appends to the stored box that contains `box`."""
         file, piece = next((f, p) for f, p in self._pieces[name] if p.contains(box))
         self._writers[file].append(name, piece, array)
+        self._flusher.written(self._writers[file], array.nbytes)
 
     def check(self, progress: Progress) -> None:
         """Reads every file back from the disk's side and compares it with the checksums of what was written."""
@@ -150,6 +158,7 @@ class NativeDestination:
         in_threads([entry for writer in self._writers.values() for entry in writer.entries()], work, 2)
 
     def _sync(self) -> None:
+        self._flusher.close()
         in_threads(self._writers.values(), lambda writer, _: writer.sync(), 2)
 
     def reopen(self) -> TensorSource:
@@ -171,6 +180,7 @@ class NativeDestination:
             discard(self._partial)
 
     def _close(self) -> None:
+        self._flusher.close()
         for writer in self._writers.values():
             writer.close()
         if self._lock is not None:
@@ -188,8 +198,39 @@ class NativeDestination:
             for name, tensor in self.schema.items()
         }
         return Manifest(
-            request.model, request.layout, tensors, self.files, request.training, request.lineage, self._tokenizer
+            model=request.model,
+            layout=request.layout,
+            tensors=tensors,
+            files=self.files,
+            training=request.training,
+            lineage=request.lineage,
+            tokenizer=self._tokenizer,
+            adapter=request.adapter,
         )
+
+
+class _Flusher:
+    """Starts the disk early: while the copy goes on, a thread of its own syncs files that have much unwritten data."""
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+        self._dirty: dict[ShardFileWriter, int] = {}
+
+    def written(self, writer: ShardFileWriter, num_bytes: int) -> None:
+        """Counts bytes written; syncs the file in the background once they are many."""
+        with self._lock:
+            self._dirty[writer] = self._dirty.get(writer, 0) + num_bytes
+            if self._dirty[writer] >= _FLUSH_BYTES:
+                self._dirty[writer] = 0
+                self._pool = self._pool or ThreadPoolExecutor(1)
+                self._pool.submit(writer.sync)
+
+    def close(self) -> None:
+        """Drops what has not begun and waits for the rest."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+            self._pool = None
 
 
 def _by_offset(stored: StoredBox) -> tuple[int, ...]:

@@ -5,7 +5,7 @@ Layers are built from these specs, so a layer's `shards()` and the offline plann
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from workbench.spec.geometry import EMBED, FINAL, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
@@ -116,26 +116,34 @@ def num_parameters(model: ModelConfig) -> int:
 
 def stage_specs(model: ModelConfig, layout: ParallelLayout, stage: int) -> Iterator[ParameterSpec]:
     """The parameters that live on `stage` of the pipeline."""
-    stages = layout.stages(model.num_hidden_layers)
-    here: set[Place] = set(stages[stage])
+    here = stage_places(model, layout, stage)
+    return (spec for spec in parameter_specs(model, layout) if here.intersection(spec.places))
+
+
+def stage_places(model: ModelConfig, layout: ParallelLayout, stage: int) -> set[Place]:
+    """The positions of the network that lie on `stage` of the pipeline."""
+    here: set[Place] = set(layout.stages(model.num_hidden_layers)[stage])
     if stage == 0:
         here.add(EMBED)
     if stage == layout.pp - 1:
         here.add(FINAL)
-    for spec in parameter_specs(model, layout):
-        if here.intersection(spec.places):
-            yield spec
+    return here
 
 
-def stored_shards(model: ModelConfig, layout: ParallelLayout) -> Mapping[tuple[int, int], tuple[Shard, ...]]:
+def stored_shards(
+    model: ModelConfig, layout: ParallelLayout, specs: Iterable[ParameterSpec] | None = None
+) -> Mapping[tuple[int, int], tuple[Shard, ...]]:
     """What each (stage, tp_rank) writes to a checkpoint of `layout`: each logical element once.
 
-    Of several copies the first one writes; a tied embedding is written by the first stage.
+    Of several copies the first one writes; a tied embedding is written by the first stage. `specs`: what is stored, if
+    not the parameters of the model (an adapter).
     """
+    everything = tuple(parameter_specs(model, layout) if specs is None else specs)
     found: dict[tuple[int, int], tuple[Shard, ...]] = {}
     for stage in range(layout.pp):
-        specs = [s for s in stage_specs(model, layout, stage) if stage == 0 or EMBED not in s.places]
+        here = stage_places(model, layout, stage)
+        inside = [s for s in everything if here.intersection(s.places) and (stage == 0 or EMBED not in s.places)]
         for tp_rank in range(layout.tp):
-            shards = (shard for spec in specs for shard in spec.shards(layout.tp, tp_rank))
+            shards = (shard for spec in inside for shard in spec.shards(layout.tp, tp_rank))
             found[stage, tp_rank] = tuple(shard for shard in shards if shard.copy == 0)
     return found
