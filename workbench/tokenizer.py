@@ -46,9 +46,12 @@ class Tokenizer:
         backend.no_padding()
         return cls(folder, backend, _settings(folder))
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of `text`; special tokens written in it become their ids, none is added."""
-        return self._backend.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """The ids of `text`; special tokens written in it become their ids.
+
+        `special` adds those that the tokenizer's own template puts around a text, as transformers does by default.
+        """
+        return self._backend.encode(text, add_special_tokens=special).ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed by all cores."""

@@ -16,7 +16,7 @@ from converters.formats._huggingface_source import CONFIG, INDEX, WEIGHTS, Huggi
 from converters.formats._model_card import model_card
 from converters.formats._ranges import write_box
 from converters.names import summarise
-from converters.rules import Permute, Rule, origins, push_pieces
+from converters.rules import Rule, origins, push_pieces
 from workbench.checkpoint.safetensors_io import FileLayout, lay_out
 from workbench.checkpoint.writer import discard, partial_folder, prepare
 from workbench.errors import CheckpointError, ConversionError, ResourceError, VerificationError
@@ -70,12 +70,8 @@ class HuggingFaceDestination:
         return ((self._file_of[self._rules[name].foreign], whole),)
 
     def sweep(self, name: str) -> int:
-        """The logical dimension that varies slowest in the file."""
-        dim = 0
-        for operation in self._rules[name].view:
-            if isinstance(operation, Permute):
-                dim = operation.axes.index(dim)
-        return dim
+        """The first dimension. Files are filled at any place, so the order is the one that suits the source."""
+        return 0
 
     def begin(self) -> None:
         """Makes the unfinished folder: weight files of full size, configuration and tokenizer."""

@@ -49,7 +49,7 @@ def model_card(request: WriteRequest, family: Family, dtype: str) -> str:
 
 
 def _provenance(request: WriteRequest) -> list[str]:
-    found = [_line(entry) for entry in request.lineage]
+    found = [line for entry in request.lineage if (line := _line(entry))]
     if request.training is not None:
         found.append(
             f"trained with Workbench: step {request.training.step:,}, {request.training.tokens:,} tokens, "
@@ -59,5 +59,12 @@ def _provenance(request: WriteRequest) -> list[str]:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    words = [f"{key} {value}" for key, value in entry.items() if isinstance(value, str | int) and key != "kind"]
-    return f"{entry.get('kind', 'from')}: {', '.join(words)}"
+    """One ancestor in words; without paths, which mean nothing on another machine."""
+    if isinstance(entry.get("config"), Mapping):
+        return f"weights of the Hugging Face folder `{entry.get('name')}`"
+    if "operation" not in entry:
+        return ""
+    step = f" of step {entry['step']:,}" if isinstance(entry.get("step"), int) else ""
+    layout = entry.get("layout")
+    where = f" at tp={layout.get('tp')} pp={layout.get('pp')}" if isinstance(layout, Mapping) else ""
+    return f"{entry['operation']}{step} from a {entry.get('format', 'foreign')} checkpoint{where}"

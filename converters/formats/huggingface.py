@@ -56,6 +56,11 @@ class HuggingFaceFormat:
 
     def destination(self, request: WriteRequest) -> HuggingFaceDestination:
         """A folder to be written. ConversionError when no family, or not the asked one, can hold the model."""
+        if request.adapter is not None:
+            raise ConversionError(
+                f"{request.path}: what is to be written is an adapter to {request.adapter.base}, not a model; "
+                "`wb merge` it first, or export it with --to peft"
+            )
         birth = birth_of(request.lineage)
         known = birth.get("family") if birth else None
         if request.family:
@@ -79,7 +84,6 @@ def _birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, A
     """The line of the lineage that says where the model came from, with the words of its configuration."""
     generation = path / GENERATION_CONFIG
     return {
-        "kind": "import",
         "format": NAME,
         "name": path.resolve().name,
         "family": family.name,

@@ -266,5 +266,5 @@ def test_tokenizer_files_and_a_model_card_come_along(folders: Mapping[str, Path]
     assert (tmp_path / "out/tokenizer.json").read_text() == "{}"
     assert not (tmp_path / "out/weights.bin").exists()
     card = (tmp_path / "out/README.md").read_text()
-    assert "GPT2LMHeadModel" in card and f"name {folders[FUSED].name}" in card
+    assert "GPT2LMHeadModel" in card and f"folder `{folders[FUSED].name}`" in card
     assert FORMAT.open(tmp_path / "out").tokenizer == tmp_path / "out"

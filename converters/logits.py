@@ -1,0 +1,136 @@
+"""Proof by logits: the engine's from a tensor source against plain transformers' from a folder, in another process.
+
+This is the one place in converters that computes with a model; torch is imported when it does.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from workbench.checkpoint.source import TensorSource
+from workbench.errors import ResourceError, VerificationError
+from workbench.spec.model import ModelConfig
+from workbench.spec.schema import num_parameters
+
+if TYPE_CHECKING:
+    import numpy as np
+
+TOLERANCE: Final = 1e-4
+"""Largest absolute difference of fp32 logits that passes, for logits up to 10; for larger ones in proportion."""
+_LENGTHS: Final = (1, 17, 64, 192)
+_SEED: Final = 20240229
+
+
+@dataclass(frozen=True)
+class LogitsReport:
+    """How far apart the logits are at most, what was allowed, and over how many tokens they were compared."""
+
+    difference: float
+    tolerance: float
+    tokens: int
+
+    def describe(self) -> dict[str, Any]:
+        """The report as JSON values."""
+        return {"difference": self.difference, "tolerance": self.tolerance, "tokens": self.tokens}
+
+
+def compare_logits(model: ModelConfig, source: TensorSource, folder: Path) -> LogitsReport:
+    """The comparison of `source`, run by the engine at tp=1, with `folder`, run by transformers in a fresh process.
+
+    Raises VerificationError when they differ by more than the tolerance or transformers cannot load the folder, and
+    ResourceError when the model does not fit into memory.
+    """
+    require_memory(model)
+    sequences = probe_sequences(model)
+    ours = engine_logits(model, source, sequences)
+    theirs = reference_logits(model, folder, sequences)
+    return judge(ours, theirs, sequences, folder)
+
+
+def probe_sequences(model: ModelConfig) -> list[list[int]]:
+    """Token sequences of several lengths, as long as the model allows; the same ones every time.
+
+    They hold the first and the last token of the vocabulary, and no padding, which a sequence head would skip.
+    """
+    draw = random.Random(_SEED)
+    tokens = [token for token in range(model.vocab_size) if token != model.pad_token_id]
+    lengths = sorted({min(length, model.max_position_embeddings) for length in _LENGTHS})
+    sequences = [[draw.choice(tokens) for _ in range(length)] for length in lengths]
+    sequences[-1][:2] = [tokens[0], tokens[-1]][: len(sequences[-1])]
+    return sequences
+
+
+def engine_logits(model: ModelConfig, source: TensorSource, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """The engine's logits of each sequence, in fp32 on the CPU at tp=1."""
+    from workbench.models.generate import load_model, logits
+
+    stage = load_model(model, source)
+    return [logits(stage, sequence).float().numpy() for sequence in sequences]
+
+
+def reference_logits(model: ModelConfig, folder: Path, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """transformers' logits of each sequence, from a fresh offline process that imports nothing of ours."""
+    import numpy as np
+
+    task = "sequence_classification" if model.num_labels else "causal_lm"
+    with tempfile.TemporaryDirectory() as scratch:
+        rows, output = Path(scratch, "sequences.json"), Path(scratch, "logits.npz")
+        rows.write_text(json.dumps([list(sequence) for sequence in sequences]))
+        script = str(Path(__file__).with_name("reference.py"))
+        words = [sys.executable, "-I", script, str(folder.absolute()), task, str(rows), str(output)]
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or ["no message"]
+            raise VerificationError(f"{folder}: transformers cannot load it: {last[0]}")
+        with np.load(output) as found:
+            return [found[str(index)] for index in range(len(sequences))]
+
+
+def judge(
+    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], sequences: Sequence[Sequence[int]], folder: Path
+) -> LogitsReport:
+    """The report, when the logits agree; VerificationError names the first token where they do not."""
+    import numpy as np
+
+    largest = max(float(np.abs(array).max()) for array in theirs)
+    tolerance = TOLERANCE * max(1.0, largest / 10)
+    worst = 0.0
+    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if a.shape != b.shape:
+            raise VerificationError(
+                f"{folder}: logits have shape {list(b.shape)} in transformers, {list(a.shape)} here"
+            )
+        gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
+        gap = np.where(np.isfinite(gap), gap, np.inf)
+        worst = max(worst, float(gap.max()))
+        if worst > tolerance:
+            at = np.argwhere(gap > tolerance)[0].tolist()
+            raise VerificationError(
+                f"{folder}: logits differ from the source's by {worst:.3g}, and {tolerance:.1g} is allowed; "
+                f"first in probe sequence {index} of {len(sequences[index])} tokens at {at}: transformers "
+                f"{float(b[tuple(at)]):.6g}, source {float(a[tuple(at)]):.6g}"
+            )
+    return LogitsReport(worst, tolerance, sum(map(len, sequences)))
+
+
+def require_memory(model: ModelConfig) -> None:
+    """ResourceError unless the machine has room for the model in fp32."""
+    needed = int(4 * num_parameters(model) * 1.2) + (1 << 29)
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration):
+        return
+    if needed > free:
+        raise ResourceError(
+            f"comparing logits needs about {needed / 2**30:.1f} GiB of memory for the model in fp32, and "
+            f"{free / 2**30:.1f} GiB are free; use --verify full, which compares the weights bit for bit"
+        )

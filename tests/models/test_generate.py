@@ -1,0 +1,92 @@
+"""Generation with a cache gives what a whole forward pass gives, and what transformers gives."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from converters.formats.huggingface import FORMAT
+from tests.helpers.hf_models import make_model
+from workbench.errors import ConfigError, ConversionError
+from workbench.models.decoder import DecoderStage
+from workbench.models.generate import Sampling, choose, generate, load_model, logits
+
+CASES = ("llama, tied, grouped, llama3 rope", "gpt2, untied, own width, exact gelu")
+PROMPT = [5, 9, 31, 7]
+
+
+def load_case(case: str, folder: Path) -> DecoderStage:
+    make_model(case).save_pretrained(folder)
+    opened = FORMAT.open(folder)
+    return load_model(opened.model, opened.source)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_greedy_tokens_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
+    ours = list(generate(load_case(case, tmp_path), PROMPT, max_new_tokens=40))
+    model = make_model(case)
+    theirs = model.generate(
+        torch.tensor([PROMPT]), max_new_tokens=40, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert ours == theirs[0, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_cached_step_equals_a_whole_forward_pass(tmp_path: Path, case: str) -> None:
+    stage = load_case(case, tmp_path)
+    tokens = list(PROMPT)
+    for token in generate(stage, PROMPT, max_new_tokens=12):
+        assert token == int(logits(stage, tokens)[-1].argmax())
+        tokens.append(token)
+
+
+def test_a_draw_depends_on_the_seed_alone(tmp_path: Path) -> None:
+    stage = load_case(CASES[0], tmp_path)
+
+    def draw(seed: int) -> list[int]:
+        return list(generate(stage, PROMPT, max_new_tokens=20, sampling=Sampling(temperature=1.0, seed=seed)))
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_generation_ends_at_a_stop_token_and_leaves_it_out(tmp_path: Path) -> None:
+    stage = load_case(CASES[0], tmp_path)
+    free = list(generate(stage, PROMPT, max_new_tokens=20))
+    stop = free[6]
+    assert list(generate(stage, PROMPT, max_new_tokens=20, stop={stop})) == free[: free.index(stop)]
+
+
+def test_sampling_draws_in_proportion_from_what_top_k_and_top_p_leave() -> None:
+    shares = torch.tensor([0.5, 0.25, 0.15, 0.1])
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(sampling: Sampling) -> dict[int, float]:
+        counts = Counter(choose(shares.log(), sampling, generator) for _ in range(2000))
+        return {token: count / 2000 for token, count in counts.items()}
+
+    everything = draw(Sampling(temperature=1.0))
+    assert all(abs(everything[token] - share) < 0.05 for token, share in enumerate(shares.tolist()))
+    assert set(draw(Sampling(temperature=1.0, top_k=2))) == {0, 1}
+    assert set(draw(Sampling(temperature=1.0, top_p=0.6))) == {0, 1}
+    assert set(draw(Sampling(temperature=1.0, top_p=0.01))) == {0}
+    cold = draw(Sampling(temperature=0.5))
+    assert abs(cold[0] - 0.25 / (0.25 + 0.0625 + 0.0225 + 0.01)) < 0.05
+
+
+def test_what_cannot_be_generated_is_refused(tmp_path: Path) -> None:
+    stage = load_case(CASES[0], tmp_path / "lm")
+    with pytest.raises(
+        ConfigError, match="4 tokens of prompt and 61 new ones are more than max_position_embeddings=64"
+    ):
+        generate(stage, PROMPT, max_new_tokens=61)
+    with pytest.raises(ConfigError, match="token 101 of the prompt is not in the vocabulary of 101"):
+        generate(stage, [101], max_new_tokens=1)
+    with pytest.raises(ConfigError, match="the prompt has no tokens"):
+        generate(stage, [], max_new_tokens=1)
+    with pytest.raises(ConfigError, match=r"temperature=-1.0 is negative.*top_p=0.0 is not in \(0, 1\]"):
+        Sampling(temperature=-1.0, top_p=0.0)
+    with pytest.raises(ConversionError, match="head of num_labels=3"):
+        generate(load_case("llama classifier", tmp_path / "cls"), PROMPT, max_new_tokens=1)
