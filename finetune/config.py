@@ -50,7 +50,7 @@ class FinetuneConfig(EngineConfig):
     def _fits(self) -> Self:
         found = self.batch.faults(self.parallel.dp) if self.parallel.dp != "auto" else []
         steps = self.planned_steps()
-        if steps is not None and self.optim.warmup > steps:
+        if steps and self.optim.warmup > steps:
             found.append(f"optim.warmup={self.optim.warmup} is longer than the run of {steps} steps; lower it")
         if found:
             raise ValueError("; ".join(found))

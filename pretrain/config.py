@@ -162,7 +162,7 @@ class RunTable(Config):
     """Where a run lives and how long it takes: until the first of steps, tokens and seconds is reached."""
 
     dir: str = Field(default="runs/pretrain", min_length=1, description="Folder of this run.")
-    steps: int | None = Field(default=None, gt=0)
+    steps: int | None = Field(default=None, ge=0, description="Updates to make; 0 saves the initial model.")
     tokens: int | None = Field(default=None, gt=0, description="Training tokens, rounded up to whole steps.")
     seconds: float | None = Field(default=None, gt=0, description="Time to train, without start and final save.")
     seed: int = Field(default=1234, ge=0, description="Seed of initial weights and dropout.")
@@ -236,7 +236,7 @@ class PretrainConfig(EngineConfig):
         if self.parallel.dp != "auto":
             found += self.batch.faults(self.parallel.dp)
         steps = self.planned_steps()
-        if steps is not None and self.optim.warmup > steps:
+        if steps and self.optim.warmup > steps:
             found.append(f"optim.warmup={self.optim.warmup} is longer than the run of {steps} steps; lower it")
         if found:
             raise ValueError("; ".join(found))

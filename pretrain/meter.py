@@ -47,7 +47,7 @@ class Budget:
 
     def __init__(self, planned: int | None, seconds: float | None, *, horizon: int | None, spent: float) -> None:
         self._planned, self._seconds, self._spent = planned, seconds, spent
-        self.horizon = horizon if seconds is not None else planned
+        self.horizon = planned if seconds is None or planned == 0 else horizon
         self._started = time.perf_counter()
         self._times: list[float] = []
 
