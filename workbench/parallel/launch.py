@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -27,6 +28,8 @@ from workbench import errors
 from workbench.errors import LaunchError, WorkbenchError
 
 _PRELOAD = ["torch", "torch.distributed.fsdp", "workbench.parallel.launch"]
+_SHUTDOWN_SECONDS = "600"
+"""How long ranks that were told to stop may take to finish their step and save."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +70,8 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
 
     In a rank that a launcher started, this process joins the others and `nproc` is not used. With one process `entry`
     runs in this one. Else `nproc` ranks are started, for which `entry` and `args` must be picklable. Raises the first
-    failing rank's own WorkbenchError, or LaunchError with its rank and traceback.
+    failing rank's own WorkbenchError, or LaunchError with its rank and traceback; KeyboardInterrupt after SIGINT or
+    SIGTERM, which the ranks get as well, with time to save.
     """
     environment = rank_environment()
     if environment is not None:
@@ -76,6 +80,7 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
         return entry(*args)
     multiprocessing.set_forkserver_preload(_PRELOAD)
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     threads = max(1, (os.cpu_count() or 1) // nproc)
     config = LaunchConfig(
         min_nodes=1,
@@ -93,6 +98,8 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
             results = elastic_launch(config, _rank_main)(entry, args, threads, reports)
         except ChildFailedError as error:
             raise _first_failure(Path(reports), error) from None
+        except SignalException:
+            raise KeyboardInterrupt from None
     return results[0]
 
 

@@ -1,0 +1,198 @@
+"""What `wb pretrain` and `wb finetune` share: ranks, the run folder, what is said meanwhile, and how a run ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from workbench.cli.common import Output, count_text, size_text, time_text
+
+if TYPE_CHECKING:
+    from pretrain.config import EngineConfig
+    from workbench.config import Loaded
+    from workbench.spec.layout import ParallelLayout
+    from workbench.spec.model import ModelConfig
+
+Outcome = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Voice:
+    """How a rank may speak; travels to the ranks, where an Output cannot."""
+
+    json: bool
+    quiet: bool
+    verbose: bool
+
+    def output(self) -> Output:
+        """An Output of the same manners that narrates on stderr, and leaves the result to the parent process."""
+        return Output(json=self.json, quiet=self.quiet, verbose=self.verbose, stdout=sys.stderr)
+
+
+def voice_of(out: Output) -> Voice:
+    return Voice(out.json, out.quiet, out.verbose)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How many ranks a run has, and whether this process is the one that speaks and writes the run folder."""
+
+    count: int
+    speaks: bool
+    joined: bool
+
+
+def find_ranks(config: EngineConfig, nproc: int | None) -> Ranks:
+    """The ranks that a launcher started, or else those to start here: --nproc, or what [parallel] asks for."""
+    from workbench.parallel.launch import rank_environment
+
+    environment = rank_environment()
+    if environment is not None:
+        return Ranks(environment.world_size, environment.rank == 0, joined=True)
+    if nproc is not None:
+        return Ranks(nproc, True, joined=False)
+    import torch
+
+    least = config.parallel.num_ranks()
+    gpus = torch.cuda.device_count() if config.parallel.dp == "auto" else 0
+    return Ranks(max(gpus // least, 1) * least, True, joined=False)
+
+
+def state_bytes(model: ModelConfig, layout: ParallelLayout) -> int:
+    """Bytes of weights, gradients and two moments, all fp32, on the rank that holds most of them."""
+    import math
+
+    from workbench.spec.schema import stage_specs
+
+    held = [
+        sum(math.prod(spec.local_shape(layout.tp)) for spec in stage_specs(model, layout, stage))
+        for stage in range(layout.pp)
+    ]
+    largest = max(held)
+    if layout.shard == "none":
+        return 16 * largest
+    # Sharded gradients and moments; zero2 keeps whole weights between forward and backward.
+    return 16 * largest // layout.dp + (4 * largest if layout.shard == "zero2" else 0)
+
+
+def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> dict[str, Any]:
+    """What is known of a run before it starts."""
+    from workbench.spec.schema import num_parameters
+
+    return {
+        "run": config.run.dir,
+        "parameters": num_parameters(model),
+        "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "shard": layout.shard},
+        "ranks": layout.world_size,
+        "step_tokens": config.step_tokens,
+        "steps": config.planned_steps(),
+        "seconds": config.run.seconds,
+        "state_bytes": state_bytes(model, layout),
+        "precision": config.precision.compute,
+    }
+
+
+def say_plan(out: Output, facts: Mapping[str, Any], config: EngineConfig, model: ModelConfig) -> None:
+    """Prints what is about to happen."""
+    layout, batch = facts["layout"], config.batch
+    shape = f"{model.num_hidden_layers} layers x {model.hidden_size}, vocabulary {model.vocab_size}"
+    spread = f"tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}"
+    micros = batch.global_size // (batch.micro_size * layout["dp"])
+    ends = [f"{facts['steps']} steps"] if facts["steps"] is not None else []
+    ends += [time_text(facts["seconds"])] if facts["seconds"] is not None else []
+    out.say(f"model      {count_text(facts['parameters'])} parameters: {shape}")
+    out.say(f"layout     {spread} = {facts['ranks']} ranks, {facts['precision']}, schedule {config.parallel.schedule}")
+    out.say(
+        f"batch      {batch.global_size} x {batch.seq_len} = {count_text(facts['step_tokens'])} tokens a step, "
+        f"in {micros} microbatches of {batch.micro_size}"
+    )
+    out.say(f"length     {' or '.join(ends)}")
+    out.say(f"memory     {size_text(facts['state_bytes'])} a rank for weights, gradients and moments")
+    out.say(f"run        {config.run.dir}")
+
+
+class Terminal:
+    """A Watcher that fills the run folder's metrics and moves a progress bar; lives on rank 0."""
+
+    def __init__(self, voice: Voice, config: EngineConfig, label: str) -> None:
+        self._out, self._config, self._label = voice.output(), config, label
+        self._sinks: Any = None
+        self._bar: Any = None
+        self._note = ""
+
+    def started(self, facts: Mapping[str, Any]) -> None:
+        from workbench.log import open_sinks
+
+        resumed = facts["resumed_step"]
+        if resumed:
+            self._out.say(f"resumed at step {resumed}")
+        if facts["peak"]:
+            self._out.detail(f"MFU is measured against {facts['peak']}")
+        folder = Path(self._config.run.dir)
+        self._sinks = open_sinks(folder, resumed_step=resumed or None, tensorboard=self._config.log.tensorboard)
+        self._bar = self._out.progress(self._label, total=facts["steps"], unit="steps")
+        self._bar.__enter__()
+
+    def stepped(self, done: int, total: int | None) -> None:
+        self._bar.update(done, total=total, note=self._note)
+
+    def measured(self, row: Mapping[str, Any]) -> None:
+        values = dict(row)
+        self._sinks.write(values.pop("step"), values)
+        if "loss" in row:
+            mfu = f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
+            self._note = f"loss {row['loss']:.4f}  {count_text(row['tokens_per_second'])} tok/s{mfu}"
+        else:
+            scores = (f"{name} {value:.4g}" for name, value in row.items() if "/" in name)
+            self._out.detail(f"step {row['step']}: {'  '.join(scores)}")
+
+    def saved(self, checkpoint: Path) -> None:
+        self._out.detail(f"saved {checkpoint}")
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.__exit__(None, None, None)
+        if self._sinks is not None:
+            self._sinks.close()
+
+
+def run_in_folder(
+    out: Output,
+    loaded: Loaded[Any],
+    ranks: Ranks,
+    entry: Callable[..., Outcome],
+    *args: Any,
+) -> Outcome:
+    """Calls `entry(*args)` on all ranks inside the run folder of `loaded`; leaves DONE, FAILED or INTERRUPTED there.
+
+    Raises KeyboardInterrupt, with the hint how to go on, when the run was interrupted.
+    """
+    from workbench.config import resolved_json
+    from workbench.parallel.launch import run_on_ranks
+    from workbench.run_folder import RunFolder, Status
+
+    folder = RunFolder(Path(loaded.config.run.dir))
+    if ranks.speaks:
+        folder.start(config_text=loaded.text, resolved=resolved_json(loaded.config), command=[*sys.argv])
+    out.interrupt_hint = f"{folder.path}: run the same command again to go on from the last checkpoint"
+    try:
+        outcome = run_on_ranks(entry, *args, nproc=ranks.count)
+    except KeyboardInterrupt:
+        if ranks.speaks:
+            folder.finish(Status.INTERRUPTED, out.interrupt_hint)
+        raise
+    except Exception as error:
+        if ranks.speaks:
+            folder.finish(Status.FAILED, str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise
+    if outcome["interrupted"]:
+        if ranks.speaks:
+            folder.finish(Status.INTERRUPTED, f"stopped at step {outcome['step']}, saved in {outcome['checkpoint']}")
+        out.interrupt_hint = f"stopped at step {outcome['step']} and saved; run the same command again to go on"
+        raise KeyboardInterrupt
+    if ranks.speaks:
+        folder.finish(Status.DONE, f"step {outcome['step']}")
+    return outcome

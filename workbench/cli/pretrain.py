@@ -1,0 +1,112 @@
+"""`wb pretrain`: train a model from initial weights, or go on where a run stopped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.cli._training import Outcome, Terminal, Voice, find_ranks, plan_facts, run_in_folder, say_plan, voice_of
+from workbench.cli.common import Command, Output, count_text, time_text
+
+if TYPE_CHECKING:
+    from pretrain.config import PretrainConfig
+    from workbench.spec.layout import ParallelLayout
+
+
+def pretrain(
+    out: Output,
+    config: Annotated[
+        Path, typer.Argument(help="A TOML file with [model], [data], [run] and more.", metavar="CONFIG.toml")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file: optim.lr=3e-4")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check config, data and layout; train nothing.")] = False,
+) -> None:
+    """Train from scratch, or go on by itself when the run folder already holds a checkpoint.
+
+    Under torchrun or Slurm this process joins the other ranks; else it starts them.
+    """
+    from pretrain.config import PretrainConfig
+    from pretrain.data.config import open_data
+    from pretrain.presets import PRESETS
+    from workbench.config import load_config
+
+    loaded = load_config(config, PretrainConfig, overrides or (), presets={"model": PRESETS})
+    settings = loaded.config
+    ranks = find_ranks(settings, nproc)
+    layout = settings.resolve_layout(settings.model, ranks.count)
+    data = open_data(settings.data, seq_len=settings.batch.seq_len, vocab_size=settings.model.vocab_size)
+    facts = {**plan_facts(settings, settings.model, layout), "train_tokens": data.train_tokens}
+    if ranks.speaks:
+        say_plan(out, facts, settings, settings.model)
+        valid = "none" if data.valid is None else f"{data.valid.num_samples} sequences"
+        out.say(f"data       {count_text(data.train_tokens)} tokens to train on; to evaluate: {valid}")
+    if dry_run:
+        if ranks.speaks:
+            out.result({"dry_run": True, **facts}, text="nothing was started (--dry-run)")
+        return
+    outcome = run_in_folder(out, loaded, ranks, train, settings, layout, voice_of(out))
+    if ranks.speaks:
+        out.result({**facts, **outcome}, text=_summary(outcome, settings))
+
+
+def train(config: PretrainConfig, layout: ParallelLayout, voice: Voice) -> Outcome:
+    """One rank's part of a run; the outcome as plain values."""
+    import dataclasses
+
+    from pretrain.data.config import open_data
+    from pretrain.engine import NextToken, Subject, Trainer
+    from workbench.models.build import initialise
+    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.mesh import Mesh
+
+    environment = rank_environment()
+    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    data = open_data(config.data, seq_len=config.batch.seq_len, vocab_size=config.model.vocab_size)
+    subject = Subject(
+        config.model,
+        fill=lambda parameters: initialise(parameters, config.model, seed=config.run.seed),
+        tokenizer=data.tokenizer,
+    )
+    terminal = Terminal(voice, config, "pretrain") if mesh.world.rank == 0 else None
+    try:
+        trainer = Trainer(config, subject, NextToken(data, seed=config.data.seed), mesh, watcher=terminal)
+        return dataclasses.asdict(trainer.run())
+    finally:
+        if terminal is not None:
+            terminal.close()
+
+
+def _summary(outcome: Outcome, config: PretrainConfig) -> str:
+    """What a finished run is told as."""
+    scores = {name: value for name, value in outcome["metrics"].items() if not name.endswith("/tokens")}
+    lines = [
+        f"done       step {outcome['step']}, {count_text(outcome['tokens'])} tokens in {time_text(outcome['seconds'])}",
+        *(f"{name:<22} {_number(value)}" for name, value in scores.items()),
+        f"checkpoint {outcome['checkpoint']}",
+        f"next       wb generate {config.run.dir} --prompt '...'    wb export {config.run.dir} DST",
+    ]
+    if outcome["loss"] is not None:
+        lines.insert(1, f"{'train/loss':<22} {outcome['loss']:.4f}")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+COMMAND = Command(
+    "pretrain",
+    pretrain,
+    panel="Core",
+    order=10,
+    example=(
+        "wb pretrain tiny.toml\n"
+        "wb pretrain tiny.toml optim.lr=1e-3 parallel.tp=2 --nproc 2\n"
+        "torchrun --nproc-per-node 8 -m workbench.cli.main pretrain tiny.toml"
+    ),
+)
