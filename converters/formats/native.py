@@ -6,7 +6,6 @@ import fcntl
 import os
 import threading
 from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,6 @@ from workbench.spec.lora import adapter_specs
 from workbench.spec.schema import MOMENTS, stored_shards
 
 _CHECK_BYTES = 1 << 20
-_FLUSH_BYTES = 64 << 20
 
 
 class NativeFormat:
@@ -112,7 +110,6 @@ class NativeDestination:
         self._writers = {f: ShardFileWriter(self._partial / f, boxes) for f, boxes in sorted(by_file.items())}
         self._tokenizer: dict[str, str] = {}
         self._lock: int | None = None
-        self._flusher = _Flusher()
 
     @property
     def path(self) -> Path:
@@ -146,7 +143,6 @@ class NativeDestination:
         """Appends to the stored box that contains `box`."""
         file, piece = next((f, p) for f, p in self._pieces[name] if p.contains(box))
         self._writers[file].append(name, piece, array)
-        self._flusher.written(self._writers[file], array.nbytes)
 
     def check(self, progress: Progress) -> None:
         """Reads every file back from the disk's side and compares it with the checksums of what was written."""
@@ -158,7 +154,6 @@ class NativeDestination:
         in_threads([entry for writer in self._writers.values() for entry in writer.entries()], work, 2)
 
     def _sync(self) -> None:
-        self._flusher.close()
         in_threads(self._writers.values(), lambda writer, _: writer.sync(), 2)
 
     def reopen(self) -> TensorSource:
@@ -180,7 +175,6 @@ class NativeDestination:
             discard(self._partial)
 
     def _close(self) -> None:
-        self._flusher.close()
         for writer in self._writers.values():
             writer.close()
         if self._lock is not None:
@@ -207,30 +201,6 @@ class NativeDestination:
             tokenizer=self._tokenizer,
             adapter=request.adapter,
         )
-
-
-class _Flusher:
-    """Starts the disk early: while the copy goes on, a thread of its own syncs files that have much unwritten data."""
-
-    def __init__(self) -> None:
-        self._pool: ThreadPoolExecutor | None = None
-        self._lock = threading.Lock()
-        self._dirty: dict[ShardFileWriter, int] = {}
-
-    def written(self, writer: ShardFileWriter, num_bytes: int) -> None:
-        """Counts bytes written; syncs the file in the background once they are many."""
-        with self._lock:
-            self._dirty[writer] = self._dirty.get(writer, 0) + num_bytes
-            if self._dirty[writer] >= _FLUSH_BYTES:
-                self._dirty[writer] = 0
-                self._pool = self._pool or ThreadPoolExecutor(1)
-                self._pool.submit(writer.sync)
-
-    def close(self) -> None:
-        """Drops what has not begun and waits for the rest."""
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-            self._pool = None
 
 
 def _by_offset(stored: StoredBox) -> tuple[int, ...]:
