@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pretrain.data.documents import END_OF_TEXT, TextSource
+from pretrain.data.writing import writing
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
@@ -58,17 +59,18 @@ def save_tokenizer(backend: "tokenizers.Tokenizer", folder: str | Path, *, overw
     """Write tokenizer.json with its two companions; the folder is complete or absent."""
     folder = Path(folder)
     check_destination(folder, overwrite=overwrite)
-    partial = Path(f"{folder}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    backend.save(str(partial / "tokenizer.json"))
     special = {"eos_token": END_OF_TEXT, "pad_token": PAD}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, **special}
-    for name, document in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
-        (partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    if folder.exists():
-        shutil.rmtree(folder)
-    return partial.replace(folder)
+    partial = Path(f"{folder}.partial")
+    with writing(folder):
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        (partial / "tokenizer.json").write_text(backend.to_str(pretty=True), encoding="utf-8")
+        for name, document in (("tokenizer_config.json", settings), ("special_tokens_map.json", special)):
+            (partial / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        return partial.replace(folder)
 
 
 def check_destination(folder: Path, *, overwrite: bool) -> None:

@@ -15,6 +15,7 @@ from workbench.errors import DataError
 END_OF_TEXT = "<|endoftext|>"
 _PIECE_CHARS = 1 << 15  # about what one piece of a long document holds: a tokenizer takes 100 bytes a character
 _LINE_BYTES = 1 << 20
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON can write what UTF-8 cannot
 # Pre-tokenizers of the GPT-2 kind always begin a word at a single blank, so a cut before one changes no token.
 _SAFE_CUT = re.compile(r"(?<=\S) (?=\S)")
 _JSON_LINES = (".jsonl", ".ndjson", ".jsonl.gz", ".ndjson.gz")
@@ -119,6 +120,8 @@ class TextFile:
             text = record[self.field]
             if not isinstance(text, str):
                 raise DataError(f"{place}: field {self.field!r} is {type(text).__name__}, not text")
+            if _LONE_SURROGATE.search(text):
+                raise DataError(f"{place}: field {self.field!r} holds half of a surrogate pair (\\ud800-\\udfff)")
             yield from pieces_of(text, f"{self.name}:{number}")
 
     def _text(self, file: BinaryIO) -> Iterator[Piece]:

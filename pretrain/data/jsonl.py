@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pretrain.data.writing import writing
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
@@ -17,12 +18,18 @@ def write_jsonl(path: str | Path, records: "Iterable[DataclassInstance]", *, ove
     path = Path(path)
     if path.exists() and not overwrite:
         raise DataError(f"{path}: exists already; choose another destination or overwrite it with --force")
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(f"{path}.partial")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        count = _write_lines(partial, records)
+        partial.replace(path)
+    return count
+
+
+def _write_lines(path: Path, records: "Iterable[DataclassInstance]") -> int:
     count = 0
-    with partial.open("w", encoding="utf-8") as file:
+    with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(dataclasses.asdict(record), ensure_ascii=False) + "\n")
             count += 1
-    partial.replace(path)
     return count

@@ -8,6 +8,7 @@ from pathlib import Path
 from pretrain.data.documents import Piece, TextPart, TextSource
 from pretrain.data.indexed import IndexedWriter, strip_suffix
 from pretrain.data.manifest import DataManifest, SourceFile, manifest_path, write_manifest
+from pretrain.data.writing import writing
 from workbench.errors import DataError
 from workbench.tokenizer import Tokenizer
 
@@ -38,7 +39,7 @@ def build_data(
         )
     prefixes = [Path(f"{prefix}-train"), Path(f"{prefix}-valid")] if valid_share else [prefix]
     parts = source.parts()
-    with ExitStack() as stack:
+    with writing(prefix), ExitStack() as stack:
         outputs: list[_Output] = []
         for path in prefixes:
             outputs.append(_Output(path, tokenizer, overwrite))
@@ -48,8 +49,9 @@ def build_data(
             output.check_not_empty(source)
             manifest_path(output.writer.prefix).unlink(missing_ok=True)
     manifests = {str(output.writer.prefix): output.manifest(source, tokenizer) for output in outputs}
-    for output, manifest in zip(outputs, manifests.values(), strict=True):
-        write_manifest(output.writer.prefix, manifest)
+    with writing(prefix):
+        for output, manifest in zip(outputs, manifests.values(), strict=True):
+            write_manifest(output.writer.prefix, manifest)
     return manifests
 
 

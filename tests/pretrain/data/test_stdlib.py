@@ -75,7 +75,8 @@ def test_statements_are_as_the_task_describes_them(pool: StatementPool) -> None:
 
 
 def test_a_statement_is_cut_from_its_file_with_its_indentation_taken_off() -> None:
-    text = 'class A:\n    """no"""\n    def f(self):\n        if self.known:\n            return "żółw", \\\n                1\n'
+    text = 'class A:\n    """no"""\n    def f(self):\n        if self.known:\n'
+    text += '            return "żółw", \\\n                1\n'
     found = statements([StdlibDocument("a.py", text)])
     assert [(one.text, one.line) for one in found] == [
         ('if self.known:\n    return "żółw", \\\n        1', 4),

@@ -1,5 +1,6 @@
 """From text to token files: nothing lost, documents marked, faults named by file and line."""
 
+import errno
 import gzip
 import json
 import subprocess
@@ -12,11 +13,11 @@ from hypothesis import strategies as st
 
 import pretrain.data.documents as documents_module
 from pretrain.data.documents import FileSource
-from pretrain.data.indexed import IndexedTokens
+from pretrain.data.indexed import IndexedTokens, IndexedWriter
 from pretrain.data.manifest import read_manifest
 from pretrain.data.tokenizing import build_data
 from tests.pretrain.data.helpers import TEXT, small_tokenizer
-from workbench.errors import DataError
+from workbench.errors import DataError, ResourceError
 from workbench.tokenizer import Tokenizer
 
 
@@ -95,7 +96,8 @@ def test_a_long_document_is_read_in_pieces_and_has_the_tokens_of_the_whole(
 def test_a_cut_changes_no_token(tokenizer: Tokenizer, text: str, chars: int) -> None:
     pieces = documents_module.cut(text, chars=chars)
     assert "".join(pieces) == text
-    if all(one.startswith(" ") for one in pieces[1:]):  # else a stretch without a blank was cut by its length
+    by_length = any(len(one) == 4 * chars for one in pieces[:-1])  # a stretch without a single blank
+    if not by_length:
         assert [token for one in pieces for token in tokenizer.encode(one)] == tokenizer.encode(text)
 
 
@@ -126,6 +128,7 @@ def test_held_out_documents_are_chosen_by_name_so_new_documents_move_none(tmp_pa
         ("a.jsonl", b'{"text": 5}\n', r"a\.jsonl:1: field 'text' is int, not text"),
         ("a.jsonl", b'["text"]\n', r"a\.jsonl:1: no field 'text', but a list"),
         ("a.jsonl", b'{"text": "\xff"}\n', r"a\.jsonl:1: not UTF-8: byte 0xff"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', r"a\.jsonl:1: field 'text' holds half of a surrogate pair"),
         ("a.jsonl.gz", b"not gzip", r"a\.jsonl\.gz: cannot be read"),
         ("a.parquet", b"PAR1", r"a\.parquet: \.parquet files are not read"),
         ("a.txt", b"", "no text for"),
@@ -148,6 +151,22 @@ def test_missing_and_empty_sources_are_refused(tmp_path: Path, tokenizer: Tokeni
     (tmp_path / "in").mkdir()
     with pytest.raises(DataError, match=r"no file matches '\*\*/\*'"):
         build(FileSource(tmp_path / "in"), tmp_path / "data", tokenizer)
+
+
+def test_a_full_disk_and_an_impossible_destination_are_told_apart(
+    tmp_path: Path, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    with pytest.raises(DataError, match=r"a\.txt/data: cannot be written: Not a directory|File exists"):
+        build(FileSource(tmp_path / "a.txt"), tmp_path / "a.txt" / "data", tokenizer)
+
+    def full(self: IndexedWriter, tokens: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(IndexedWriter, "add", full)
+    with pytest.raises(ResourceError, match="data: no space left on its disk"):
+        build(FileSource(tmp_path / "a.txt"), tmp_path / "data", tokenizer)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_tokenizing_needs_no_torch_and_memory_that_does_not_grow_with_the_text(
