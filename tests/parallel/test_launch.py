@@ -17,7 +17,7 @@ def test_started_ranks_form_a_mesh_and_rank_0_answers() -> None:
 
 def test_one_process_needs_no_process_group() -> None:
     assert run_on_ranks(_called_here, nproc=1) == "here"
-    assert not torch.distributed.is_initialized()  # noqa: TID251
+    assert not torch.distributed.is_initialized()
 
 
 def test_the_fault_of_a_rank_keeps_its_kind_and_message() -> None:

@@ -14,8 +14,12 @@ MARK = "made-by-wb-demo"
 
 def demo(
     out: Output,
-    folder: Annotated[Path, typer.Argument(help="Where everything goes; an older demo there is replaced.")] = Path("demo"),
-    quick: Annotated[bool, typer.Option("--quick", help="The same story in under a minute, with worse numbers.")] = False,
+    folder: Annotated[Path, typer.Argument(help="Where everything goes; an older demo there is replaced.")] = Path(
+        "demo"
+    ),
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The same story in under a minute, with worse numbers.")
+    ] = False,
 ) -> None:
     """Pretrain, reshard, finetune and export a model of 1 M parameters, and follow one number all the way."""
     import shutil

@@ -66,9 +66,7 @@ def initialise(parameters: list[LiveParameter], model: ModelConfig, *, seed: int
             _fill(view, shard, shapes[shard.name], parameter.spec.init, model, seed)
 
 
-def _fill(
-    view: torch.Tensor, shard: Shard, shape: tuple[int, ...], init: str, model: ModelConfig, seed: int
-) -> None:
+def _fill(view: torch.Tensor, shard: Shard, shape: tuple[int, ...], init: str, model: ModelConfig, seed: int) -> None:
     if init in ("zeros", "ones"):
         view.fill_(float(init == "ones"))
         return

@@ -98,7 +98,7 @@ class DecoderStage(nn.Module):
 
         "loss": the sum of the losses of all labels, a scalar in fp32 or wider, equal on all tensor ranks.
         "token_losses": loss of each label [B, T] (or [B]), 0 where ignored. "logits": [B, T, vocab_size], gathered over
-        the tensor axis, or [B, N] of a sequence head. `hidden_BTD` is what the previous stage returned, None on the first.
+        the tensor axis, or [B, N] of a sequence head. `hidden_BTD` comes from the previous stage; None on the first.
         """
         tokens = batch.input_ids.shape[1]
         start = cache.length if cache is not None else 0

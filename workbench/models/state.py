@@ -59,7 +59,9 @@ def load(
     Values are cast to the parameter's type. Raises CheckpointError naming every tensor that is missing or has another
     shape, before anything is written.
     """
-    targets = [(p, p.data if values is None else values[p.path]) for p in parameters if values is None or p.path in values]
+    targets = [
+        (p, p.data if values is None else values[p.path]) for p in parameters if values is None or p.path in values
+    ]
     faults = []
     for parameter, _ in targets:
         for part in parameter.spec.parts:

@@ -33,11 +33,11 @@ class _Reduce(torch.autograd.Function):
 def copy_to(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """`tensor`, which is equal on all ranks of `axis`; backward sums the gradients over the axis.
 
-    It stands where a replicated activation enters a column-parallel layer (Megatron-LM's `f`, arXiv:1909.08053, sec. 3).
+    It stands where a replicated activation enters a column-parallel layer (`f` in arXiv:1909.08053, sec. 3).
     """
     return tensor if axis.size == 1 else _Copy.apply(tensor, axis)  # type: ignore[no-any-return]
 
 
 def reduce_from(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
-    """The sum of `tensor` over `axis`; backward passes the gradient, equal on all ranks, through (Megatron's `g`)."""
+    """The sum of `tensor` over `axis`; backward passes the gradient, equal on all ranks, through (`g`)."""
     return tensor if axis.size == 1 else _Reduce.apply(tensor, axis)  # type: ignore[no-any-return]

@@ -24,7 +24,10 @@ class DataParallel:
         policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=accumulation_dtype(compute_dtype))
         for module in (*blocks, stage):
             wrapped = fully_shard(
-                module, mesh=mesh.data_mesh, mp_policy=policy, reshard_after_forward=self._reshard and module is not stage
+                module,
+                mesh=mesh.data_mesh,
+                mp_policy=policy,
+                reshard_after_forward=self._reshard and module is not stage,
             )
             wrapped.set_gradient_divide_factor(1.0)
             # Otherwise torch asks for a pre-multiplied sum in fp32, which gloo does not have.
@@ -32,7 +35,7 @@ class DataParallel:
             self._stage = wrapped
 
     def before_backward(self, *, last: bool) -> None:
-        """Says whether the next backward is the last one of the step on this stage, after which gradients are reduced."""
+        """Says whether the next backward is the step's last on this stage; after that one gradients are reduced."""
         if self._stage is None:
             return
         self._stage.set_requires_gradient_sync(last)

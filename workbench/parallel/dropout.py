@@ -19,7 +19,7 @@ _RESOLUTION = 1 << 24
 
 @dataclass(frozen=True, slots=True)
 class DropoutKey:
-    """What the masks of one forward pass depend on: the run's seed, the step, and each row's global sample index [B]."""
+    """What the masks of one forward depend on: the run's seed, the step, each row's global sample index [B]."""
 
     seed: int
     step: int
@@ -32,7 +32,9 @@ class DropoutKey:
         return _mix(self.sample_ids.to(torch.int64) * _STEP + start)
 
 
-def dropout(x: torch.Tensor, probability: float, rows: torch.Tensor, coordinates: tuple[torch.Tensor, ...]) -> torch.Tensor:
+def dropout(
+    x: torch.Tensor, probability: float, rows: torch.Tensor, coordinates: tuple[torch.Tensor, ...]
+) -> torch.Tensor:
     """`x` with elements zeroed at `probability` and the others scaled up.
 
     rows: one hash per leading index of x [B]. coordinates: for each further dimension the global indices of x there.

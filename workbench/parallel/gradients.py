@@ -15,7 +15,7 @@ def complete_gradients(parameters: Sequence[LiveParameter], mesh: Mesh) -> None:
     """Sums the gradients of boxes that several ranks hold and of which each saw only a part.
 
     These are KV heads with copies on the tensor axis, replicated factors inside cut regions, and embeddings tied
-    across the first and the last stage. Called once a step, after data parallelism has reduced. One all-reduce per kind.
+    across the first and the last stage. Called once a step, after data parallelism has reduced; one all-reduce a kind.
     """
     partial: dict[int, list[torch.Tensor]] = defaultdict(list)
     tied: list[torch.Tensor] = []

@@ -16,9 +16,7 @@ IGNORE = -100
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int
-    ) -> torch.Tensor:
+    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int) -> torch.Tensor:
         rows = logits_NV.shape[-1]
         first = rows * axis.rank
         valid = max(0, min(rows, vocab_size - first))

@@ -207,8 +207,11 @@ class Mesh:
 
 
 def _group_of(rank: int, members: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
-    """The new group that `rank` belongs to; None for a group of one. Collective: all ranks make all groups in one order,
-    since ranks that had made different numbers of groups would wait for each other under different names."""
+    """The new group that `rank` belongs to; None for a group of one.
+
+    Collective: all ranks make all groups in one order. Groups get their names by counting, so ranks that had made
+    different numbers of them would wait for each other under different names.
+    """
     mine = None
     for ranks in members:
         if len(ranks) > 1:

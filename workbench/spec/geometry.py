@@ -12,6 +12,7 @@ from workbench.errors import LayoutError
 EMBED: Literal["embed"] = "embed"
 FINAL: Literal["final"] = "final"
 Place = int | Literal["embed", "final"]
+Initial = Literal["normal", "residual", "fan_in", "zeros", "ones"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +173,7 @@ class ParameterSpec:
     parts: tuple[Part, ...]
     places: tuple[Place, ...]
     role: Literal["matrix", "embedding", "bias", "norm", "head"]
-    init: Literal["normal", "residual", "fan_in", "zeros", "ones"] = "normal"
+    init: Initial = "normal"
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
         """Shape of the parameter on each rank of a tensor-parallel group of `tp`."""

@@ -27,7 +27,9 @@ class ParallelLayout(Config):
     tp: int = Field(default=1, gt=0, description="Ranks that share each layer (tensor parallelism).")
     pp: int = Field(default=1, gt=0, description="Stages of the pipeline.")
     dp: int = Field(default=1, gt=0, description="Copies of the model that split the batch.")
-    pp_layout: tuple[int, ...] | None = Field(default=None, description="Layers per stage, when not even: [6, 8, 8, 6].")
+    pp_layout: tuple[int, ...] | None = Field(
+        default=None, description="Layers per stage, when not even: [6, 8, 8, 6]."
+    )
     shard: Literal["none", "zero2", "zero3"] = Field(
         default="none",
         description="What data-parallel ranks share: nothing; optimizer and gradients; parameters as well (FSDP2).",
@@ -89,7 +91,8 @@ class ParallelLayout(Config):
                 found.append(f"pp_layout has {len(self.pp_layout)} stages, but pp={self.pp}; make them equal")
             if sum(self.pp_layout) != model.num_hidden_layers:
                 found.append(
-                    f"pp_layout adds up to {sum(self.pp_layout)} layers, but num_hidden_layers={model.num_hidden_layers}"
+                    f"pp_layout adds up to {sum(self.pp_layout)} layers, "
+                    f"but num_hidden_layers={model.num_hidden_layers}"
                 )
             if any(count < 1 for count in self.pp_layout):
                 found.append(f"pp_layout={list(self.pp_layout)} has a stage without layers; give each at least one")

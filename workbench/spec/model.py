@@ -51,7 +51,8 @@ class ModelConfig(Config):
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="On the output of attention and of the MLP.")
     initializer_range: float = Field(default=0.02, gt=0)
     scale_residual_init: bool = Field(
-        default=True, description="Divide the initial range of output projections by sqrt(2 * layers) (GPT-2, sec. 2.3)."
+        default=True,
+        description="Divide the initial range of output projections by sqrt(2 * layers) (GPT-2, sec. 2.3).",
     )
     num_labels: int = Field(default=0, ge=0, description="Outputs of a sequence head in place of the LM head; 0: none.")
     pad_token_id: int | None = None

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 
-from workbench.spec.geometry import EMBED, FINAL, LogicalTensor, ParameterSpec, Part, Place, Shard
+from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
@@ -45,7 +45,7 @@ def layer_specs(model: ModelConfig, layer: int) -> tuple[ParameterSpec, ...]:
 
     o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * d), dim=1, units=heads)
     down_proj = Part(f"{base}.mlp.down_proj.weight", (hidden, ffn), dim=1)
-    residual = "residual" if model.scale_residual_init else "normal"
+    residual: Initial = "residual" if model.scale_residual_init else "normal"
     at = (layer,)
     specs = [
         *norm_specs(model, f"{base}.input_layernorm", layer),

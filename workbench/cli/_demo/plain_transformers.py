@@ -17,15 +17,15 @@ def main(request: str, answer: str) -> int:
     import torch
 
     torch.set_num_threads(2)
-    with open(request, encoding="utf-8") as file:  # noqa: PTH123 (stays free of imports that it does not need)
+    with open(request, encoding="utf-8") as file:
         asked = json.load(file)
-    found = {}
+    found: dict = {}
     with torch.inference_mode():
         if "language_model" in asked:
             found |= language_model(asked)
         if "classifier" in asked:
             found["accuracy"] = classifier(asked)
-    with open(answer, "w", encoding="utf-8") as file:  # noqa: PTH123
+    with open(answer, "w", encoding="utf-8") as file:
         json.dump(found, file)
     return 0
 
@@ -75,7 +75,7 @@ def classifier(asked: dict) -> float:
 
 def read_rows(path: str) -> list:
     """The objects of a JSON-lines file."""
-    with open(path, encoding="utf-8") as file:  # noqa: PTH123
+    with open(path, encoding="utf-8") as file:
         return [json.loads(line) for line in file]
 
 

@@ -118,7 +118,9 @@ class Story:
         self.found["transformers"] = {"full": answer["accuracy"], "lora": lora, "text": answer["text"]}
         self._require_equal(answer, lora)
         self.out.say(f"transformers goes on from {PROMPT!r} with the same {NEW_TOKENS} tokens as wb generate")
-        self.out.say(f"the classifier in transformers: {answer['accuracy']:.3f}; the adapter in peft: {lora:.3f}; as here")
+        self.out.say(
+            f"the classifier in transformers: {answer['accuracy']:.3f}; the adapter in peft: {lora:.3f}; as here"
+        )
 
     def _require_equal(self, answer: dict[str, Any], lora: float) -> None:
         trained = {name: value for name, value in self.found["pairs"].items() if name != "untrained"}
