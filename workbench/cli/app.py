@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from workbench import registry
 from workbench.cli.common import Command, Group, Output, only_json_on_stdout, run_command
@@ -27,17 +28,42 @@ def build(words: Sequence[str]) -> typer.Typer:
     Only the modules that are needed are imported, so a command starts as fast with fifty neighbours as with none.
     """
     modules = registry.module_names(PACKAGE, HELPERS)
-    wanted = words[0].replace("-", "_") if words else ""
-    chosen = [name for name in modules if name.rstrip("_") == wanted] or modules
+    chosen = [name for name in modules if words and _module_of(words[0]) == name.rstrip("_")] or modules
     declared = [registry.load(PACKAGE, name, "COMMAND") for name in chosen]
-    app = typer.Typer(name="wb", add_completion=False, rich_markup_mode="rich", pretty_exceptions_enable=False)
+    declared.sort(key=lambda item: (PANELS.index(item.panel), item.order, item.name))
+    app = typer.Typer(
+        name="wb",
+        cls=_in_order([command.name for command in declared]),
+        add_completion=False,
+        rich_markup_mode="rich",
+        pretty_exceptions_enable=False,
+    )
     app.callback(epilog=EPILOG)(_about)
-    for command in sorted(declared, key=lambda item: (PANELS.index(item.panel), item.order, item.name)):
+    for command in declared:
         if isinstance(command, Group):
             app.add_typer(_group(command), name=command.name, help=command.help, rich_help_panel=command.panel)
         else:
             _add(app, command, rich_help_panel=command.panel)
     return app
+
+
+def is_command(word: str) -> bool:
+    """Whether `word` is the name of a command or of a group of them."""
+    return _module_of(word) in {name.rstrip("_") for name in registry.module_names(PACKAGE, HELPERS)}
+
+
+def _module_of(word: str) -> str:
+    return word.replace("-", "_")
+
+
+def _in_order(names: list[str]) -> type[TyperGroup]:
+    """The class of a group that lists its commands in this order; Typer's own puts groups behind commands."""
+
+    class InOrder(TyperGroup):
+        def list_commands(self, ctx: Any) -> list[str]:
+            return sorted(super().list_commands(ctx), key=names.index)
+
+    return InOrder
 
 
 def _about() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import typer
 
-from workbench.cli.app import build
+from workbench.cli.app import build, is_command
 from workbench.cli.common import EXIT_INTERRUPTED, EXIT_USAGE, Output, fail
 
 
@@ -21,8 +21,7 @@ def main(words: Sequence[str] | None = None) -> int:
         code = build(words)(words, prog_name="wb", standalone_mode=False)
     except typer.TyperException as error:
         message = error.format_message() or "a command is missing"
-        known = not message.startswith("No such command") and not words[0].startswith("-")
-        told = f"wb {words[0]} --help" if known else "wb --help"
+        told = f"wb {words[0]} --help" if is_command(words[0]) else "wb --help"
         return fail(out, "UsageError", f"{message.rstrip('.')}; see `{told}`", EXIT_USAGE)
     except (KeyboardInterrupt, typer.Abort):
         return fail(out, "Interrupted", "before anything was started", EXIT_INTERRUPTED)

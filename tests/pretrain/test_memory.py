@@ -1,0 +1,80 @@
+"""The estimate of memory against what a step really keeps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pretrain.config import BatchTable, EngineConfig, ParallelTable, PrecisionTable, RunTable
+from pretrain.memory import estimate_memory
+from tests.helpers.models import biased_model, gated_model
+from workbench.models.batch import Batch
+from workbench.models.build import build_stage, initialise
+from workbench.parallel.mesh import Mesh
+from workbench.spec.layout import ParallelLayout
+
+LARGER = {
+    "vocab_size": 512,
+    "hidden_size": 64,
+    "num_attention_heads": 4,
+    "intermediate_size": 192,
+    "max_position_embeddings": 128,
+}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def config(compute="fp32", **parallel) -> EngineConfig:
+    return EngineConfig(
+        run=RunTable(steps=1),
+        batch=BatchTable(global_size=8, micro_size=2, seq_len=128),
+        precision=PrecisionTable(compute=compute),
+        parallel=ParallelTable(**parallel),
+    )
+
+
+@pytest.mark.parametrize("make", [gated_model, biased_model])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+def test_one_process_keeps_about_what_is_estimated(make, compute):
+    model = make(**LARGER)
+    built = build_stage(model, Mesh.single(), compute_dtype=DTYPES[compute])
+    initialise(built.parameters, model, seed=1)
+    own = {parameter.untyped_storage().data_ptr() for parameter in built.module.parameters()}
+    kept: dict[int, torch.Tensor] = {}
+
+    def keep(tensor):
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    ids = torch.zeros(2, 128, dtype=torch.int64)
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        built.module(None, Batch(input_ids=ids, labels=ids), "loss")
+    real = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
+    (found,) = estimate_memory(model, ParallelLayout(), config(compute))
+    assert found.num_parameters == sum(parameter.numel() for parameter in built.module.parameters())
+    estimated = found.activations + found.parameters - 4 * found.num_parameters
+    assert real <= estimated <= 1.6 * real
+
+
+def test_tensor_parallelism_divides_what_it_cuts():
+    model = gated_model(**LARGER)
+    (whole,) = estimate_memory(model, ParallelLayout(), config())
+    (half,) = estimate_memory(model, ParallelLayout(tp=2), config())
+    assert 0.5 * whole.optimizer <= half.optimizer < 0.6 * whole.optimizer
+    assert 0.5 * whole.activations < half.activations < 0.8 * whole.activations
+
+
+def test_1f1b_keeps_fewer_microbatches_than_gpipe():
+    model, layout = gated_model(**LARGER), ParallelLayout(pp=2)
+    flushed = estimate_memory(model, layout, config(schedule="gpipe"))
+    eager = estimate_memory(model, layout, config(schedule="1f1b"))
+    assert eager[0].activations == flushed[0].activations / 2  # 2 of 4 microbatches
+    assert eager[0].optimizer == flushed[0].optimizer
+
+
+def test_sharding_divides_the_state_and_not_the_activations():
+    model = gated_model(**LARGER)
+    (whole,) = estimate_memory(model, ParallelLayout(dp=4), config())
+    (cut,) = estimate_memory(model, ParallelLayout(dp=4, shard="zero3"), config())
+    assert cut.optimizer == pytest.approx(whole.optimizer / 4, rel=0.01)
+    assert cut.gradients == pytest.approx(whole.gradients / 4, rel=0.01)
+    assert cut.activations == whole.activations

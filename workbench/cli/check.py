@@ -1,0 +1,153 @@
+"""`wb check`: whether a configuration will run, found out without running it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.cli.common import Command, Output, count_text, size_text
+
+if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
+    from pretrain.config import EngineConfig, PretrainConfig
+    from workbench.spec.model import ModelConfig
+
+
+def check(
+    out: Output,
+    config: Annotated[Path, typer.Argument(help="A configuration of `wb pretrain` or `wb finetune`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Keys to change, as table.key=value.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(help="Ranks to plan for; by default what the layout needs.", min=1)
+    ] = None,
+) -> int | None:
+    """Resolve configuration, model, layout, data and memory of a run, and train nothing.
+
+    The exit code is 6 when the estimate does not fit into the memory of this machine.
+    """
+    from workbench.cli._tables import kind_of, models, presets
+    from workbench.config import load_config
+    from workbench.run_folder import memory_bytes
+
+    kind = kind_of(config)
+    loaded: Any = load_config(config, models()[kind], overrides or (), presets())
+    model, data = _pretraining(loaded.config) if kind == "pretrain" else _finetuning(loaded.config)
+    found = {"config": str(config), "for": kind, **_engine(loaded.config, model, nproc), "data": data}
+    have, need = memory_bytes(), found["memory"]["all_ranks_bytes"]
+    found["memory"]["machine_bytes"] = have
+    fits = not have or need <= have or found["device"] != "cpu"
+    if not fits:
+        out.warn(
+            f"the ranks need about {size_text(need)} together, but this machine has {size_text(have)}; "
+            "lower batch.micro_size or the model, or use more machines"
+        )
+    out.result({**found, "fits": fits}, text=_text(found))
+    return None if fits else 6
+
+
+def _pretraining(config: PretrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    from pretrain.data.config import open_data
+
+    opened = open_data(config.data, seq_len=config.batch.seq_len, vocab_size=config.model.vocab_size)
+    steps = config.planned_steps()
+    found: dict[str, Any] = {
+        "train_tokens": opened.train_tokens,
+        "train_documents": opened.train_documents,
+        "has_validation": opened.valid is not None,
+        "tokenizer": str(opened.tokenizer) if opened.tokenizer else None,
+    }
+    if steps is not None:
+        found["epochs"] = steps * config.step_tokens / opened.train_tokens
+    return config.model, found
+
+
+def _finetuning(config: FinetuneConfig) -> tuple[ModelConfig, dict[str, Any]]:
+    from converters.open import open_checkpoint
+    from finetune.config import adapter_of, task_of
+    from finetune.task import files_of
+    from pretrain.config import length_faults
+    from workbench.errors import ConfigError, DataError
+
+    opened = open_checkpoint(Path(config.base))
+    model = opened.model
+    adapter_of(config).check(config.method, model)
+    if faults := length_faults(model, config.batch.seq_len):
+        raise ConfigError("; ".join(faults))
+    paths = [*config.task.train, *(path for paths in files_of(config.task).values() for path in paths)]
+    if missing := [path for path in dict.fromkeys(paths) if not Path(path).is_file()]:
+        raise DataError(
+            f"no such file: {', '.join(missing)}; set task.train, task.valid and task.test to what there is"
+        )
+    return model, {
+        "base": config.base,
+        "base_format": opened.format,
+        "task": task_of(config).name,
+        "method": adapter_of(config).name,
+        "files": paths,
+    }
+
+
+def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict[str, Any]:
+    """Layout, sizes and memory: what every run has."""
+    import torch
+
+    from pretrain.memory import estimate_memory
+    from workbench.spec.schema import num_parameters
+
+    num_ranks = nproc or config.parallel.num_ranks()
+    layout = config.resolve_layout(model, num_ranks)
+    stages = estimate_memory(model, layout, config)
+    worst = max(stages, key=lambda stage: stage.total)
+    return {
+        "model": model.model_dump(mode="json", exclude_defaults=True),
+        "parameters": num_parameters(model),
+        "layout": layout.model_dump(mode="json", exclude_none=True),
+        "ranks": num_ranks,
+        "layers_per_stage": [len(layers) for layers in layout.stages(model.num_hidden_layers)],
+        "microbatches": config.batch.global_size // (config.batch.micro_size * layout.dp),
+        "step_tokens": config.step_tokens,
+        "steps": config.planned_steps(),
+        "seconds": config.run.seconds,
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "memory": {
+            "worst_rank": {**asdict(worst), "total": worst.total},
+            "all_ranks_bytes": sum(stage.total for stage in stages) * layout.tp * layout.dp,
+        },
+    }
+
+
+def _text(found: dict[str, Any]) -> str:
+    layout, worst, data = found["layout"], found["memory"]["worst_rank"], found["data"]
+    length = f"{found['steps']} steps" if found["steps"] else f"{found['seconds']:g} seconds"
+    parts = ("parameters", "gradients", "optimizer", "activations")
+    rows = [
+        ("for", f"wb {found['for']}, {length} of {count_text(found['step_tokens'])} tokens"),
+        ("model", f"{count_text(found['parameters'])} parameters in {sum(found['layers_per_stage'])} layers"),
+        (
+            "layout",
+            f"tp={layout['tp']} pp={layout['pp']} dp={layout['dp']} on {found['ranks']} ranks; layers a stage: "
+            f"{', '.join(map(str, found['layers_per_stage']))}; {found['microbatches']} microbatches a step",
+        ),
+        ("data", ", ".join(f"{name}: {_shown(value)}" for name, value in data.items())),
+        (
+            "memory",
+            f"about {size_text(worst['total'])} on the fullest rank (stage {worst['stage']}): "
+            + ", ".join(f"{part} {size_text(worst[part])}" for part in parts),
+        ),
+        ("", f"about {size_text(found['memory']['all_ranks_bytes'])} on all ranks, without what torch itself needs"),
+    ]
+    return "\n".join(f"{name:<8}{value}" for name, value in rows)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.2f}"
+    return count_text(value) if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+COMMAND = Command(
+    "check", check, panel="Runs", order=10, example="wb check tiny.toml\nwb check tiny.toml parallel.tp=2 --nproc 4"
+)
