@@ -35,9 +35,9 @@ def copy_to(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 
     It stands where a replicated activation enters a column-parallel layer (`f` in arXiv:1909.08053, sec. 3).
     """
-    return tensor if axis.size == 1 else _Copy.apply(tensor, axis)  # type: ignore[no-any-return]
+    return tensor if axis.size == 1 else _Copy.apply(tensor, axis)
 
 
 def reduce_from(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The sum of `tensor` over `axis`; backward passes the gradient, equal on all ranks, through (`g`)."""
-    return tensor if axis.size == 1 else _Reduce.apply(tensor, axis)  # type: ignore[no-any-return]
+    return tensor if axis.size == 1 else _Reduce.apply(tensor, axis)

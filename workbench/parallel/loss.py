@@ -52,7 +52,7 @@ def vocab_parallel_cross_entropy(
     `logits_NV` are this rank's columns; those at and past `vocab_size` of the whole vocabulary are padding and count
     for nothing. Communicates the maxima, then the sums, over the axis.
     """
-    return _VocabParallelCrossEntropy.apply(logits_NV, labels_N, axis, vocab_size)  # type: ignore[no-any-return]
+    return _VocabParallelCrossEntropy.apply(logits_NV, labels_N, axis, vocab_size)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
