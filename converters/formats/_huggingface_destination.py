@@ -170,6 +170,10 @@ class HuggingFaceDestination:
 
 def _bind(request: WriteRequest, family: Family) -> dict[str, Rule]:
     """The rule of each logical tensor; ConversionError when the request holds others, or not all."""
+    if request.adapter is not None:
+        raise ConversionError(
+            f"{request.path}: an adapter alone is no Hugging Face model; export it with --to peft, or merge it first"
+        )
     bound = family.bind(request.model)
     if over := sorted(set(request.schema) - set(bound)):
         moments = all(name.startswith("optim.") for name in over)

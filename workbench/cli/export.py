@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,6 +11,7 @@ import typer
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
+    from converters.format import OpenedCheckpoint
     from converters.logits import LogitsReport
     from workbench.checkpoint.source import TensorSource
 
@@ -21,6 +23,9 @@ def export(
     source: Annotated[Path, typer.Argument(help="A checkpoint at any layout, or a run folder (its latest).")],
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
     to: Annotated[str, typer.Option(help="hf (a folder for transformers) or peft (an adapter).")] = "hf",
+    base: Annotated[
+        Path | None, typer.Option(help="Where the base of an adapter is, if not where it was in training.")
+    ] = None,
     family: Annotated[str, typer.Option(help="The model family; found by the model's features by default.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
@@ -35,27 +40,53 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, run it with plain transformers, and keep it only if logits agree."""
-    from converters.cast import CastSource
     from converters.open import get_format, open_checkpoint
     from workbench.cli._conversion import choice, job_options
     from workbench.cli._proof import convert_with_proof
+    from workbench.errors import ConversionError
     from workbench.spec.layout import ParallelLayout
 
     target = get_format(_FORMATS[choice(to, tuple(_FORMATS), "--to")])
     opened = open_checkpoint(source, family=family or None)
+    if target.name == "peft" and opened.adapter is None:
+        raise ConversionError(f"{opened.path}: holds a whole model and no adapter; export it with --to hf")
+    if target.name != "peft":
+        opened = _merged(opened, base)
     options = job_options(
         ParallelLayout(), dtype=dtype, optimizer="drop", mem=mem, workers=workers, max_shard_size=max_shard_size
     )
 
     def proof(folder: Path, _: TensorSource) -> LogitsReport:
-        from converters.logits import compare_logits
-
-        expected = CastSource(opened.source, options.dtype) if options.dtype else opened.source
-        return compare_logits(opened.model, expected, folder)
+        return _prove(opened, options.dtype, base, folder)
 
     convert_with_proof(
         out, opened, target, destination, options, words=("export", verify), proof=proof, dry_run=dry_run
     )
+
+
+def _merged(opened: OpenedCheckpoint, base: Path | None) -> OpenedCheckpoint:
+    """`opened`, or the model that the adapter in it makes of its base."""
+    if opened.adapter is None:
+        return opened
+    from converters.merge import merge, open_base
+
+    return merge(opened, open_base(opened, base))
+
+
+def _prove(opened: OpenedCheckpoint, dtype: str | None, base: Path | None, folder: Path) -> LogitsReport:
+    """The comparison of what is exported, cast as it is written, with `folder`."""
+    from converters.cast import CastSource
+    from converters.logits import compare_adapter_logits, compare_logits
+
+    source = CastSource(opened.source, dtype) if dtype else opened.source
+    if opened.adapter is None:
+        return compare_logits(opened.model, source, folder)
+    from converters.merge import merge, open_base
+
+    found = open_base(opened, base)
+    wide = replace(found, source=CastSource(found.source, "F32"))  # peft adds in fp32 and rounds nothing
+    merged = merge(replace(opened, source=source), wide, check_base=False)
+    return compare_adapter_logits(opened.model, merged.source, found, folder)
 
 
 COMMAND = Command(
@@ -63,5 +94,6 @@ COMMAND = Command(
     export,
     panel="Core",
     order=40,
-    example="wb export runs/tiny out/tiny-hf\nwb export runs/tiny out/tiny-bf16 --dtype bf16 --max-shard-size 2GB",
+    example="wb export runs/tiny out/tiny-hf\nwb export runs/tiny out/tiny-bf16 --dtype bf16 --max-shard-size 2GB\n"
+    "wb export runs/my-lora out/adapter --to peft",
 )

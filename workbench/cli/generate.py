@@ -29,17 +29,18 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides the draw.")] = 0,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer folder, when the checkpoint has none.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Where the base of an adapter is, if it has moved.")] = None,
     family: Annotated[str, typer.Option(help="The model family of a Hugging Face folder.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
     """Go on from a prompt, token by token as they come; greedy unless --temperature is given."""
-    from converters.open import open_checkpoint
+    from converters.merge import open_merged
     from workbench.errors import ConfigError
     from workbench.models.generate import Sampling, load_model
     from workbench.models.generate import generate as generate_tokens
     from workbench.tokenizer import Tokenizer
 
-    opened = open_checkpoint(path, family=family or None)
+    opened = open_merged(path, base=base, family=family or None)
     folder = tokenizer or opened.tokenizer
     if folder is None:
         raise ConfigError(f"{path}: holds no tokenizer; name a folder with --tokenizer")
