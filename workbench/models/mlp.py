@@ -22,9 +22,7 @@ class MLP(nn.Module):
         super().__init__()
         path = f"layers.{layer}.mlp"
         self.up_proj = ColumnParallelLinear(mesh, specs[f"{path}.up_proj.weight"], specs.get(f"{path}.up_proj.bias"))
-        self.down_proj = RowParallelLinear(
-            mesh, specs[f"{path}.down_proj.weight"], specs.get(f"{path}.down_proj.bias")
-        )
+        self.down_proj = RowParallelLinear(mesh, specs[f"{path}.down_proj.weight"], specs.get(f"{path}.down_proj.bias"))
         self.activation = model.hidden_act
         self.gated = model.gated_mlp
 
@@ -36,7 +34,7 @@ class MLP(nn.Module):
 
 
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The activation that ModelConfig.hidden_act names; gelu_tanh is the tanh approximation (arXiv:1606.08415, sec. 2)."""
+    """The activation that `name` stands for; gelu_tanh is the tanh approximation (arXiv:1606.08415, sec. 2)."""
     if name == "silu":
         return F.silu(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
