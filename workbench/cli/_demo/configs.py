@@ -27,9 +27,15 @@ QUICK = Scale(pretrain_seconds=8, finetune_steps=12, num_pairs=100, num_train=60
 def pretrain_toml(folder: Path, scale: Scale) -> str:
     """A decoder of one million parameters over the embedded corpus, at TP=2."""
     return f"""# Written by `wb demo`: a decoder of 1 M parameters, two tensor-parallel ranks.
-[model]
-preset = "llama-tiny"
-vocab_size = 2050        # not a multiple of what two ranks want: padded at run time, never in a file
+[model]                    # every hazard of a conversion: padding, shared KV heads, a gated MLP, a tied head
+vocab_size = 2050          # not a multiple of what two ranks want: padded at run time, never in a file
+hidden_size = 128
+intermediate_size = 352
+num_hidden_layers = 4
+num_attention_heads = 4
+num_key_value_heads = 2
+max_position_embeddings = 512
+tie_word_embeddings = true
 
 [parallel]
 tp = 2
