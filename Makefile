@@ -41,7 +41,7 @@ parity: install
 	@$(BIN)/python -m pytest -q -m parity
 
 lint: install
-	@$(BIN)/ruff format --check --quiet . || { echo 'make: the files above are not formatted; run .venv/bin/ruff format .' >&2; $(BIN)/ruff format --check . >&2; exit 1; }
+	@$(BIN)/ruff format --check --quiet . || { echo 'make: the files above are not formatted; run .venv/bin/ruff format .' >&2; exit 1; }
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/mypy --no-error-summary
 	@$(BIN)/lint-imports --no-cache > .venv/lint-imports.log || { cat .venv/lint-imports.log >&2; exit 1; }
