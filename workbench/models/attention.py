@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from workbench.models.batch import Batch
+from workbench.models.blockwise import attend_blockwise, suits
 from workbench.models.rope import apply_rope
 from workbench.parallel.dropout import dropout
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
@@ -42,9 +43,7 @@ class Attention(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
         path = f"layers.{layer}.self_attn"
-        self.qkv_proj = ColumnParallelLinear(
-            mesh, specs[f"{path}.qkv_proj.weight"], specs.get(f"{path}.qkv_proj.bias")
-        )
+        self.qkv_proj = ColumnParallelLinear(mesh, specs[f"{path}.qkv_proj.weight"], specs.get(f"{path}.qkv_proj.bias"))
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"], specs.get(f"{path}.o_proj.bias"))
         self.head_dim = model.head_dim
         self.layer = layer
@@ -58,19 +57,34 @@ class Attention(nn.Module):
         batch: Batch,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        q, k, v = self.qkv_proj(x_BTD).split(self.qkv_proj.output_sizes, dim=-1)
-        q_BHTd, k_BKTd, v_BKTd = (part.unflatten(-1, (-1, self.head_dim)).transpose(1, 2) for part in (q, k, v))
+        q_size, k_size, v_size = self.qkv_proj.output_sizes
+        qk, v = self.qkv_proj(x_BTD).split((q_size + k_size, v_size), dim=-1)
+        qk, v_BTKd = (part.unflatten(-1, (-1, self.head_dim)) for part in (qk, v))
         if rope is not None:
-            q_BHTd, k_BKTd = apply_rope(q_BHTd, rope), apply_rope(k_BKTd, rope)
+            qk = apply_rope(qk, rope)
+        q_BTHd, k_BTKd = qk.split((q_size // self.head_dim, k_size // self.head_dim), dim=2)
+        return self.o_proj(self._attend(q_BTHd, k_BTKd, v_BTKd, batch, cache).flatten(2))
+
+    def _attend(
+        self,
+        q_BTHd: torch.Tensor,
+        k_BTKd: torch.Tensor,
+        v_BTKd: torch.Tensor,
+        batch: Batch,
+        cache: KeyValueCache | None,
+    ) -> torch.Tensor:
+        """What each head sees, [B, T, H, d]."""
+        drops = bool(self.dropout) and batch.dropout is not None
+        if cache is None and not drops and suits(q_BTHd):
+            return attend_blockwise(q_BTHd, k_BTKd, v_BTKd)
+        q_BHTd, k_BKSd, v_BKSd = (part.transpose(1, 2) for part in (q_BTHd, k_BTKd, v_BTKd))
         if cache is not None:
-            k_BKTd, v_BKTd = cache.extend(self.layer, k_BKTd, v_BKTd)
-        groups = q_BHTd.shape[1] // k_BKTd.shape[1]
-        k_BHSd, v_BHSd = (_repeat_heads(part, groups) for part in (k_BKTd, v_BKTd))
-        if self.dropout and batch.dropout is not None:
-            y_BHTd = self._attend_with_dropout(q_BHTd, k_BHSd, v_BHSd, batch)
-        else:
-            y_BHTd = _attend(q_BHTd, k_BHSd, v_BHSd)
-        return self.o_proj(y_BHTd.transpose(1, 2).flatten(2))
+            k_BKSd, v_BKSd = cache.extend(self.layer, k_BKSd, v_BKSd)
+        groups = q_BHTd.shape[1] // k_BKSd.shape[1]
+        k_BHSd, v_BHSd = (_repeat_heads(part, groups) for part in (k_BKSd, v_BKSd))
+        if drops:
+            return self._attend_with_dropout(q_BHTd, k_BHSd, v_BHSd, batch).transpose(1, 2)
+        return _attend(q_BHTd, k_BHSd, v_BHSd).transpose(1, 2)
 
     def _attend_with_dropout(
         self, q_BHTd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSd: torch.Tensor, batch: Batch

@@ -1,0 +1,55 @@
+"""Blockwise causal attention computes what the plain formula does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from workbench.models.blockwise import LONGEST, SHORTEST, attend_blockwise, suits
+
+
+def _inputs(batch: int, tokens: int, heads: int, num_kv: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    shapes = [(batch, tokens, count, 8) for count in (heads, num_kv, num_kv)]
+    return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).requires_grad_() for shape in shapes]
+
+
+def _reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+    k, v = (part.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for part in (k, v))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "num_kv"), [(2, 128, 4, 2), (1, 130, 6, 1), (2, 257, 3, 3), (1, 5, 2, 1), (1, 1, 2, 2)]
+)
+def test_output_and_gradients_equal_the_plain_formula_in_float64(batch, tokens, heads, num_kv):
+    parts = _inputs(batch, tokens, heads, num_kv, torch.float64)
+    found, expected = attend_blockwise(*parts), _reference(*parts)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    upstream = torch.randn(expected.shape, dtype=torch.float64)
+    for one, other in zip(
+        torch.autograd.grad(found, parts, upstream), torch.autograd.grad(expected, parts, upstream), strict=True
+    ):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def test_in_bfloat16_it_is_as_close_to_the_truth_as_the_fused_kernel_within_a_factor_of_two():
+    parts = _inputs(2, 256, 4, 2, torch.bfloat16)
+    truth = _reference(*(part.double() for part in parts))
+    ours, fused = (
+        (one.double() - truth).norm() / truth.norm() for one in (attend_blockwise(*parts), _reference(*parts))
+    )
+    assert ours < 2 * fused
+    assert ours < 0.01
+
+
+def test_only_lengths_at_which_it_is_faster_go_this_way():
+    assert [suits(torch.empty(1, tokens, 2, 8)) for tokens in (SHORTEST - 1, SHORTEST, LONGEST, LONGEST + 1)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+    assert not suits(torch.empty(1, SHORTEST, 2, 8, device="meta"))
