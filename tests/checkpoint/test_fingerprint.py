@@ -1,0 +1,119 @@
+"""Fingerprints see every bit and no layout."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.helpers.boxes import partitions, shapes
+from workbench.checkpoint.fingerprint import box_fingerprint, fingerprint
+from workbench.spec.dtypes import NUMPY_NAMES
+from workbench.spec.geometry import Box, LogicalTensor
+
+DTYPES = st.sampled_from(["BF16", "F16", "F32", "F64", "U8", "I64"])
+seeds = st.integers(0, 2**32 - 1)
+
+
+def random_bits(shape: tuple[int, ...], dtype: str, seed: int) -> np.ndarray:
+    numpy_dtype = np.dtype(NUMPY_NAMES[dtype])
+    count = int(np.prod(shape, dtype=int)) * numpy_dtype.itemsize
+    return np.random.default_rng(seed).integers(0, 256, count, np.uint8).view(numpy_dtype).reshape(shape)
+
+
+def whole(tensor: LogicalTensor, array: np.ndarray) -> str:
+    return fingerprint(tensor, [box_fingerprint(tensor, Box.whole(tensor.shape), array)])
+
+
+def plain(tensor: LogicalTensor, array: np.ndarray) -> tuple[int, int, int]:
+    """The sums as the definition gives them, word by word in Python integers."""
+    from workbench.checkpoint import fingerprint as module
+
+    rows = array.reshape(-1, array.shape[-1]).view("<u2")
+    columns = module._column_weights(0)
+    row_weights = module._row_weights(np.arange(len(rows), dtype=np.uint64))
+    sums = [0, 0, 0]
+    for r, row in enumerate(rows):
+        for c, word in enumerate(row):
+            for stream in range(3):
+                sums[stream] += int(word) * int(columns[c, stream]) * int(row_weights[r, stream])
+    return tuple(value % (2**31 - 1) for value in sums)
+
+
+@settings(max_examples=60)
+@given(st.data(), shapes(max_dims=4), DTYPES, seeds)
+def test_any_partition_in_any_order_gives_the_fingerprint_of_the_whole(data, shape, dtype, seed):
+    tensor = LogicalTensor("x", shape, dtype)
+    array = random_bits(shape, dtype, seed)
+    boxes = data.draw(partitions(shape))
+    parts = [box_fingerprint(tensor, box, array[box.slices]) for box in boxes]
+    assert fingerprint(tensor, parts) == whole(tensor, array)
+
+
+@settings(max_examples=100)
+@given(st.data(), shapes(), DTYPES, seeds)
+def test_any_single_flipped_bit_changes_it(data, shape, dtype, seed):
+    tensor = LogicalTensor("x", shape, dtype)
+    array = random_bits(shape, dtype, seed)
+    before = whole(tensor, array)
+    flat = array.reshape(-1).view(np.uint8).copy()
+    flat[data.draw(st.integers(0, flat.size - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    assert whole(tensor, flat.view(array.dtype).reshape(shape)) != before
+
+
+@given(seeds, st.integers(0, 15), st.integers(0, 15), st.sampled_from([0, 1]))
+def test_swapped_rows_or_columns_change_it(seed, a, b, axis):
+    tensor = LogicalTensor("x", (16, 16), "BF16")
+    array = random_bits(tensor.shape, "BF16", seed)
+    order = np.arange(16)
+    order[[a, b]] = order[[b, a]]
+    assert (whole(tensor, np.take(array, order, axis)) == whole(tensor, array)) == (a == b)
+
+
+@given(seeds, st.sampled_from([(0, 1), (0, 2), (1, 3), (2, 3)]))
+def test_swapped_blocks_change_it(seed, pair):
+    tensor = LogicalTensor("x", (8, 8), "F32")
+    array = random_bits(tensor.shape, "F32", seed)
+    blocks = [np.s_[:4, :4], np.s_[:4, 4:], np.s_[4:, :4], np.s_[4:, 4:]]
+    swapped = array.copy()
+    swapped[blocks[pair[0]]], swapped[blocks[pair[1]]] = array[blocks[pair[1]]], array[blocks[pair[0]]]
+    assert whole(tensor, swapped) != whole(tensor, array)
+
+
+def test_a_transposed_square_a_shape_and_a_dtype_are_told_apart():
+    array = random_bits((8, 8), "BF16", 1)
+    square, flat = LogicalTensor("x", (8, 8), "BF16"), LogicalTensor("x", (1, 64), "BF16")
+    zeros = np.zeros((8, 8), np.uint16)
+    assert whole(square, array) != whole(square, np.ascontiguousarray(array.T))
+    assert whole(square, zeros) != whole(flat, zeros.reshape(1, 64))
+    assert whole(square, zeros) != whole(LogicalTensor("x", (8, 8), "F16"), zeros)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (7,), (40, 9)])
+def test_it_equals_the_definition_summed_word_by_word(shape):
+    tensor = LogicalTensor("x", shape, "F32")
+    array = random_bits(shape, "F32", 3)
+    assert box_fingerprint(tensor, Box.whole(shape), array).sums == plain(tensor, array)
+
+
+def test_sums_are_exact_where_every_word_is_the_largest():
+    """A block of 65536 columns of 0xFFFF is the worst case for float64; twice the row is twice the sum."""
+    tensor = LogicalTensor("x", (1, 1 << 16), "BF16")
+    array = np.full(tensor.shape, 0xFFFF, np.uint16)
+    assert box_fingerprint(tensor, Box.whole(tensor.shape), array).sums == plain(tensor, array)
+
+
+def test_columns_beyond_one_block_of_weights_are_summed_alike_in_one_piece_and_in_many():
+    tensor = LogicalTensor("x", (2, 150_000), "BF16")
+    array = random_bits(tensor.shape, "BF16", 5)
+    boxes = [Box((0, at), (2, 50_000)) for at in range(0, 150_000, 50_000)]
+    parts = [box_fingerprint(tensor, box, array[box.slices]) for box in boxes]
+    assert fingerprint(tensor, parts) == whole(tensor, array)
+
+
+def test_the_definition_does_not_drift():
+    """Fingerprints are in users' manifests: another value here is another format version."""
+    tensor = LogicalTensor("x", (4, 6), "BF16")
+    array = np.arange(24, dtype=np.uint16).reshape(4, 6)
+    assert whole(tensor, array) == "7f1e437c19189537306570d547935021"
