@@ -54,7 +54,7 @@ def cast_array(array: np.ndarray, before: str, after: str) -> np.ndarray:
     """Elements of one floating dtype in another, rounded to nearest, ties to even; BF16 as uint16 bits."""
     if before == after:
         return array
-    wide = _to_float32(array, before)
+    wide = as_float32(array, before)
     if after == "F32":
         return wide
     if after == "F16":
@@ -63,7 +63,8 @@ def cast_array(array: np.ndarray, before: str, after: str) -> np.ndarray:
     return _round_to_bf16(wide)
 
 
-def _to_float32(array: np.ndarray, dtype: str) -> np.ndarray:
+def as_float32(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Elements of any floating dtype as fp32; BF16 is given as uint16 bits."""
     if dtype == "BF16":
         return (array.astype(np.uint32) << np.uint32(16)).view(np.float32)
     return array.astype(np.float32, copy=False)
@@ -88,4 +89,4 @@ def _infinite(array: np.ndarray, dtype: str) -> int:
 
 def as_float64(array: np.ndarray, dtype: str) -> np.ndarray:
     """Elements of any dtype as float64, for comparing values."""
-    return (_to_float32(array, dtype) if dtype == "BF16" else array).astype(np.float64)
+    return (as_float32(array, dtype) if dtype == "BF16" else array).astype(np.float64)

@@ -56,11 +56,6 @@ class HuggingFaceFormat:
 
     def destination(self, request: WriteRequest) -> HuggingFaceDestination:
         """A folder to be written. ConversionError when no family, or not the asked one, can hold the model."""
-        if request.adapter is not None:
-            raise ConversionError(
-                f"{request.path}: what is to be written is an adapter to {request.adapter.base}, not a model; "
-                "`wb merge` it first, or export it with --to peft"
-            )
         birth = birth_of(request.lineage)
         known = birth.get("family") if birth else None
         if request.family:

@@ -47,7 +47,9 @@ def letters(count: int, *, start: int = 0) -> list[dict[str, Any]]:
     rows = []
     for n in range(start, start + count):
         odd = bool(n * 7 % 3 % 2)
-        rows.append({"text": "a" * (2 + n % 5) + ("z" if odd else "b") + "c" * (n % 3), "label": "odd" if odd else "even"})
+        rows.append(
+            {"text": "a" * (2 + n % 5) + ("z" if odd else "b") + "c" * (n % 3), "label": "odd" if odd else "even"}
+        )
     return rows
 
 

@@ -1,0 +1,208 @@
+"""PEFT folders: adapter_config.json and adapter_model.safetensors, as peft writes and loads them. NumPy only."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from converters.family import Family, family_for, family_named
+from converters.format import OpenedCheckpoint, Progress, WriteRequest
+from converters.formats._huggingface_source import read_json
+from converters.formats._peft_card import adapter_card
+from converters.formats._peft_source import SCORE, Arrays, ArraySource, file_targets, read_file, to_file, to_logical
+from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, lora_of, peft_modules
+from workbench.checkpoint.safetensors_io import lay_out
+from workbench.checkpoint.writer import discard, partial_folder, prepare
+from workbench.errors import CheckpointError, ConversionError, VerificationError
+from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
+from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.lora import AdapterRecord, LoraSpec, projections
+from workbench.tokenizer import TOKENIZER_FILES
+
+if TYPE_CHECKING:
+    from workbench.checkpoint.source import TensorSource
+
+_TARGETS = (
+    "workbench_targets"  # in the metadata of the weights: peft drops what it does not know from its configuration
+)
+
+
+@dataclass(frozen=True)
+class PeftFormat:
+    """What `PeftModel.from_pretrained` reads and `save_pretrained` writes, for LoRA."""
+
+    name: str = "peft"
+
+    def recognises(self, path: Path) -> bool:
+        """Whether `path` is a folder with an adapter's configuration."""
+        return (path / CONFIG).is_file()
+
+    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+        """The adapter, when the model that it belongs to lies where its configuration says."""
+        from converters.open import open_checkpoint
+
+        base = base_path(path)
+        if base is None:
+            named = read_json(path / CONFIG).get("base_model_name_or_path")
+            raise CheckpointError(
+                f"{path}: is an adapter to {named!r}, which is not on this machine under that name; say where it is "
+                "with --base"
+            )
+        return open_peft(path, open_checkpoint(base, family=family))
+
+    def destination(self, request: WriteRequest) -> PeftDestination:
+        """A folder to be written; ConversionError when the request is no adapter or no family can hold its model."""
+        if request.adapter is None:
+            raise ConversionError(
+                f"{request.path}: the source is a whole model, and a PEFT folder holds an adapter; export it --to hf"
+            )
+        family = family_named(request.family) if request.family else family_for(request.model)
+        return PeftDestination(request, request.adapter, family)
+
+
+def base_path(path: Path) -> Path | None:
+    """Where the model of a PEFT folder lies on this machine: as its configuration says, from here or beside it."""
+    named = read_json(path / CONFIG).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named:
+        return None
+    return next((p for p in (Path(named), path / named, path.parent / named) if p.is_dir() and p != path), None)
+
+
+def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
+    """The adapter at `path` to the model `base`; ConversionError for what has no place here."""
+    config = read_json(path / CONFIG)
+    r, alpha, rslora = lora_of(config, str(path / CONFIG))
+    metadata, arrays = read_file(path)
+    family = family_named(base.family) if base.family else family_for(base.model)
+    head = arrays.get(f"{PREFIX}{SCORE}")
+    labels = head[1].shape[0] if head is not None else base.model.num_labels
+    model = base.model.model_copy(update={"num_labels": labels})
+    recorded = metadata.get(_TARGETS)
+    targets = tuple(recorded.split(",")) if recorded else file_targets(arrays, family, model, str(path))
+    lora = LoraSpec(r=r, alpha=alpha, rslora=rslora, targets=targets)
+    logical = to_logical(arrays, family, model, lora, str(path / WEIGHTS))
+    return OpenedCheckpoint(
+        format=FORMAT.name,
+        path=path,
+        source=ArraySource(logical),
+        model=model,
+        tokenizer=path if (path / "tokenizer.json").is_file() else base.tokenizer,
+        family=family.name,
+        lineage=base.lineage,
+        info={"base": str(base.path), "r": str(r), "alpha": f"{alpha:g}", "targets": ", ".join(targets)},
+        adapter=AdapterRecord(lora=lora, base=str(base.path), base_fingerprint=""),
+    )
+
+
+class PeftDestination:
+    """See `converters.format.Destination`. The tensors are gathered in memory and written when all are there."""
+
+    def __init__(self, request: WriteRequest, adapter: AdapterRecord, family: Family) -> None:
+        self._request, self._adapter, self._family = request, adapter, family
+        self._modules = peft_modules(family, request.model, adapter.lora)
+        config = adapter_config(family, request.model, adapter.lora, base=base_name(request))
+        self._texts = {
+            CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
+            "README.md": adapter_card(request, config).encode(),
+        }
+        self._arrays: Arrays = {
+            name: (tensor.dtype, np.zeros(tensor.shape, NUMPY_NAMES[tensor.dtype]))
+            for name, tensor in request.schema.items()
+        }
+        self._partial = partial_folder(request.path)
+
+    @property
+    def path(self) -> Path:
+        return self._request.path
+
+    @property
+    def schema(self) -> Mapping[str, LogicalTensor]:
+        return self._request.schema
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        return {WEIGHTS: sum(tensor.numel * ITEM_BYTES[tensor.dtype] for tensor in self.schema.values())}
+
+    def boxes(self, name: str) -> tuple[tuple[str, Box], ...]:
+        return ((WEIGHTS, Box.whole(self.schema[name].shape)),)
+
+    def sweep(self, name: str) -> int:
+        return 0
+
+    def begin(self) -> None:
+        prepare(self.path)
+
+    def write(self, name: str, box: Box, array: np.ndarray) -> None:
+        self._arrays[name][1][box.slices] = array
+
+    def check(self, progress: Progress) -> None:
+        """Writes the folder, reads it back and compares every element."""
+        self._flush()
+        found = self.reopen()
+        for name, (_, array) in self._arrays.items():
+            if not np.array_equal(_bits(found.read(name, Box.whole(array.shape))), _bits(array)):
+                raise VerificationError(f"{self._partial / WEIGHTS}: {name!r} reads back other than written")
+            progress(array.nbytes)
+
+    def reopen(self) -> TensorSource:
+        """The unfinished folder as a source."""
+        self._flush()
+        lora, model = self._adapter.lora, self._request.model
+        return ArraySource(to_logical(read_file(self._partial)[1], self._family, model, lora, str(self._partial)))
+
+    def commit(self, fingerprints: Mapping[str, str]) -> Path:
+        """Renames the folder into place, once everything is on disk."""
+        self._flush()
+        if self.path.exists():
+            raise CheckpointError(f"{self.path} appeared while it was being written; the result is in {self._partial}")
+        self._partial.rename(self.path)
+        return self.path
+
+    def abort(self) -> None:
+        discard(self._partial)
+
+    def _flush(self) -> None:
+        """Writes every file, once."""
+        if (self._partial / WEIGHTS).exists():
+            return
+        tensors = to_file(self._arrays, self._modules)
+        targets = [name for name in projections(self._request.model) if self._adapts(name)]
+        layout = lay_out(
+            [(key, dtype, array.shape) for key, (dtype, array) in tensors.items()],
+            {"format": "pt", _TARGETS: ",".join(targets)},
+        )
+        with (self._partial / WEIGHTS).open("xb") as file:
+            file.write(layout.prefix)
+            for key, entry in layout.entries.items():
+                file.seek(entry.start)
+                file.write(np.ascontiguousarray(tensors[key][1]).data)
+            file.flush()
+            os.fsync(file.fileno())
+        for name, text in self._texts.items():
+            (self._partial / name).write_bytes(text)
+        folder = self._request.tokenizer
+        for name in TOKENIZER_FILES if folder is not None else ():
+            if folder is not None and (folder / name).is_file():
+                (self._partial / name).write_bytes((folder / name).read_bytes())
+
+    def _adapts(self, projection: str) -> bool:
+        return any(name.split(".")[-3] == projection for name in self.schema if ".lora_A." in name)
+
+
+def base_name(request: WriteRequest) -> str:
+    """What to call the base: the name of the Hugging Face folder that it came from, else its own; never a path."""
+    names = [str(entry["name"]) for entry in request.lineage if entry.get("kind") == "import" and entry.get("name")]
+    return names[-1] if names else Path(request.adapter.base if request.adapter else "").name
+
+
+def _bits(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array).view(np.uint8)
+
+
+FORMAT = PeftFormat()

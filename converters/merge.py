@@ -1,0 +1,146 @@
+"""Base and adapter as one source: each weight with its update added, computed as it is read. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from xxhash import xxh3_64
+
+from converters.cast import FLOATS, as_float32, cast_array
+from converters.format import OpenedCheckpoint, Progress, no_progress
+from converters.open import open_checkpoint
+from converters.verify import compute_fingerprints
+from workbench.checkpoint.source import TensorSource
+from workbench.errors import CheckpointError, ConversionError
+from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.lora import LoraSpec, adapter_tensors, factor_names
+from workbench.spec.model import ModelConfig
+from workbench.spec.schema import logical_tensors
+
+
+class MergedSource:
+    """The weights W + s B A of an adapted model, added in fp32 and then rounded once to the base's dtype."""
+
+    def __init__(self, base: TensorSource, adapter: TensorSource, model: ModelConfig, lora: LoraSpec) -> None:
+        """`model` is the adapted model. Raises ConversionError when base and adapter do not fit together."""
+        self._base, self._adapter, self._scaling = base, adapter, lora.scaling
+        factors = adapter_tensors(model, lora, "F32")
+        expected = logical_tensors(model, "F32")
+        own = {name for name in expected if name in factors}  # a head that was trained whole
+        faults = [f"the adapter lacks {name}" for name in factors if name not in adapter.schema]
+        faults += [f"the base lacks {name}" for name in expected if name not in own and name not in base.schema]
+        held = {
+            **{n: base.schema.get(n) for n in expected if n not in own},
+            **{n: adapter.schema.get(n) for n in factors},
+        }
+        shapes = {
+            **{name: tensor.shape for name, tensor in expected.items()},
+            **{n: t.shape for n, t in factors.items()},
+        }
+        faults += [
+            f"{name} has shape {list(tensor.shape)}, not {list(shapes[name])}"
+            for name, tensor in held.items()
+            if tensor is not None and tensor.shape != shapes[name]
+        ]
+        faults += [f"{n} is {t.dtype}, not a floating type" for n, t in held.items() if t and t.dtype not in FLOATS]
+        if faults:
+            more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+            raise ConversionError(f"base and adapter do not fit together: {'; '.join(faults[:4])}{more}")
+        self._own = own
+        self._adapted = {name for name in expected if factor_names(name)[0] in factors}
+        self._schema = {name: (adapter if name in own else base).schema[name] for name in expected}
+
+    @property
+    def schema(self) -> Mapping[str, LogicalTensor]:
+        """Every weight of the adapted model."""
+        return self._schema
+
+    def chunks(self, name: str) -> tuple[Box, ...]:
+        """As base, or adapter, holds it."""
+        return (self._adapter if name in self._own else self._base).chunks(name)
+
+    def read(self, name: str, box: Box) -> np.ndarray:
+        """The box with its update added."""
+        if name in self._own:
+            return self._adapter.read(name, box)
+        array = self._base.read(name, box)
+        if name not in self._adapted:
+            return array
+        dtype = self._schema[name].dtype
+        merged = as_float32(array, dtype) + self._update(name, box)
+        return cast_array(merged, "F32", dtype)
+
+    def _update(self, name: str, box: Box) -> np.ndarray:
+        """s B A in the rows and columns of `box`, fp32."""
+        a_name, b_name = factor_names(name)
+        schema = self._adapter.schema
+        rank = schema[a_name].shape[0]
+        a = self._adapter.read(a_name, Box((0, box.offset[1]), (rank, box.size[1])))
+        b = self._adapter.read(b_name, Box((box.offset[0], 0), (box.size[0], rank)))
+        product = as_float32(b, schema[b_name].dtype) @ as_float32(a, schema[a_name].dtype)
+        update: np.ndarray = product * np.float32(self._scaling)
+        return update
+
+
+def open_merged(
+    path: Path, *, base: Path | None = None, family: str | None = None, check_base: bool = True
+) -> OpenedCheckpoint:
+    """The checkpoint at `path`; when it holds an adapter, the model that it makes of its base.
+
+    `base` says where the base is now, if not where the adapter remembers it. CheckpointError when the base is missing
+    or holds other weights than the adapter was trained on.
+    """
+    opened = open_checkpoint(path, family=family)
+    if opened.adapter is None:
+        return opened
+    return merge(opened, open_base(opened, base), check_base=check_base)
+
+
+def open_base(opened: OpenedCheckpoint, base: Path | None = None) -> OpenedCheckpoint:
+    """The checkpoint that the adapter `opened` belongs to."""
+    assert opened.adapter is not None
+    where = base if base is not None else Path(opened.adapter.base)
+    if not where.exists():
+        raise CheckpointError(
+            f"{opened.path}: is an adapter to {opened.adapter.base}, which is not there; say where it is with --base"
+        )
+    found = open_checkpoint(where)
+    if found.adapter is not None:
+        raise ConversionError(f"{where}: is an adapter itself; merge it first, and name the result as --base")
+    return found
+
+
+def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool = True) -> OpenedCheckpoint:
+    """The adapter `opened` merged into `base`, as a checkpoint to be copied or run."""
+    record = opened.adapter
+    assert record is not None
+    if check_base and record.base_fingerprint and (found := base_fingerprint(base)) != record.base_fingerprint:
+        raise CheckpointError(
+            f"{opened.path}: was trained on weights with fingerprint {record.base_fingerprint}, but {base.path} has "
+            f"{found}; name the right one with --base"
+        )
+    return replace(
+        base,
+        source=MergedSource(base.source, opened.source, opened.model, record.lora),
+        model=opened.model,
+        training=None,
+        tokenizer=opened.tokenizer or base.tokenizer,
+        lineage=(*base.lineage, *(entry for entry in opened.lineage if entry not in base.lineage)),
+        fingerprints={},
+        info={**base.info, "adapter": str(opened.path)},
+        path=opened.path,
+    )
+
+
+def base_fingerprint(opened: OpenedCheckpoint, progress: Progress = no_progress) -> str:
+    """One digest of the fingerprints of all weights of a checkpoint: the same in any format and at any layout."""
+    names = [name for name in logical_tensors(opened.model, "F32") if name in opened.source.schema]
+    known = {name: opened.fingerprints[name] for name in names if opened.fingerprints.get(name)}
+    missing = [name for name in names if name not in known]
+    if missing:
+        known |= compute_fingerprints(opened.source, names=missing, progress=progress)
+    lines = "".join(f"{name} {known[name]}\n" for name in sorted(names))
+    return xxh3_64(lines.encode()).hexdigest()

@@ -1,0 +1,180 @@
+"""Adapters leave as PEFT folders that peft itself loads whole, and come back bit for bit; what peft would pass over in
+silence is found."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from converters.format import OpenedCheckpoint
+from converters.formats.peft import open_peft
+from converters.job import JobOptions, make_job
+from converters.open import get_format, open_checkpoint
+from converters.peft_proof import compare_with_peft, hugging_face_folder
+from tests.finetune.adapters import write_adapter, write_base
+from tests.helpers.models import biased_model, gated_model
+from workbench.errors import ConversionError, VerificationError
+from workbench.spec.geometry import Box
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.lora import LoraSpec
+from workbench.spec.model import ModelConfig
+
+OPTIONS = JobOptions(layout=ParallelLayout(), optimizer="drop")
+CASES = {
+    "llama": (gated_model(tie_word_embeddings=True), LoraSpec(r=3)),
+    "llama, rank-stabilised, two targets": (gated_model(), LoraSpec(r=4, rslora=True, targets=("q_proj", "down_proj"))),
+    "llama, three labels": (gated_model(num_labels=3, pad_token_id=0), LoraSpec(r=2)),
+    "gpt2, fused projections": (biased_model(tie_word_embeddings=True), LoraSpec(r=3, alpha=5)),
+    "gpt2, part of a fused projection": (
+        biased_model(tie_word_embeddings=True),
+        LoraSpec(r=2, rslora=True, targets=("q_proj", "v_proj", "o_proj")),
+    ),
+}
+
+
+def exported(folder: Path, model: ModelConfig, lora: LoraSpec) -> tuple[OpenedCheckpoint, OpenedCheckpoint, Path]:
+    """A native adapter, its base as a Hugging Face folder, and the adapter as a PEFT folder."""
+    base_model = model.model_copy(update={"num_labels": 0})
+    native = write_base(folder / "native", base_model)
+    adapter = open_checkpoint(write_adapter(folder / "adapter", model, lora, native))
+    base = open_checkpoint(hugging_face_folder(open_checkpoint(native), folder))
+    make_job(adapter, get_format("peft"), folder / "peft", OPTIONS, operation="export").run()
+    return adapter, base, folder / "peft"
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[OpenedCheckpoint, OpenedCheckpoint, Path]:
+    return exported(tmp_path_factory.mktemp("llama"), *CASES["llama"])
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_peft_loads_an_export_whole_and_gives_the_merged_models_logits(name: str, tmp_path: Path) -> None:
+    adapter, base, folder = exported(tmp_path, *CASES[name])
+    report = compare_with_peft(adapter, base, folder)
+    assert report.difference < report.tolerance <= 1e-3
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_an_export_read_again_holds_the_same_pairs(name: str, tmp_path: Path) -> None:
+    model, lora = CASES[name]
+    adapter, base, folder = exported(tmp_path, model, lora)
+    again = open_peft(folder, base)
+    assert again.adapter is not None and again.adapter.lora.scaling == pytest.approx(lora.scaling)
+    assert dict(again.source.schema) == dict(adapter.source.schema)
+    for tensor in adapter.source.schema.values():
+        whole = Box.whole(tensor.shape)
+        np.testing.assert_array_equal(again.source.read(tensor.name, whole), adapter.source.read(tensor.name, whole))
+
+
+def test_the_configuration_names_leaves_and_leaves_nothing_to_defaults(
+    llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path],
+) -> None:
+    config = json.loads((llama[2] / "adapter_config.json").read_text())
+    assert config["target_modules"] == sorted(
+        ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    assert (config["r"], config["lora_alpha"], config["use_rslora"], config["fan_in_fan_out"]) == (3, 16, False, False)
+    assert config["task_type"] == "CAUSAL_LM" and not Path(config["base_model_name_or_path"]).is_absolute()
+
+
+def without_prefix(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
+
+
+def fewer_targets(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    config["target_modules"] = ["q_proj"]
+
+
+def other_scaling(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    config["use_rslora"] = True
+
+
+def dora_without_magnitude(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    config["use_dora"] = True
+
+
+def only_a(config: dict[str, Any], tensors: dict[str, Any]) -> None:
+    for name in [name for name in tensors if "lora_B" in name]:
+        del tensors[name]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (without_prefix, "missing keys.*unexpected keys|unexpected keys.*missing keys"),
+        (fewer_targets, "unexpected keys"),
+        (other_scaling, "logits differ"),
+        (dora_without_magnitude, "missing keys"),
+        (only_a, "missing keys"),
+    ],
+)
+def test_what_peft_passes_over_in_silence_fails_the_proof(
+    damage: Callable[[dict[str, Any], dict[str, Any]], None],
+    message: str,
+    llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path],
+    tmp_path: Path,
+) -> None:
+    adapter, base, folder = llama
+    config = json.loads((folder / "adapter_config.json").read_text())
+    tensors = load_file(folder / "adapter_model.safetensors")
+    damage(config, tensors)
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file(tensors, tmp_path / "adapter_model.safetensors", {"format": "pt"})
+    with pytest.raises(VerificationError, match=message):
+        compare_with_peft(adapter, base, tmp_path)
+
+
+def test_an_adapter_made_by_peft_is_read(
+    llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(llama[1].path)
+    lora = LoraConfig(r=5, lora_alpha=7, target_modules=["v_proj", "gate_proj"], init_lora_weights=False)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "theirs")
+    opened = open_peft(tmp_path / "theirs", llama[1])
+    assert opened.adapter is not None
+    assert opened.adapter.lora == LoraSpec(r=5, alpha=7.0, targets=("v_proj", "gate_proj"))
+    report = compare_with_peft(opened, llama[1], tmp_path / "theirs")
+    assert report.difference < report.tolerance
+
+
+def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    native = open_checkpoint(write_base(tmp_path / "native", biased_model(tie_word_embeddings=True)))
+    base = open_checkpoint(hugging_face_folder(native, tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    lora = LoraConfig(r=2, target_modules=["c_attn"], init_lora_weights=False, fan_in_fan_out=True)
+    get_peft_model(model, lora).save_pretrained(tmp_path / "theirs")
+    opened = open_peft(tmp_path / "theirs", base)
+    assert opened.adapter is not None and opened.adapter.lora.targets == ("q_proj", "k_proj", "v_proj")
+    assert compare_with_peft(opened, base, tmp_path / "theirs").difference < 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"use_dora": True}, "use_dora=True"), ({"bias": "all"}, "bias='all'"), ({"peft_type": "IA3"}, "peft_type='IA3'")],
+)
+def test_a_configuration_with_no_place_here_is_refused_by_name(
+    changes: dict[str, Any], named: str, llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path], tmp_path: Path
+) -> None:
+    config = json.loads((llama[2] / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
+    (tmp_path / "adapter_model.safetensors").write_bytes((llama[2] / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(ConversionError, match=named):
+        open_peft(tmp_path, llama[1])
+
+
+def test_a_whole_model_is_no_adapter(llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path], tmp_path: Path) -> None:
+    with pytest.raises(ConversionError, match="whole model"):
+        make_job(llama[1], get_format("peft"), tmp_path / "out", OPTIONS, operation="export")
