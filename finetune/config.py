@@ -2,36 +2,21 @@
 
 from __future__ import annotations
 
-from functools import reduce
-from operator import or_
-from typing import TYPE_CHECKING, Annotated, Any, Self
+from typing import TYPE_CHECKING, Self
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Field, model_validator
 
 from finetune.adapter import Adapter, adapters
 from finetune.task import Task, TaskTable, tasks
 from pretrain.config import EngineConfig
-from workbench.config import Config
-
-
-def _one_of(plugins: dict[str, Any]) -> Any:
-    """The table of any of the plug-ins, told apart by its `kind`."""
-    tagged = [Annotated[plugin.table, Tag(name)] for name, plugin in plugins.items()]
-    message = f"a table with kind = {' or '.join(map(repr, plugins))}"
-    chosen = Discriminator(_kind, custom_error_type="unknown_kind", custom_error_message=message)
-    return Annotated[reduce(or_, tagged), chosen]
-
-
-def _kind(value: Any) -> Any:
-    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
-
+from workbench.config import Config, table_by_kind
 
 if TYPE_CHECKING:
     AnyTask = TaskTable
     AnyMethod = Config
 else:
-    AnyTask = _one_of(tasks())
-    AnyMethod = _one_of(adapters())
+    AnyTask = table_by_kind({name: task.table for name, task in tasks().items()})
+    AnyMethod = table_by_kind({name: adapter.table for name, adapter in adapters().items()})
 
 
 class FinetuneConfig(EngineConfig):

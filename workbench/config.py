@@ -6,10 +6,20 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Annotated, Any, Generic, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, ValidatorFunctionWrapHandler, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Tag,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from workbench.config_faults import explain, nearest, shown
@@ -41,6 +51,16 @@ def _coerced(value: Any, parsed: Any) -> bool:
     return isinstance(value, str) and isinstance(parsed, int | float)
 
 
+def table_by_kind(tables: Mapping[str, type[Config]]) -> Any:
+    """The annotation of a table that is one of `tables`, told apart by its key `kind`."""
+    tagged = [Annotated[table, Tag(name)] for name, table in tables.items()]
+    return Annotated[reduce(or_, tagged), Discriminator(_kind)]
+
+
+def _kind(value: Any) -> Any:
+    return value.get("kind") if isinstance(value, dict) else getattr(value, "kind", None)
+
+
 C = TypeVar("C", bound=Config)
 Presets = Mapping[str, Mapping[str, Mapping[str, Any]]]
 """Table -> name of a preset -> the values it stands for: {"model": {"tiny": {"hidden_size": 64}}}."""
@@ -68,15 +88,17 @@ def load_config(
     data = _parse(path, text)
     places = Places(path, key_lines(text))
     faults = [fault for word in overrides if (fault := _override(data, word, places))]
-    faults += [
-        fault for table in presets or {} if (fault := _preset(data, table, (presets or {})[table], model, places))
-    ]
+    unfilled = set()
+    for table, known in (presets or {}).items():
+        if fault := _preset(data, table, known, model, places):
+            faults.append(fault)
+            unfilled.add(table)
     try:
         config = model.model_validate(data)
     except ValidationError as error:
-        found = explain(error, data, model)
-        faults += [f"{places.of(where)}{message}" for where, message in found]
-        raise ConfigError("\n".join(faults)) from None
+        # What an unknown preset would have filled in is missing because of that, and not a fault of its own.
+        found = [one for one in explain(error, data, model) if not (one.is_missing and one.where[0] in unfilled)]
+        raise ConfigError("\n".join([*faults, *(f"{places.of(one.where)}{one.message}" for one in found)])) from None
     if faults:
         raise ConfigError("\n".join(faults))
     return Loaded(config, path, text, tuple(overrides))

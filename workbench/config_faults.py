@@ -6,6 +6,7 @@ import difflib
 import json
 import typing
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -37,25 +38,38 @@ _BOUNDS = {
 }
 
 
-def explain(error: ValidationError, data: Mapping[str, Any], model: type[BaseModel]) -> list[tuple[Where, str]]:
-    """Each fault once, as (path of the key, message), in the order of the paths."""
+@dataclass(frozen=True)
+class Fault:
+    """What is wrong with one key."""
+
+    where: Where
+    message: str
+    is_missing: bool = False
+
+
+def explain(error: ValidationError, data: Mapping[str, Any], model: type[BaseModel]) -> list[Fault]:
+    """Each fault once, in the order of the paths."""
     wanted: dict[Where, list[str]] = {}
-    found: list[tuple[Where, str]] = []
+    found: list[Fault] = []
     for fault in error.errors():
         where = _where(fault, data)
         name = ".".join(map(str, where))
         if fault["type"] == "extra_forbidden":
-            found.append((where, f"{name}: unknown key{_suggestion(where, model)}"))
+            found.append(Fault(where, f"{name}: unknown key{_suggestion(where, model, data)}"))
         elif fault["type"] == "missing":
-            found.append((where, f"{name}: is missing, and has no default"))
+            found.append(Fault(where, f"{name}: is missing, and has no default", is_missing=True))
+        elif fault["type"] == "union_tag_not_found":
+            found.append(Fault(where, f"{name}.kind: is missing, and has no default", is_missing=True))
+        elif fault["type"] == "union_tag_invalid":
+            wanted.setdefault((*where, "kind"), []).append(_choice(fault["ctx"]["expected_tags"]))
         elif fault["type"] == "value_error":
-            found.append((where, (f"{name}: " if name else "") + fault["msg"].removeprefix("Value error, ")))
+            found.append(Fault(where, (f"{name}: " if name else "") + fault["msg"].removeprefix("Value error, ")))
         else:
             wanted.setdefault(where, []).append(_allowed(fault))
     for where, choices in wanted.items():
         name, value = ".".join(map(str, where)), _at(where, data)
-        found.append((where, f"{name} = {shown(value)}: must be {' or '.join(dict.fromkeys(choices))}"))
-    return sorted(dict.fromkeys(found), key=lambda item: tuple(map(str, item[0])))
+        found.append(Fault(where, f"{name} = {shown(value)}: must be {' or '.join(dict.fromkeys(choices))}"))
+    return sorted(dict.fromkeys(found), key=lambda fault: tuple(map(str, fault.where)))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -112,26 +126,35 @@ def _allowed(fault: ErrorDetails) -> str:
     return fault["msg"][0].lower() + fault["msg"][1:]
 
 
-def _suggestion(where: Where, model: type[BaseModel]) -> str:
+def _choice(tags: str) -> str:
+    """pydantic's "'a', 'b'" as "'a' or 'b'"."""
+    return " or ".join(tags.split(", "))
+
+
+def _suggestion(where: Where, model: type[BaseModel], data: Mapping[str, Any]) -> str:
     """The nearest key of the same table, or the same key in the table where it belongs."""
     *table, key = where
-    known = {name for one in _models_at(tuple(table), model) for name in one.model_fields}
+    known = {name for one in _models_at(tuple(table), model, data) for name in one.model_fields}
     if difflib.get_close_matches(str(key), known, n=1, cutoff=0.6):
         return nearest(str(key), known)
-    elsewhere = [path for path in _all_paths(model) if path.rpartition(".")[2] == key]
+    here = ".".join(map(str, where))
+    elsewhere = [path for path in _all_paths(model) if path.rpartition(".")[2] == key and path != here]
     if elsewhere:
         return f"; did you mean '{elsewhere[0]}'?"
     return nearest(str(key), known)
 
 
-def _models_at(where: Where, model: type[BaseModel]) -> list[type[BaseModel]]:
-    """The table classes that may stand at a path."""
+def _models_at(where: Where, model: type[BaseModel], data: Mapping[str, Any]) -> list[type[BaseModel]]:
+    """The table classes that may stand at a path, given the `kind` that the table there has."""
     models = [model]
     for part in where:
         if isinstance(part, str):
             fields = [one.model_fields[part] for one in models if part in one.model_fields]
             models = [inner for field in fields for inner in _models_in(field.annotation)]
-    return models
+    table = _at(where, data)
+    kind = table.get("kind") if isinstance(table, Mapping) else None
+    of_that_kind = [one for one in models if "kind" in one.model_fields and one.model_fields["kind"].default == kind]
+    return of_that_kind or models
 
 
 def _models_in(annotation: Any) -> Iterator[type[BaseModel]]:

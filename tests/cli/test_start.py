@@ -112,6 +112,7 @@ def test_check_speaks_to_people_too(capsys, configuration):
         (["parallel.tp=2", "--nproc", "3"], 3, "3 ranks were given, but tp=2 x pp=1 needs a multiple of 2"),
         (["data.train=nowhere"], 5, "nowhere"),
         (["batch.sequence_len=8"], 2, "batch.sequence_len: unknown key; did you mean 'seq_len'?"),
+        (["model.preset=lama-tiny"], 2, "model.preset = \"lama-tiny\": no such preset; did you mean 'llama-tiny'?\n"),
         (["model.hidden_size=4000000"], 6, "the ranks need about"),
     ],
 )

@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 from pydantic import Field
 
-from workbench.config import Config, load_config, resolved_json
+from workbench.config import Config, load_config, resolved_json, table_by_kind
 from workbench.errors import ConfigError
 
 
@@ -39,7 +39,21 @@ class Optim(Config):
     fused: bool = True
 
 
+class Square(Config):
+    kind: Literal["square"] = "square"
+    side: int = 1
+
+
+class Circle(Config):
+    kind: Literal["circle"] = "circle"
+    radius: int = 1
+
+
+Shape = table_by_kind({"square": Square, "circle": Circle})
+
+
 class Run(Config):
+    shape: Shape = Square()
     model: Model = Model()
     parallel: Parallel = Parallel()
     data: Data = Data()
@@ -169,6 +183,19 @@ def test_text_is_no_truth_value(write):
 def test_a_missing_key_is_named_at_its_table(write):
     said = message(write("[[data.train]]\nweight = 1\n"))
     assert said == "tiny.toml:1: data.train.0.path: is missing, and has no default"
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ('kind = "sqare"', "tiny.toml:2: shape.kind = \"sqare\": must be 'square' or 'circle'"),
+        ("side = 1", "tiny.toml:1: shape.kind: is missing, and has no default"),
+        ('kind = "square"\nradius = 1', "tiny.toml:3: shape.radius: unknown key; there are: kind, side"),
+        ('kind = "circle"\nradius = "x"', 'tiny.toml:3: shape.radius = "x": must be a whole number'),
+    ],
+)
+def test_a_table_of_several_kinds_is_judged_by_the_kind_it_names(write, text, said):
+    assert message(write(f"[shape]\n{text}\n")) == said
 
 
 def test_all_faults_are_listed_at_once(write):
