@@ -151,7 +151,7 @@ class LogTable(Config):
     """What is written while training."""
 
     every: int = Field(default=10, gt=0, description="Steps between rows of metrics.jsonl.")
-    tensorboard: bool = Field(default=False, description="Write TensorBoard events as well.")
+    tensorboard: bool = Field(default=True, description="Write TensorBoard events as well, if it is installed.")
     peak_tflops: float | Literal["auto", "measure"] = Field(
         default="auto",
         description="What MFU is measured against, per rank: auto knows some GPUs; measure times a matrix product.",

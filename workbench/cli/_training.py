@@ -61,27 +61,12 @@ def find_ranks(config: EngineConfig, nproc: int | None) -> Ranks:
     return Ranks(max(gpus // least, 1) * least, True, joined=False)
 
 
-def state_bytes(model: ModelConfig, layout: ParallelLayout) -> int:
-    """Bytes of weights, gradients and two moments, all fp32, on the rank that holds most of them."""
-    import math
-
-    from workbench.spec.schema import stage_specs
-
-    held = [
-        sum(math.prod(spec.local_shape(layout.tp)) for spec in stage_specs(model, layout, stage))
-        for stage in range(layout.pp)
-    ]
-    largest = max(held)
-    if layout.shard == "none":
-        return 16 * largest
-    # Sharded gradients and moments; zero2 keeps whole weights between forward and backward.
-    return 16 * largest // layout.dp + (4 * largest if layout.shard == "zero2" else 0)
-
-
 def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> dict[str, Any]:
     """What is known of a run before it starts."""
+    from pretrain.memory import estimate_memory
     from workbench.spec.schema import num_parameters
 
+    worst = max(estimate_memory(model, layout, config), key=lambda stage: stage.total)
     return {
         "run": config.run.dir,
         "parameters": num_parameters(model),
@@ -90,7 +75,8 @@ def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout)
         "step_tokens": config.step_tokens,
         "steps": config.planned_steps(),
         "seconds": config.run.seconds,
-        "state_bytes": state_bytes(model, layout),
+        "memory_bytes": worst.total,
+        "state_bytes": worst.total - worst.activations,
         "precision": config.precision.compute,
     }
 
@@ -110,7 +96,8 @@ def say_plan(out: Output, facts: Mapping[str, Any], config: EngineConfig, model:
         f"in {micros} microbatches of {batch.micro_size}"
     )
     out.say(f"length     {' or '.join(ends)}")
-    out.say(f"memory     {size_text(facts['state_bytes'])} a rank for weights, gradients and moments")
+    memory, state = size_text(facts["memory_bytes"]), size_text(facts["state_bytes"])
+    out.say(f"memory     about {memory} on the fullest rank: {state} of weights, gradients, moments; activations")
     out.say(f"run        {config.run.dir}")
 
 
