@@ -11,6 +11,7 @@ from xxhash import xxh3_64
 
 from converters.cast import FLOATS, as_float32, cast_array
 from converters.format import OpenedCheckpoint, Progress, no_progress
+from converters.formats import peft
 from converters.open import open_checkpoint
 from converters.verify import compute_fingerprints
 from workbench.checkpoint.source import TensorSource
@@ -93,6 +94,9 @@ def open_merged(
     `base` says where the base is now, if not where the adapter remembers it. CheckpointError when the base is missing
     or holds other weights than the adapter was trained on.
     """
+    if base is not None and peft.FORMAT.recognises(path):
+        found = _whole(base, family)
+        return merge(peft.open_peft(path, found), found, check_base=False)
     opened = open_checkpoint(path, family=family)
     if opened.adapter is None:
         return opened
@@ -107,9 +111,13 @@ def open_base(opened: OpenedCheckpoint, base: Path | None = None) -> OpenedCheck
         raise CheckpointError(
             f"{opened.path}: is an adapter to {opened.adapter.base}, which is not there; say where it is with --base"
         )
-    found = open_checkpoint(where)
+    return _whole(where, opened.family)
+
+
+def _whole(path: Path, family: str | None) -> OpenedCheckpoint:
+    found = open_checkpoint(path, family=family)
     if found.adapter is not None:
-        raise ConversionError(f"{where}: is an adapter itself; merge it first, and name the result as --base")
+        raise ConversionError(f"{path}: is an adapter itself; merge it first, and name the result as --base")
     return found
 
 

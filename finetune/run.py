@@ -56,6 +56,7 @@ class Finetuning:
         Raises ConfigError, DataError or CheckpointError before anything is trained.
         """
         self.config, self.base = config, base
+        self._watcher = watcher if mesh.world.rank == 0 else None
         tokenizer = tokenizer_of(base, config.tokenizer)
         self.prepared = prepare(config, base.model, tokenizer)
         self.model = tuned_model(base.model, self.prepared)
@@ -80,7 +81,10 @@ class Finetuning:
         result = self.trainer.run()
         if result.interrupted:
             return result
-        return replace(result, metrics={**result.metrics, **self.test()})
+        found = self.test()
+        if found and self._watcher is not None:
+            self._watcher.measured({"step": result.step, "tokens": result.tokens, **found})
+        return replace(result, metrics={**result.metrics, **found})
 
     def test(self) -> dict[str, float]:
         """Metrics over the test rows, by `test/<metric>`; none when the task names no test rows."""

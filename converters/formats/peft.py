@@ -18,6 +18,7 @@ from converters.formats._peft_card import adapter_card
 from converters.formats._peft_source import SCORE, Arrays, ArraySource, file_targets, read_file, to_file, to_logical
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, lora_of, peft_modules
 from workbench.checkpoint.safetensors_io import lay_out
+from workbench.checkpoint.store import CHECKPOINTS
 from workbench.checkpoint.writer import discard, partial_folder, prepare
 from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
@@ -198,7 +199,10 @@ class PeftDestination:
 def base_name(request: WriteRequest) -> str:
     """What to call the base: the name of the Hugging Face folder that it came from, else its own; never a path."""
     names = [str(entry["name"]) for entry in request.lineage if entry.get("kind") == "import" and entry.get("name")]
-    return names[-1] if names else Path(request.adapter.base if request.adapter else "").name
+    if names or request.adapter is None:
+        return names[-1] if names else ""
+    path = Path(request.adapter.base)
+    return path.parent.parent.name if path.parent.name == CHECKPOINTS else path.name
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

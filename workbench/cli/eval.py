@@ -1,0 +1,65 @@
+"""`wb eval`: the score of a checkpoint on the held-out rows of a task."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from workbench.cli._training import find_ranks
+from workbench.cli.common import Command, Output
+
+if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
+    from workbench.spec.layout import ParallelLayout
+
+
+def evaluate(
+    out: Output,
+    checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run folder, an adapter, a Hugging Face folder.")],
+    task_config: Annotated[Path, typer.Option(help="The TOML file of the task: that of `wb finetune`.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file.")] = None,
+    base: Annotated[Path | None, typer.Option(help="Where an adapter's base is, if not where it remembers.")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
+    ] = None,
+) -> None:
+    """Judge a model by the valid and test rows of a task; an adapter is merged into its base on the way."""
+    from converters.merge import open_merged
+    from finetune.config import FinetuneConfig
+    from workbench.config import load_config
+    from workbench.parallel.launch import run_on_ranks
+
+    settings = load_config(task_config, FinetuneConfig, overrides or ()).config
+    opened = open_merged(checkpoint, base=base)
+    ranks = find_ranks(settings, nproc)
+    layout = settings.resolve_layout(opened.model, ranks.count)
+    metrics = run_on_ranks(judge, settings, layout, checkpoint, base, nproc=ranks.count)
+    if ranks.speaks:
+        facts = {"checkpoint": str(checkpoint), "task": settings.task.kind}
+        lines = [f"{name:<22} {value:.6g}" for name, value in metrics.items()]
+        out.result({**facts, "metrics": metrics}, text="\n".join(lines))
+
+
+def judge(config: FinetuneConfig, layout: ParallelLayout, checkpoint: Path, base: Path | None) -> dict[str, float]:
+    """One rank's part; the metrics on every rank."""
+    from converters.merge import open_merged
+    from finetune.run import evaluate_model
+    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.mesh import Mesh
+
+    environment = rank_environment()
+    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    # The parent has compared the base with the adapter's record already.
+    opened = open_merged(checkpoint, base=base, check_base=False)
+    return evaluate_model(config, opened.model, opened.source, opened.tokenizer, mesh)
+
+
+COMMAND = Command(
+    "eval",
+    evaluate,
+    panel="Models",
+    order=70,
+    example="wb eval runs/sft --task-config sft.toml\nwb eval out/merged --task-config sft.toml parallel.tp=2",
+)

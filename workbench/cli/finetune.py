@@ -1,0 +1,146 @@
+"""`wb finetune`: train a model further on a task, whole or through an adapter."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from workbench.cli._training import Outcome, Terminal, Voice, find_ranks, plan_facts, run_in_folder, say_plan, voice_of
+from workbench.cli.common import Command, Output, count_text, time_text
+
+if TYPE_CHECKING:
+    from converters.format import OpenedCheckpoint
+    from finetune.config import FinetuneConfig
+    from finetune.run import Base
+    from workbench.spec.layout import ParallelLayout
+
+
+def finetune(
+    out: Output,
+    config: Annotated[
+        Path, typer.Argument(help="A TOML file with base, [task], [method], [run] and more.", metavar="CONFIG.toml")
+    ],
+    overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file: method.r=8")] = None,
+    nproc: Annotated[
+        int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check config, base, data and layout only.")] = False,
+) -> None:
+    """Train a model further on a task: whole, or a LoRA adapter beside its frozen weights.
+
+    The base may be a native checkpoint at any layout, a run folder, a Hugging Face folder or an adapter (which is
+    merged first). Goes on by itself when the run folder already holds a checkpoint.
+    """
+    from converters.merge import base_fingerprint
+    from finetune.config import FinetuneConfig, adapter_of
+    from finetune.run import prepare, tokenizer_of
+    from workbench.config import load_config
+
+    loaded = load_config(config, FinetuneConfig, overrides or ())
+    settings = loaded.config
+    ranks = find_ranks(settings, nproc)
+    opened = open_base_of(settings)
+    adapter_of(settings).check(settings.method, opened.model)
+    layout = settings.resolve_layout(opened.model, ranks.count)
+    facts = {**plan_facts(settings, opened.model, layout), "base": settings.base, "method": settings.method.kind}
+    if ranks.speaks:
+        out.say(f"base       {settings.base} ({opened.format}), {settings.method.kind} on {settings.task.kind}")
+        say_plan(out, facts, settings, opened.model)
+    if dry_run:
+        tokenizer = tokenizer_of(_base(settings, opened, ""), settings.tokenizer)
+        prepared = prepare(settings, opened.model, tokenizer)
+        if ranks.speaks:
+            held_out = {name: len(examples) for name, examples in prepared.held_out.items()}
+            rows = {"train": len(prepared.train), **held_out}
+            _warn(out, prepared.notes)
+            out.result({"dry_run": True, **facts, "rows": rows}, text=f"rows {rows}; nothing was started (--dry-run)")
+        return
+    fingerprint = base_fingerprint(opened)
+    outcome = run_in_folder(out, loaded, ranks, tune, settings, layout, voice_of(out), fingerprint)
+    if ranks.speaks:
+        _warn(out, outcome.pop("notes"))
+        out.result({**facts, **outcome}, text=_summary(outcome, settings))
+
+
+def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerprint: str) -> Outcome:
+    """One rank's part of a run; the outcome as plain values."""
+    import dataclasses
+
+    from finetune.run import Finetuning
+    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.mesh import Mesh
+
+    environment = rank_environment()
+    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    base = _base(config, open_base_of(config), fingerprint)
+    terminal = Terminal(voice, config, "finetune") if mesh.world.rank == 0 else None
+    try:
+        run = Finetuning(config, base, mesh, watcher=terminal)
+        outcome = dataclasses.asdict(run.run())
+    finally:
+        if terminal is not None:
+            terminal.close()
+    return {**outcome, "trained_parameters": run.num_trained, "notes": list(run.prepared.notes)}
+
+
+def open_base_of(config: FinetuneConfig) -> OpenedCheckpoint:
+    """The checkpoint that a run starts from; an adapter is merged into its own base."""
+    from converters.merge import open_merged
+
+    return open_merged(Path(config.base))
+
+
+def _base(config: FinetuneConfig, opened: OpenedCheckpoint, fingerprint: str) -> Base:
+    from finetune.run import Base
+
+    step = opened.training.step if opened.training is not None else None
+    parent = {
+        "kind": "finetune",
+        "base": config.base,
+        "fingerprint": fingerprint,
+        "format": opened.format,
+        "step": step,
+    }
+    return Base(
+        model=opened.model,
+        source=opened.source,
+        tokenizer=opened.tokenizer,
+        path=str(opened.path.absolute()),
+        fingerprint=fingerprint,
+        lineage=(*opened.lineage, parent),
+    )
+
+
+def _warn(out: Output, notes: Any) -> None:
+    for note in notes:
+        out.warn(note)
+
+
+def _summary(outcome: Outcome, config: FinetuneConfig) -> str:
+    """What a finished run is told as."""
+    lines = [
+        f"done       step {outcome['step']}, {count_text(outcome['tokens'])} tokens, {time_text(outcome['seconds'])}, "
+        f"{count_text(outcome['trained_parameters'])} parameters trained",
+        *(f"{name:<22} {_number(value)}" for name, value in outcome["metrics"].items()),
+        f"checkpoint {outcome['checkpoint']}",
+    ]
+    if config.method.kind == "full":
+        lines.append(f"next       wb export {config.run.dir} DST")
+    else:
+        lines.append(f"next       wb export {config.run.dir} DST --to peft    wb merge {config.run.dir} DST")
+    return "\n".join(lines)
+
+
+def _number(value: Any) -> str:
+    return f"{value:.4f}" if isinstance(value, float) and not value.is_integer() else f"{value:g}"
+
+
+COMMAND = Command(
+    "finetune",
+    finetune,
+    panel="Core",
+    order=30,
+    example=("wb finetune sft.toml\nwb finetune sft.toml base=runs/tiny method.kind=lora method.r=16 parallel.tp=2"),
+)
