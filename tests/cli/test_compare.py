@@ -32,7 +32,7 @@ def test_inspect_tells_what_a_checkpoint_holds(pair, capsys):
     assert (found["format"], found["step"], found["parameters"]) == ("native", 100, 8672)
     assert (found["layout"]["tp"], found["layout"]["pp"]) == (2, 2)
     assert found["weight_bytes"] == 8672 * 2 and found["optimizer_bytes"] == 8672 * 8
-    assert found["optimizer"] == ["optim.exp_avg", "optim.exp_avg_sq"]
+    assert found["moments"] == ["optim.exp_avg", "optim.exp_avg_sq"]
 
 
 def test_inspect_lists_the_tensors_of_a_pattern(pair, capsys):

@@ -43,7 +43,7 @@ def _summary(opened: OpenedCheckpoint) -> dict[str, Any]:
 
     schema = opened.source.schema.values()
     weights = [tensor for tensor in schema if not tensor.name.startswith(OPTIMIZER_PREFIX)]
-    kinds = sorted({t.name.split("/")[0] for t in schema if t.name.startswith(OPTIMIZER_PREFIX)})
+    moments = sorted({t.name.split("/")[0] for t in schema if t.name.startswith(OPTIMIZER_PREFIX)})
     training = opened.training
     return {
         "path": str(opened.path),
@@ -56,8 +56,10 @@ def _summary(opened: OpenedCheckpoint) -> dict[str, Any]:
         "dtypes": sorted({tensor.dtype for tensor in weights}),
         "weight_bytes": sum(map(tensor_bytes, weights)),
         "tensors": len(weights),
-        "optimizer": kinds,
+        "optimizer": dict(training.optimizer) if training else {},
+        "moments": moments,
         "optimizer_bytes": sum(tensor_bytes(t) for t in schema if t.name.startswith(OPTIMIZER_PREFIX)),
+        "adapter": opened.adapter.model_dump(mode="json") if opened.adapter else None,
         "tokenizer": str(opened.tokenizer) if opened.tokenizer else None,
         "model": opened.model.model_dump(mode="json", exclude_defaults=True),
         "parents": [f"{p.get('operation')} of {p.get('path')}" for p in opened.lineage],
@@ -74,7 +76,7 @@ def _shown(result: dict[str, Any]) -> dict[str, Any]:
     shown["parameters"] = f"{count_text(result['parameters'])} ({result['parameters']:,})"
     shown["weight_bytes"] = size_text(result["weight_bytes"])
     shown["optimizer_bytes"] = size_text(result["optimizer_bytes"])
-    for key in ("dtypes", "optimizer", "parents"):
+    for key in ("dtypes", "moments", "parents"):
         if key in shown:
             shown[key] = ", ".join(map(str, shown[key]))
     return {key.replace("_", " "): value for key, value in shown.items()}
