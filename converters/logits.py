@@ -15,12 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from converters.format import OpenedCheckpoint
-from converters.job import JobOptions, make_job
-from converters.open import get_format
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ResourceError, VerificationError
-from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import num_parameters
 
@@ -31,7 +27,6 @@ TOLERANCE: Final = 1e-4
 """Largest absolute difference of fp32 logits that passes, for logits up to 10; for larger ones in proportion."""
 _LENGTHS: Final = (1, 17, 64, 192)
 _SEED: Final = 20240229
-_HUGGINGFACE: Final = "huggingface"
 
 
 @dataclass(frozen=True)
@@ -60,28 +55,6 @@ def compare_logits(model: ModelConfig, source: TensorSource, folder: Path) -> Lo
     return judge(ours, theirs, sequences, folder)
 
 
-def compare_adapter_logits(
-    model: ModelConfig, merged: TensorSource, base: OpenedCheckpoint, folder: Path
-) -> LogitsReport:
-    """The comparison of `merged`, base plus adapter in fp32 run by the engine, with `folder`, run by peft on the base.
-
-    A base that is no Hugging Face folder is exported to a temporary one. Raises as `compare_logits` does, and when
-    peft finds a key missing or unexpected.
-    """
-    require_memory(model)
-    sequences = probe_sequences(model)
-    ours = engine_logits(model, merged, sequences)
-    num_labels = model.num_labels if model.num_labels != base.model.num_labels else None
-    with tempfile.TemporaryDirectory() as scratch:
-        where = base.path
-        if base.format != _HUGGINGFACE:
-            where = Path(scratch, "base")
-            options = JobOptions(ParallelLayout(), optimizer="drop")
-            make_job(base, get_format(_HUGGINGFACE), where, options, operation="export").run()
-        theirs = reference_logits(model, where, sequences, adapter=folder, num_labels=num_labels)
-    return judge(ours, theirs, sequences, folder)
-
-
 def probe_sequences(model: ModelConfig) -> list[list[int]]:
     """Token sequences of several lengths, as long as the model allows; the same ones every time.
 
@@ -103,26 +76,14 @@ def engine_logits(model: ModelConfig, source: TensorSource, sequences: Sequence[
     return [logits(stage, sequence).float().numpy() for sequence in sequences]
 
 
-def reference_logits(
-    model: ModelConfig,
-    folder: Path,
-    sequences: Sequence[Sequence[int]],
-    *,
-    adapter: Path | None = None,
-    num_labels: int | None = None,
-) -> list[np.ndarray]:
-    """transformers' logits of each sequence, from a fresh offline process that imports nothing of ours.
-
-    With `adapter`, a PEFT folder, those of peft; `num_labels` then says that the base in `folder` has no such head yet.
-    """
+def reference_logits(model: ModelConfig, folder: Path, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
+    """transformers' logits of each sequence, from a fresh offline process that imports nothing of ours."""
     import numpy as np
 
     request = {
         "folder": str(folder.absolute()),
         "task": "sequence_classification" if model.num_labels else "causal_lm",
         "sequences": [list(sequence) for sequence in sequences],
-        "adapter": str(adapter.absolute()) if adapter else None,
-        "num_labels": num_labels,
     }
     with tempfile.TemporaryDirectory() as scratch:
         asked, output = Path(scratch, "request.json"), Path(scratch, "logits.npz")
@@ -132,9 +93,7 @@ def reference_logits(
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or ["no message"]
-            raise VerificationError(
-                f"{adapter or folder}: {'peft' if adapter else 'transformers'} cannot load it: {last[0]}"
-            )
+            raise VerificationError(f"{folder}: transformers cannot load it: {last[0]}")
         with np.load(output) as found:
             return [found[str(index)] for index in range(len(sequences))]
 

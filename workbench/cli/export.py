@@ -76,17 +76,19 @@ def _merged(opened: OpenedCheckpoint, base: Path | None) -> OpenedCheckpoint:
 def _prove(opened: OpenedCheckpoint, dtype: str | None, base: Path | None, folder: Path) -> LogitsReport:
     """The comparison of what is exported, cast as it is written, with `folder`."""
     from converters.cast import CastSource
-    from converters.logits import compare_adapter_logits, compare_logits
+    from converters.logits import compare_logits
 
     source = CastSource(opened.source, dtype) if dtype else opened.source
     if opened.adapter is None:
         return compare_logits(opened.model, source, folder)
-    from converters.merge import merge, open_base
+    from converters.merge import open_base
+    from converters.peft_proof import compare_with_peft
 
     found = open_base(opened, base)
-    wide = replace(found, source=CastSource(found.source, "F32"))  # peft adds in fp32 and rounds nothing
-    merged = merge(replace(opened, source=source), wide, check_base=False)
-    return compare_adapter_logits(opened.model, merged.source, found, folder)
+    wide = replace(
+        found, source=CastSource(found.source, "F32"), fingerprints={}
+    )  # peft adds in fp32, without rounding
+    return compare_with_peft(replace(opened, source=source), wide, folder)
 
 
 COMMAND = Command(
