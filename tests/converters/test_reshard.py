@@ -17,12 +17,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converters.cast import cast_array
+from converters.format import OpenedCheckpoint
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
-from tests.helpers.checkpoints import random_native, read_all, tiny_model
+from tests.helpers.checkpoints import MemorySource, random_arrays, random_native, read_all, tiny_model
 from workbench.cli.main import main
 from workbench.errors import CheckpointError, ConfigError, VerificationError
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.lora import AdapterRecord, LoraSpec, adapter_tensors
 
 MODELS = {
     "tied, two KV heads": tiny_model(),
@@ -262,3 +264,20 @@ def test_resharding_never_imports_torch(source, tmp_path):
     for words in (["reshard", str(source), str(tmp_path / "x"), "--tp", "1", "--verify", "full"],):
         subprocess.run([sys.executable, "-c", code, *words], check=True, cwd=root, capture_output=True)
     assert time.monotonic() - started < 60
+
+
+def test_an_adapter_is_resharded_by_its_own_geometry_and_stays_an_adapter(tmp_path):
+    model = tiny_model()
+    record = AdapterRecord(lora=LoraSpec(r=3, alpha=6), base="runs/base", base_fingerprint="f" * 32)
+    schema = adapter_tensors(model, record.lora, "F32")
+    arrays = random_arrays(schema)
+    opened = OpenedCheckpoint("native", tmp_path, MemorySource(schema, arrays), model, adapter=record)
+    path = tmp_path / "0"
+    make_job(opened, get_format("native"), path, JobOptions(ParallelLayout(tp=2, pp=2)), operation="test").run()
+    moved = reshard(path, tmp_path / "1", ParallelLayout(tp=4, pp=1))
+    found = read_all(moved)
+    assert found.keys() == arrays.keys() and all(np.array_equal(found[name], arrays[name]) for name in arrays)
+    assert open_checkpoint(moved).adapter == record
+    boxes = open_checkpoint(moved).source.chunks("layers.0.mlp.down_proj.lora_A.weight")
+    assert sorted(box.offset for box in boxes) == [(0, 0), (0, 6), (0, 12), (0, 18)]
+    assert same_files(path, reshard(moved, tmp_path / "2", ParallelLayout(tp=2, pp=2)))
