@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from workbench.cli.common import Output, count_text, size_text, time_text
 
 if TYPE_CHECKING:
     from pretrain.config import EngineConfig
+    from pretrain.engine import RunResult
     from workbench.config import Loaded
     from workbench.spec.layout import ParallelLayout
     from workbench.spec.model import ModelConfig
@@ -146,6 +148,13 @@ class Terminal:
             self._sinks.close()
 
 
+def outcome_of(result: RunResult) -> Outcome:
+    """The result of a run as plain values; KeyboardInterrupt, on every rank, when it was interrupted."""
+    if result.interrupted:
+        raise KeyboardInterrupt
+    return dataclasses.asdict(result)
+
+
 def run_in_folder(
     out: Output,
     loaded: Loaded[Any],
@@ -157,6 +166,7 @@ def run_in_folder(
 
     Raises KeyboardInterrupt, with the hint how to go on, when the run was interrupted.
     """
+    from workbench.checkpoint.store import Store
     from workbench.config import resolved_json
     from workbench.parallel.launch import run_on_ranks
     from workbench.run_folder import RunFolder, Status
@@ -164,22 +174,19 @@ def run_in_folder(
     folder = RunFolder(Path(loaded.config.run.dir))
     if ranks.speaks:
         folder.start(config_text=loaded.text, resolved=resolved_json(loaded.config), command=[*sys.argv])
-    out.interrupt_hint = f"{folder.path}: run the same command again to go on from the last checkpoint"
     try:
         outcome = run_on_ranks(entry, *args, nproc=ranks.count)
     except KeyboardInterrupt:
+        steps = Store(folder.checkpoints).steps()
+        where = f"saved at step {steps[-1]}" if steps else "nothing was saved yet"
+        out.interrupt_hint = f"{folder.path}: {where}; run the same command again to go on"
         if ranks.speaks:
-            folder.finish(Status.INTERRUPTED, out.interrupt_hint)
+            folder.finish(Status.INTERRUPTED, where)
         raise
     except Exception as error:
         if ranks.speaks:
             folder.finish(Status.FAILED, str(error).splitlines()[0] if str(error) else type(error).__name__)
         raise
-    if outcome["interrupted"]:
-        if ranks.speaks:
-            folder.finish(Status.INTERRUPTED, f"stopped at step {outcome['step']}, saved in {outcome['checkpoint']}")
-        out.interrupt_hint = f"stopped at step {outcome['step']} and saved; run the same command again to go on"
-        raise KeyboardInterrupt
     if ranks.speaks:
         folder.finish(Status.DONE, f"step {outcome['step']}")
     return outcome

@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli._training import Outcome, Terminal, Voice, find_ranks, plan_facts, run_in_folder, say_plan, voice_of
+from workbench.cli._training import (
+    Outcome,
+    Terminal,
+    Voice,
+    find_ranks,
+    outcome_of,
+    plan_facts,
+    run_in_folder,
+    say_plan,
+    voice_of,
+)
 from workbench.cli.common import Command, Output, count_text, time_text
 
 if TYPE_CHECKING:
@@ -56,8 +66,6 @@ def pretrain(
 
 def train(config: PretrainConfig, layout: ParallelLayout, voice: Voice) -> Outcome:
     """One rank's part of a run; the outcome as plain values."""
-    import dataclasses
-
     from pretrain.data.config import open_data
     from pretrain.engine import NextToken, Subject, Trainer
     from workbench.models.build import initialise
@@ -75,7 +83,7 @@ def train(config: PretrainConfig, layout: ParallelLayout, voice: Voice) -> Outco
     terminal = Terminal(voice, config, "pretrain") if mesh.world.rank == 0 else None
     try:
         trainer = Trainer(config, subject, NextToken(data, seed=config.data.seed), mesh, watcher=terminal)
-        return dataclasses.asdict(trainer.run())
+        return outcome_of(trainer.run())
     finally:
         if terminal is not None:
             terminal.close()

@@ -28,6 +28,7 @@ from workbench import errors
 from workbench.errors import LaunchError, WorkbenchError
 
 _PRELOAD = ["torch", "torch.distributed.fsdp", "workbench.parallel.launch"]
+_INTERRUPTED = 130
 _SHUTDOWN_SECONDS = "600"
 """How long ranks that were told to stop may take to finish their step and save."""
 
@@ -97,6 +98,8 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
         try:
             results = elastic_launch(config, _rank_main)(entry, args, threads, reports)
         except ChildFailedError as error:
+            if all(failure.exitcode == _INTERRUPTED for failure in error.failures.values()):
+                raise KeyboardInterrupt from None
             raise _first_failure(Path(reports), error) from None
         except SignalException:
             raise KeyboardInterrupt from None
@@ -109,6 +112,9 @@ def _rank_main(entry: Callable[..., Any], args: tuple[Any, ...], threads: int, r
     assert environment is not None
     try:
         return _join_and_call(environment, entry, args)
+    except KeyboardInterrupt:
+        # Not by returning: torch lets a rank that returns wait until its result is read, and nobody will read it.
+        sys.exit(_INTERRUPTED)
     except Exception as error:
         report = {
             "when": time.time(),

@@ -1,0 +1,83 @@
+"""A configuration that cannot run is refused with both values, before anything starts."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from pretrain.config import EngineConfig, ParallelTable, PretrainConfig
+from pretrain.presets import PRESETS
+from tests.pretrain.models import tiny_config, tiny_model
+from workbench.errors import LayoutError
+from workbench.spec.model import ModelConfig
+
+VALUES: dict[str, Any] = {
+    "model": dict(PRESETS["llama-tiny"]),
+    "data": {"train": "corpus"},
+    "run": {"steps": 100},
+}
+
+
+def config_with(**tables: dict[str, Any]) -> PretrainConfig:
+    return PretrainConfig.model_validate({**VALUES, **{k: {**VALUES.get(k, {}), **v} for k, v in tables.items()}})
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"run": {"steps": None}}, "the run has no end; give steps, tokens or seconds"),
+        ({"batch": {"seq_len": 513}}, "batch.seq_len=513 is longer than model.max_position_embeddings=512"),
+        (
+            {"batch": {"global_size": 20, "micro_size": 8}, "parallel": {"dp": 2}},
+            "batch.global_size=20 is not a multiple of dp=2 x batch.micro_size=8; use 16",
+        ),
+        ({"parallel": {"dp": 0}}, "must be at least 1 or 'auto', not 0"),
+        ({"parallel": {"schedule": "zigzag"}}, "no schedule is called 'zigzag'; there are 1f1b, gpipe"),
+        ({"optim": {"lr": 1e-4, "min_lr": 1e-3}}, "min_lr=0.001 is above lr=0.0001"),
+        ({"optim": {"betas": [0.9, 1.0]}}, "each must be at least 0 and below 1"),
+        ({"optim": {"warmup": 101}}, "optim.warmup=101 is longer than the run of 100 steps"),
+        ({"model": {"num_labels": 3}}, "model.num_labels=3, but pretraining needs the language-model head"),
+        ({"precision": {"compute": "fp8"}}, "'fp32' or 'bf16'"),
+    ],
+)
+def test_what_does_not_fit_together_is_named_with_its_values(tables: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValidationError) as caught:
+        config_with(**tables)
+    assert message in str(caught.value)
+
+
+def test_several_faults_are_told_at_once() -> None:
+    with pytest.raises(ValidationError, match=r"seq_len=600.*; .*warmup=900"):
+        config_with(batch={"seq_len": 600}, optim={"warmup": 900})
+
+
+def test_an_automatic_data_parallel_degree_takes_the_ranks_that_are_left() -> None:
+    table = ParallelTable(tp=2, pp=2)
+    assert (table.num_ranks(), table.layout(12).dp) == (4, 3)
+    with pytest.raises(LayoutError, match="6 ranks were given, but tp=2 x pp=2 needs a multiple of 4"):
+        table.layout(6)
+    with pytest.raises(LayoutError, match="4 ranks were given, but tp=1 x pp=1 x dp=3 needs 3"):
+        ParallelTable(dp=3).layout(4)
+
+
+def test_layout_and_batch_faults_come_in_one_message() -> None:
+    config = tiny_config("run", parallel={"tp": 3})
+    with pytest.raises(LayoutError, match=r"num_attention_heads=4 cannot be split over tp=3.*global_size=8 is not"):
+        config.resolve_layout(tiny_model(), 9)
+
+
+@pytest.mark.parametrize(
+    ("run", "steps"),
+    [({"steps": 7}, 7), ({"tokens": 1000}, 11), ({"steps": 7, "tokens": 100}, 2), ({"seconds": 1}, None)],
+)
+def test_the_first_bound_ends_the_run(run: dict[str, Any], steps: int | None) -> None:
+    config = EngineConfig.model_validate({"run": run, "batch": {"global_size": 8, "micro_size": 8, "seq_len": 12}})
+    assert config.planned_steps() == steps
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_is_a_whole_model(name: str) -> None:
+    model = ModelConfig.model_validate(PRESETS[name])
+    assert model.num_attention_heads * model.head_dim == model.hidden_size
