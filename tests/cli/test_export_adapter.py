@@ -1,0 +1,75 @@
+"""`wb export` and `wb generate` of a checkpoint that holds an adapter."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.finetune.adapters import write_adapter, write_base
+from tests.helpers.models import gated_model
+from tests.helpers.tokenizers import make_tokenizer
+from workbench.cli.main import main
+from workbench.spec.lora import LoraSpec
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A native base and a native adapter to it."""
+    root = tmp_path_factory.mktemp("lora")
+    base = write_base(root / "base", gated_model())
+    return base, write_adapter(root / "adapter", gated_model(), LoraSpec(r=3, alpha=48), base)
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[int, dict[str, Any]]:
+    capsys.readouterr()
+    code = main([*map(str, words), "--json"])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.slow
+def test_an_adapter_leaves_as_a_peft_folder_proven_by_peft(
+    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, result = run(capsys, "export", checkpoints[1], tmp_path / "out", "--to", "peft")
+    assert code == 0, result
+    assert result["format"] == "peft" and result["logits"]["difference"] <= result["logits"]["tolerance"]
+    assert (tmp_path / "out/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_an_adapter_leaves_as_a_whole_model_when_asked_for_a_hugging_face_folder(
+    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, result = run(capsys, "export", checkpoints[1], tmp_path / "out")
+    assert code == 0, result
+    assert result["format"] == "huggingface" and result["logits"]["difference"] <= result["logits"]["tolerance"]
+    code, result = run(capsys, "verify", checkpoints[0], tmp_path / "out")
+    assert code == 4 and "layers.0.self_attn.q_proj.weight" in result["different"]
+
+
+def test_a_whole_model_is_no_adapter(
+    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, result = run(capsys, "export", checkpoints[0], tmp_path / "out", "--to", "peft")
+    assert code == 3 and "export it with --to hf" in result["error"]["message"]
+
+
+def test_generate_runs_an_adapter_on_its_base(
+    checkpoints: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("--prompt", "ab", "--max-new-tokens", "8", "--tokenizer", make_tokenizer(tmp_path / "words", 90))
+    code, plain = run(capsys, "generate", checkpoints[0], *words)
+    assert code == 0, plain
+    code, adapted = run(capsys, "generate", checkpoints[1], *words)
+    assert code == 0 and adapted["tokens"] != plain["tokens"]
+    moved = checkpoints[0].rename(tmp_path / "moved")
+    try:
+        code, result = run(capsys, "generate", checkpoints[1], *words)
+        assert code == 5 and "--base" in result["error"]["message"]
+        code, again = run(capsys, "generate", checkpoints[1], *words, "--base", moved)
+        assert code == 0 and again["tokens"] == adapted["tokens"]
+    finally:
+        moved.rename(checkpoints[0])
