@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
-        path = f"layers.{layer}.self_attn"
+        self.path = path = f"layers.{layer}.self_attn"
         self.qkv_proj = ColumnParallelLinear(mesh, specs[f"{path}.qkv_proj.weight"], specs.get(f"{path}.qkv_proj.bias"))
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"], specs.get(f"{path}.o_proj.bias"))
         self.head_dim = model.head_dim
@@ -100,7 +100,7 @@ class Attention(nn.Module):
             torch.arange(tokens, device=device),
             torch.arange(attended, device=device),
         )
-        rows = batch.dropout.rows(f"layers.{self.layer}.self_attn")
+        rows = batch.dropout.rows(self.path)
         return dropout(weights_BHTS, self.dropout, rows, coordinates) @ v_BHSd
 
 

@@ -55,9 +55,9 @@ class Block(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, batch, cache)
-        x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, f"{self.path}.self_attn.output")
+        x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
         transformed_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
-        return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, f"{self.path}.mlp.output")
+        return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
 
 
 class DecoderStage(nn.Module):
@@ -136,13 +136,13 @@ class DecoderStage(nn.Module):
         return losses_N.sum() if output == "loss" else losses_N.view(batch.labels.shape)
 
 
-def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: Batch, site: str) -> torch.Tensor:
+def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: Batch, *site: str) -> torch.Tensor:
     """Dropout on an activation that all tensor ranks hold whole; the same elements fall everywhere."""
     if not probability or batch.dropout is None:
         return x_BTD
     _, tokens, hidden = x_BTD.shape
     coordinates = (torch.arange(tokens, device=x_BTD.device), torch.arange(hidden, device=x_BTD.device))
-    return dropout(x_BTD, probability, batch.dropout.rows(site), coordinates)
+    return dropout(x_BTD, probability, batch.dropout.rows(*site), coordinates)
 
 
 def _last_token(x_BTD: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:

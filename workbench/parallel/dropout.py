@@ -25,9 +25,10 @@ class DropoutKey:
     step: int
     sample_ids: torch.Tensor
 
-    def rows(self, site: str) -> torch.Tensor:
-        """One hash per sample for the dropout at `site`, [B] int64."""
-        text = f"{self.seed}/{self.step}/{site}".encode()
+    @torch.compiler.disable  # else torch.compile makes a graph per layer and step, and gives up after a few
+    def rows(self, *site: str) -> torch.Tensor:
+        """One hash per sample for the dropout at the place that the joined words of `site` name, [B] int64."""
+        text = f"{self.seed}/{self.step}/{'.'.join(site)}".encode()
         start = int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little", signed=True)
         return _mix(self.sample_ids.to(torch.int64) * _STEP + start)
 
