@@ -149,11 +149,14 @@ def test_ctrl_c_saves_marks_the_run_and_tells_how_to_go_on(ranks: int, config: P
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     run = RunFolder(tmp_path / "run")
-    deadline = time.monotonic() + 120
-    while len(read_metrics(run.metrics)) < 3 and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    _, told = process.communicate(timeout=60)
+    try:
+        deadline = time.monotonic() + 120
+        while len(read_metrics(run.metrics)) < 3 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.send_signal(signal.SIGINT)
+        _, told = process.communicate(timeout=60)
+    finally:
+        process.kill()
     assert process.returncode == 130, told
     step = Store(run.checkpoints).steps()[-1]
     assert f"saved at step {step}; run the same command again to go on" in told

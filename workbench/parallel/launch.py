@@ -28,6 +28,12 @@ from workbench import errors
 from workbench.errors import LaunchError, WorkbenchError
 
 _PRELOAD = ["torch", "torch.distributed.fsdp", "workbench.parallel.launch"]
+_CHATTY_LOGGERS = (
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.multiprocessing.spawn",
+)
+"""What they would say of a failed or stopped rank is told once and better by `_first_failure`."""
 _INTERRUPTED = 130
 _SHUTDOWN_SECONDS = "600"
 """How long ranks that were told to stop may take to finish their step and save."""
@@ -80,7 +86,8 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
     if nproc == 1:
         return entry(*args)
     multiprocessing.set_forkserver_preload(_PRELOAD)
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    for name in _CHATTY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _SHUTDOWN_SECONDS)
     threads = max(1, (os.cpu_count() or 1) // nproc)
     config = LaunchConfig(
