@@ -145,6 +145,12 @@ def test_an_unfinished_checkpoint_does_not_exist_and_says_why(tmp_path):
             open_native(path)
 
 
+def test_a_folder_whose_writer_died_before_the_rename_is_unfinished(copy):
+    partial = copy.rename(copy.with_name("step-00000300.partial"))
+    with pytest.raises(CheckpointError, match=r"step-00000300\.partial: an unfinished checkpoint"):
+        open_native(partial)
+
+
 def test_a_missing_a_foreign_and_a_newer_checkpoint_each_say_so(copy, tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: no such checkpoint"):
         open_native(tmp_path / "nowhere")

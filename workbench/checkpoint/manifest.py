@@ -121,6 +121,8 @@ def _tensor_to_json(stored: StoredTensor) -> dict[str, Any]:
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a checkpoint folder; CheckpointError says what kind of folder it is when it has none."""
     path = folder / MANIFEST
+    if folder.name.endswith(".partial"):  # even with a manifest: its writer died before the rename
+        raise CheckpointError(_why_no_manifest(folder))
     try:
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
