@@ -2,8 +2,8 @@
 
 usage: python plain_transformers.py REQUEST.json ANSWER.json
 Nothing of Workbench is imported here: what this process sees is what any user of the folders sees.
-The request names any of: {"language_model": folder, "pairs": jsonl, "prompt": text, "new_tokens": n},
-{"classifier": folder, "adapter": folder or null, "rows": jsonl, "max_tokens": n}.
+The request is {"language_model": folder, "pairs": jsonl, "prompt": text, "new_tokens": n,
+"classifiers": {name: [folder, adapter folder or null]}, "rows": jsonl, "max_tokens": n}.
 """
 
 import json
@@ -19,12 +19,9 @@ def main(request: str, answer: str) -> int:
     torch.set_num_threads(2)
     with open(request, encoding="utf-8") as file:
         asked = json.load(file)
-    found: dict = {}
     with torch.inference_mode():
-        if "language_model" in asked:
-            found |= language_model(asked)
-        if "classifier" in asked:
-            found["accuracy"] = classifier(asked)
+        found = language_model(asked)
+        found["accuracy"] = {name: classifier(asked, *folders) for name, folders in asked["classifiers"].items()}
     with open(answer, "w", encoding="utf-8") as file:
         json.dump(found, file)
     return 0
@@ -52,18 +49,17 @@ def language_model(asked: dict) -> dict:
     return {"pairs": right / len(rows), "text": text}
 
 
-def classifier(asked: dict) -> float:
+def classifier(asked: dict, folder: str, adapter: str | None) -> float:
     """The share of rows whose label the exported classifier (with its adapter, if there is one) finds."""
     import torch
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(asked["classifier"])
-    options = {"num_labels": 2} if asked.get("adapter") else {}
-    model = AutoModelForSequenceClassification.from_pretrained(asked["classifier"], **options)
-    if asked.get("adapter"):
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForSequenceClassification.from_pretrained(folder, **({"num_labels": 2} if adapter else {}))
+    if adapter:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, asked["adapter"])
+        model = PeftModel.from_pretrained(model, adapter)
     model.eval()
     right = 0
     rows = read_rows(asked["rows"])
