@@ -7,7 +7,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli._training import Outcome, Terminal, Voice, find_ranks, plan_facts, run_in_folder, say_plan, voice_of
+from workbench.cli._training import (
+    Outcome,
+    Terminal,
+    Voice,
+    find_ranks,
+    outcome_of,
+    plan_facts,
+    run_in_folder,
+    say_plan,
+    voice_of,
+)
 from workbench.cli.common import Command, Output, count_text, time_text
 
 if TYPE_CHECKING:
@@ -66,8 +76,6 @@ def finetune(
 
 def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerprint: str) -> Outcome:
     """One rank's part of a run; the outcome as plain values."""
-    import dataclasses
-
     from finetune.run import Finetuning
     from workbench.parallel.launch import choose_device, rank_environment
     from workbench.parallel.mesh import Mesh
@@ -78,7 +86,7 @@ def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerpri
     terminal = Terminal(voice, config, "finetune") if mesh.world.rank == 0 else None
     try:
         run = Finetuning(config, base, mesh, watcher=terminal)
-        outcome = dataclasses.asdict(run.run())
+        outcome = outcome_of(run.run())
     finally:
         if terminal is not None:
             terminal.close()
