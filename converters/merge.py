@@ -95,7 +95,7 @@ def open_merged(
     or holds other weights than the adapter was trained on.
     """
     if base is not None and peft.FORMAT.recognises(path):
-        found = _whole(base, family)
+        found = open_merged(base, family=family)
         return merge(peft.open_peft(path, found), found, check_base=False)
     opened = open_checkpoint(path, family=family)
     if opened.adapter is None:
@@ -104,21 +104,14 @@ def open_merged(
 
 
 def open_base(opened: OpenedCheckpoint, base: Path | None = None) -> OpenedCheckpoint:
-    """The checkpoint that the adapter `opened` belongs to."""
+    """The checkpoint that the adapter `opened` belongs to; if that is an adapter too, merged into its own."""
     assert opened.adapter is not None
     where = base if base is not None else Path(opened.adapter.base)
     if not where.exists():
         raise CheckpointError(
             f"{opened.path}: is an adapter to {opened.adapter.base}, which is not there; say where it is with --base"
         )
-    return _whole(where, opened.family)
-
-
-def _whole(path: Path, family: str | None) -> OpenedCheckpoint:
-    found = open_checkpoint(path, family=family)
-    if found.adapter is not None:
-        raise ConversionError(f"{path}: is an adapter itself; merge it first, and name the result as --base")
-    return found
+    return open_merged(where, family=opened.family)
 
 
 def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool = True) -> OpenedCheckpoint:

@@ -26,6 +26,8 @@ from workbench.spec.lora import LoraSpec
 from workbench.spec.model import ModelConfig
 
 OPTIONS = JobOptions(layout=ParallelLayout(), optimizer="drop")
+Exported = tuple[OpenedCheckpoint, OpenedCheckpoint, Path]
+"""A native adapter, its base as a Hugging Face folder, and the adapter as a PEFT folder."""
 CASES = {
     "llama": (gated_model(tie_word_embeddings=True), LoraSpec(r=3)),
     "llama, rank-stabilised, two targets": (gated_model(), LoraSpec(r=4, rslora=True, targets=("q_proj", "down_proj"))),
@@ -38,8 +40,7 @@ CASES = {
 }
 
 
-def exported(folder: Path, model: ModelConfig, lora: LoraSpec) -> tuple[OpenedCheckpoint, OpenedCheckpoint, Path]:
-    """A native adapter, its base as a Hugging Face folder, and the adapter as a PEFT folder."""
+def exported(folder: Path, model: ModelConfig, lora: LoraSpec) -> Exported:
     base_model = model.model_copy(update={"num_labels": 0})
     native = write_base(folder / "native", base_model)
     adapter = open_checkpoint(write_adapter(folder / "adapter", model, lora, native))
@@ -49,21 +50,26 @@ def exported(folder: Path, model: ModelConfig, lora: LoraSpec) -> tuple[OpenedCh
 
 
 @pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[OpenedCheckpoint, OpenedCheckpoint, Path]:
-    return exported(tmp_path_factory.mktemp("llama"), *CASES["llama"])
+def exports(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Exported]:
+    return {name: exported(tmp_path_factory.mktemp("peft"), *case) for name, case in CASES.items()}
 
 
+@pytest.fixture
+def llama(exports: dict[str, Exported]) -> Exported:
+    return exports["llama"]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_peft_loads_an_export_whole_and_gives_the_merged_models_logits(name: str, tmp_path: Path) -> None:
-    adapter, base, folder = exported(tmp_path, *CASES[name])
-    report = compare_with_peft(adapter, base, folder)
+def test_peft_loads_an_export_whole_and_gives_the_merged_models_logits(name: str, exports: dict[str, Exported]) -> None:
+    report = compare_with_peft(*exports[name])
     assert report.difference < report.tolerance <= 1e-3
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_an_export_read_again_holds_the_same_pairs(name: str, tmp_path: Path) -> None:
-    model, lora = CASES[name]
-    adapter, base, folder = exported(tmp_path, model, lora)
+def test_an_export_read_again_holds_the_same_pairs(name: str, exports: dict[str, Exported]) -> None:
+    adapter, base, folder = exports[name]
+    lora = CASES[name][1]
     again = open_peft(folder, base)
     assert again.adapter is not None and again.adapter.lora.scaling == pytest.approx(lora.scaling)
     assert dict(again.source.schema) == dict(adapter.source.schema)
@@ -73,7 +79,7 @@ def test_an_export_read_again_holds_the_same_pairs(name: str, tmp_path: Path) ->
 
 
 def test_the_configuration_names_leaves_and_leaves_nothing_to_defaults(
-    llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path],
+    llama: Exported,
 ) -> None:
     config = json.loads((llama[2] / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(
@@ -105,6 +111,7 @@ def only_a(config: dict[str, Any], tensors: dict[str, Any]) -> None:
         del tensors[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -118,7 +125,7 @@ def only_a(config: dict[str, Any], tensors: dict[str, Any]) -> None:
 def test_what_peft_passes_over_in_silence_fails_the_proof(
     damage: Callable[[dict[str, Any], dict[str, Any]], None],
     message: str,
-    llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path],
+    llama: Exported,
     tmp_path: Path,
 ) -> None:
     adapter, base, folder = llama
@@ -131,9 +138,7 @@ def test_what_peft_passes_over_in_silence_fails_the_proof(
         compare_with_peft(adapter, base, tmp_path)
 
 
-def test_an_adapter_made_by_peft_is_read(
-    llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path], tmp_path: Path
-) -> None:
+def test_an_adapter_made_by_peft_is_read(llama: Exported, tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
@@ -166,7 +171,7 @@ def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
     [({"use_dora": True}, "use_dora=True"), ({"bias": "all"}, "bias='all'"), ({"peft_type": "IA3"}, "peft_type='IA3'")],
 )
 def test_a_configuration_with_no_place_here_is_refused_by_name(
-    changes: dict[str, Any], named: str, llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path], tmp_path: Path
+    changes: dict[str, Any], named: str, llama: Exported, tmp_path: Path
 ) -> None:
     config = json.loads((llama[2] / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**config, **changes}))
@@ -175,6 +180,6 @@ def test_a_configuration_with_no_place_here_is_refused_by_name(
         open_peft(tmp_path, llama[1])
 
 
-def test_a_whole_model_is_no_adapter(llama: tuple[OpenedCheckpoint, OpenedCheckpoint, Path], tmp_path: Path) -> None:
+def test_a_whole_model_is_no_adapter(llama: Exported, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="whole model"):
         make_job(llama[1], get_format("peft"), tmp_path / "out", OPTIONS, operation="export")
