@@ -21,7 +21,7 @@ from workbench.checkpoint.safetensors_io import FileLayout, lay_out
 from workbench.checkpoint.writer import discard, partial_folder, prepare
 from workbench.errors import CheckpointError, ConversionError, ResourceError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, TORCH_NAMES
-from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 from workbench.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
@@ -188,8 +188,9 @@ def _bind(request: WriteRequest, family: Family) -> dict[str, Rule]:
 
 
 def _foreign_tensors(schema: Mapping[str, LogicalTensor], rules: Mapping[str, Rule]) -> dict[str, LogicalTensor]:
-    """Every tensor of the folder by its name there."""
+    """Every tensor of the folder by its name there, after proof that the logical tensors fill it exactly once."""
     found: dict[str, LogicalTensor] = {}
+    filled: dict[str, list[Box]] = {}
     for name, rule in rules.items():
         tensor = LogicalTensor(rule.foreign, rule.foreign_shape(schema[name].shape), schema[name].dtype)
         other = found.setdefault(rule.foreign, tensor)
@@ -198,6 +199,10 @@ def _foreign_tensors(schema: Mapping[str, LogicalTensor], rules: Mapping[str, Ru
                 f"{name!r} is {tensor.dtype} {list(tensor.shape)} as part of {rule.foreign!r}, which is {other.dtype} "
                 f"{list(other.shape)}; give all weights one type with --dtype"
             )
+        filled.setdefault(rule.foreign, []).extend(origins(rule.view, Box.whole(schema[name].shape)))
+    for name, tensor in found.items():
+        fault = coverage_fault(tensor.shape, filled[name])
+        assert fault is None, f"the family's rules do not fill {name}: {fault}"
     return found
 
 

@@ -14,6 +14,8 @@ from tests.helpers.tokenizers import make_tokenizer
 from workbench.cli.main import main
 from workbench.spec.lora import LoraSpec
 
+pytestmark = pytest.mark.timeout(600)  # fresh processes that import transformers, on a busy machine
+
 
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

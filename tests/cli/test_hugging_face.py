@@ -20,6 +20,8 @@ from workbench.errors import VerificationError
 LLAMA = "llama, tied, grouped, llama3 rope"
 GPT2 = "gpt2, wide epsilon"
 
+pytestmark = pytest.mark.timeout(600)  # fresh processes that import transformers, on a busy machine
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:

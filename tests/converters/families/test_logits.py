@@ -21,6 +21,7 @@ from workbench.spec.layout import ParallelLayout
 
 PLAIN = "llama, tied, grouped, llama3 rope"
 FUSED = "gpt2, untied, own width, exact gelu"
+pytestmark = pytest.mark.timeout(600)  # fresh processes that import transformers, on a busy machine
 
 
 def run_transformers(folder: Path, sequences: list[list[int]]) -> list[np.ndarray]:

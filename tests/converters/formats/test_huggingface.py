@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from converters.family import families, family_named
 from converters.format import OpenedCheckpoint, WriteRequest, no_progress
 from converters.formats.huggingface import FORMAT
+from converters.rules import Rule, Slice
 from tests.helpers.hf_models import CASES, save_model
 from workbench.errors import CheckpointError, ConfigError, ConversionError, VerificationError
 from workbench.spec.geometry import Box
+from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors
 
 PLAIN = "llama, tied, grouped, llama3 rope"
@@ -248,6 +252,23 @@ def test_a_destination_that_exists_is_left_alone(folders: Mapping[str, Path], tm
     with pytest.raises(ConfigError, match="exists already"):
         write(FORMAT.open(folders[PLAIN]), tmp_path / "out")
     assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_rules_that_leave_a_part_of_a_foreign_tensor_empty_are_found_before_anything_is_written(
+    folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened = FORMAT.open(folders[FUSED])
+    family = family_named("gpt2")
+
+    def lopsided(model: ModelConfig) -> tuple[Rule, ...]:
+        return tuple(
+            replace(rule, view=(Slice(0, 0, 32, 96),)) if rule.logical.endswith("v_proj.bias") else rule
+            for rule in family.rules(model)
+        )
+
+    monkeypatch.setitem(families(), "gpt2", replace(family, rules=lopsided))  # type: ignore[call-overload]
+    with pytest.raises(AssertionError, match=r"do not fill transformer.h.0.attn.c_attn.bias: boxes at .* overlap"):
+        FORMAT.destination(WriteRequest(tmp_path / "out", opened.source.schema, opened.model))
 
 
 def test_optimizer_state_is_refused_with_the_way_out(folders: Mapping[str, Path], tmp_path: Path) -> None:
