@@ -41,7 +41,8 @@ class Budget:
     the planned steps and of those that fit.
     """
 
-    MEASURED_STEPS = 10
+    MEASURED_SHARE = 0.1
+    """The share of the time over which steps are timed; the curves are all but flat until then."""
     MARGIN = 0.97
     """The share of the time that is planned: evaluations and other users of the machine take the rest."""
 
@@ -65,8 +66,7 @@ class Budget:
         """Called after each of the first steps: the horizon, as soon as enough steps were timed."""
         assert self._seconds is not None
         self._times.append(time.perf_counter())
-        few = len(self._times) <= self.MEASURED_STEPS and self.spent < 0.1 * self._seconds
-        if few or len(self._times) < 2:
+        if self.spent < self.MEASURED_SHARE * self._seconds or len(self._times) < 3:
             return None
         # The first step is left out: it compiles, allocates and fills caches.
         each = (self._times[-1] - self._times[0]) / (len(self._times) - 1)
