@@ -152,6 +152,9 @@ class LogTable(Config):
 
     every: int = Field(default=10, gt=0, description="Steps between rows of metrics.jsonl.")
     tensorboard: bool = Field(default=True, description="Write TensorBoard events as well, if it is installed.")
+    wandb_project: str = Field(
+        default="", description="Report to this project of Weights & Biases as well (needs the extra `track`)."
+    )
     peak_tflops: float | Literal["auto", "measure"] = Field(
         default="auto",
         description="What MFU is measured against, per rank: auto knows some GPUs; measure times a matrix product.",

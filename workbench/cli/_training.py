@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -107,7 +108,10 @@ class Terminal:
     """A Watcher that fills the run folder's metrics and moves a progress bar; lives on rank 0."""
 
     def __init__(self, voice: Voice, config: EngineConfig, label: str) -> None:
+        from workbench.log import get_logger
+
         self._out, self._config, self._label = voice.output(), config, label
+        self._log = get_logger(__name__)
         self._sinks: Any = None
         self._bar: Any = None
         self._note = ""
@@ -115,13 +119,19 @@ class Terminal:
     def started(self, facts: Mapping[str, Any]) -> None:
         from workbench.log import open_sinks
 
+        self._log.info("started: %s", dict(facts))
         resumed = facts["resumed_step"]
         if resumed:
             self._out.say(f"resumed at step {resumed}")
         if facts["peak"]:
             self._out.detail(f"MFU is measured against {facts['peak']}")
-        folder = Path(self._config.run.dir)
-        self._sinks = open_sinks(folder, resumed_step=resumed or None, tensorboard=self._config.log.tensorboard)
+        self._sinks = open_sinks(
+            Path(self._config.run.dir),
+            resumed_step=resumed or None,
+            tensorboard=self._config.log.tensorboard,
+            wandb_project=self._config.log.wandb_project,
+            config=self._config.model_dump(mode="json"),
+        )
         self._bar = self._out.progress(self._label, total=facts["steps"], unit="steps")
         self._bar.__enter__()
 
@@ -130,6 +140,7 @@ class Terminal:
 
     def measured(self, row: Mapping[str, Any]) -> None:
         values = dict(row)
+        self._log.info("%s", values)
         self._sinks.write(values.pop("step"), values)
         if "loss" in row:
             mfu = f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
@@ -139,6 +150,7 @@ class Terminal:
             self._out.detail(f"step {row['step']}: {'  '.join(scores)}")
 
     def saved(self, checkpoint: Path) -> None:
+        self._log.info("saved %s", checkpoint)
         self._out.detail(f"saved {checkpoint}")
 
     def close(self) -> None:
@@ -146,6 +158,31 @@ class Terminal:
             self._bar.__exit__(None, None, None)
         if self._sinks is not None:
             self._sinks.close()
+
+
+def logged(entry: Callable[..., Outcome], folder: Path, *args: Any) -> Outcome:
+    """Calls `entry(*args)` on this rank with a log in `folder`/rank-0000.log, where a failure leaves its traceback."""
+    from workbench.log import get_logger, setup_logging
+    from workbench.parallel.launch import rank_environment
+
+    environment = rank_environment()
+    rank, count = (environment.rank, environment.world_size) if environment is not None else (0, 1)
+    setup_logging(rank=rank, folder=folder, level="warning")
+    log = get_logger(__name__)
+    log.info("rank %d of %d starts, process %d", rank, count, os.getpid())
+    try:
+        outcome = entry(*args)
+        log.info("done at step %s", outcome["step"])
+        return outcome
+    except KeyboardInterrupt:
+        log.info("interrupted")
+        raise
+    except Exception:
+        # To the file alone: the process that started the ranks reports the first failure, once.
+        log.debug("failed", exc_info=True)
+        raise
+    finally:
+        setup_logging(level="warning")
 
 
 def outcome_of(result: RunResult) -> Outcome:
@@ -175,7 +212,7 @@ def run_in_folder(
     if ranks.speaks:
         folder.start(config_text=loaded.text, resolved=resolved_json(loaded.config), command=[*sys.argv])
     try:
-        outcome = run_on_ranks(entry, *args, nproc=ranks.count)
+        outcome = run_on_ranks(logged, entry, folder.logs, *args, nproc=ranks.count)
     except KeyboardInterrupt:
         steps = Store(folder.checkpoints).steps()
         where = f"saved at step {steps[-1]}" if steps else "nothing was saved yet"
