@@ -12,8 +12,12 @@ from pretrain.config import EngineConfig
 from workbench.config import Config, table_by_kind
 
 if TYPE_CHECKING:
-    AnyTask = TaskTable
-    AnyMethod = Config
+
+    class AnyTask(TaskTable):
+        kind: str
+
+    class AnyMethod(Config):
+        kind: str
 else:
     AnyTask = table_by_kind({name: task.table for name, task in tasks().items()})
     AnyMethod = table_by_kind({name: adapter.table for name, adapter in adapters().items()})
