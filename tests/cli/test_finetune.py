@@ -1,0 +1,93 @@
+"""wb finetune, eval and merge, from the words of the command line to what lies on the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.finetune.adapters import write_base
+from tests.finetune.data import byte_tokenizer, letters, small_model, write_rows
+from workbench.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, rows, and a configuration that trains a LoRA classifier on one process."""
+    root = tmp_path_factory.mktemp("cli")
+    write_base(root / "base", small_model(), tokenizer=byte_tokenizer(root / "tokenizer"))
+    train = write_rows(root / "train.jsonl", letters(48))
+    test = write_rows(root / "test.jsonl", letters(21, start=100))
+    (root / "lora.toml").write_text(
+        f"""base = "{root}/base"
+[task]
+kind = "classification"
+train = "{train}"
+test = "{test}"
+[method]
+kind = "lora"
+r = 4
+[batch]
+global_size = 8
+micro_size = 4
+seq_len = 32
+[optim]
+lr = 5e-3
+schedule = "constant"
+[run]
+dir = "{root}/run"
+steps = 30
+"""
+    )
+    return root
+
+
+def answer(words: list[str], capsys: pytest.CaptureFixture[str], *, code: int = 0) -> Any:
+    capsys.readouterr()
+    assert main([*words, "--json"]) == code
+    return json.loads(capsys.readouterr().out)
+
+
+def test_a_lora_run_is_judged_merged_and_judged_again_alike(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = str(folder / "lora.toml")
+    trained = answer(["finetune", config], capsys)
+    scores = {name: value for name, value in trained["metrics"].items() if name.startswith("test/")}
+    assert scores["test/accuracy"] > scores["test/majority"] and trained["trained_parameters"] < trained["parameters"]
+    rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["test/accuracy"] == scores["test/accuracy"] and (folder / "run" / "DONE").exists()
+
+    attached = answer(["eval", str(folder / "run"), "--task-config", config], capsys)["metrics"]
+    assert attached == pytest.approx(scores, rel=1e-4)
+    answer(["merge", str(folder / "run"), str(folder / "merged"), "--tp", "2", "--verify", "full"], capsys)
+    merged = answer(["eval", str(folder / "merged"), "--task-config", config], capsys)["metrics"]
+    assert merged == attached
+
+    untrained = answer(["eval", str(folder / "base"), "--task-config", config], capsys, code=2)["error"]["message"]
+    assert "has a head of no labels, but the task 'classification' needs 2" in untrained
+    again = answer(["merge", str(folder / "merged"), str(folder / "twice")], capsys, code=3)["error"]["message"]
+    assert "is a whole model, so there is nothing to merge" in again
+
+
+def test_a_dry_run_reads_everything_and_starts_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["finetune", str(folder / "lora.toml"), f"run.dir={folder}/dry", "--dry-run"]
+    found = answer(words, capsys)
+    assert found["rows"] == {"train": 48, "test": 21} and not (folder / "dry").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "message"),
+    [
+        (["base=nowhere"], 5, "nowhere: no such checkpoint"),
+        (['method.targets=["q_prj"]'], 2, "no projection 'q_prj'; did you mean 'q_proj'?"),
+        (["task.train=gone.jsonl"], 5, "gone.jsonl: no such file"),
+        (["parallel.tp=3", "--nproc", "3"], 3, "num_attention_heads=4 cannot be split over tp=3"),
+        (["method.rr=3"], 2, "method.rr: unknown key"),
+    ],
+)
+def test_faults_have_a_sentence_and_an_exit_code(
+    overrides: list[str], code: int, message: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["finetune", str(folder / "lora.toml"), f"run.dir={folder}/faults", *overrides]
+    assert message in answer(words, capsys, code=code)["error"]["message"]
