@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -14,6 +15,9 @@ from workbench.cli.common import EXIT_INTERRUPTED, EXIT_USAGE, Output, fail
 def main(words: Sequence[str] | None = None) -> int:
     """Runs `wb` with `words` (the process's own by default) and returns the exit code; never exits by itself."""
     words = list(sys.argv[1:] if words is None else words) or ["--help"]
+    # Torch's threads wait for each other by spinning: where another program wants the core, that is twenty times slower
+    # than sleeping. Read when torch is first imported.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     out = Output(json="--json" in words)
     if words[0] in ("--version", "-V"):
         return _version(out)
