@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
 import pytest
 import torch
 
@@ -12,7 +15,9 @@ from workbench.spec.layout import ParallelLayout
 
 
 def test_started_ranks_form_a_mesh_and_rank_0_answers() -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     assert run_on_ranks(_sum_of_ranks, 10, nproc=2) == 10 + 0 + 1
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def test_one_process_needs_no_process_group() -> None:
@@ -42,8 +47,6 @@ def test_a_slurm_step_is_recognised_and_its_first_node_becomes_the_meeting_place
     environment = rank_environment()
     assert environment is not None
     assert (environment.rank, environment.local_rank, environment.world_size) == (9, 1, 16)
-    import os
-
     assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("gpu003", "20041")
 
 

@@ -7,12 +7,15 @@ import logging
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -101,7 +104,7 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
         monitor_interval=0.1,
         start_method="forkserver",
     )
-    with tempfile.TemporaryDirectory(prefix="wb-ranks-") as reports:
+    with tempfile.TemporaryDirectory(prefix="wb-ranks-") as reports, _kept_signal_handlers():
         try:
             results = elastic_launch(config, _rank_main)(entry, args, threads, reports)
         except ChildFailedError as error:
@@ -111,6 +114,20 @@ def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
         except SignalException:
             raise KeyboardInterrupt from None
     return results[0]
+
+
+@contextmanager
+def _kept_signal_handlers() -> Iterator[None]:
+    """Puts back the handlers that torch's agent replaces and leaves behind."""
+    kept = {
+        number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    }
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in kept.items():
+                signal.signal(number, handler)
 
 
 def _rank_main(entry: Callable[..., Any], args: tuple[Any, ...], threads: int, reports: str) -> Any:
