@@ -85,10 +85,6 @@ class Output:
         """A progress bar to use with `with`; `bar.advance(n, note="loss 2.1")` moves it. Silent with -q and --json."""
         return Progress(label, total=total, unit=unit, silent=self.json or self.quiet)
 
-    def silenced(self) -> Output:
-        """An Output that prints nothing: for the ranks that are not the first."""
-        return Output(quiet=True, stdout=open(os.devnull, "w"))
-
 
 def run_command(work: Callable[[], int | None], out: Output) -> int:
     """Runs `work` and returns the exit code; every fault becomes one message on stderr (or a JSON object)."""
