@@ -13,7 +13,7 @@ from workbench.spec.model import ModelConfig
 WORDS = 300
 
 
-def byte_tokenizer(folder: Path, *, chat_template: str | None = None) -> Path:
+def byte_tokenizer(folder: Path, *, chat_template: str | None = None, pad: str | None = "<|pad|>") -> Path:
     """A folder with a byte-level tokenizer of 256 bytes, an end and a padding token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
@@ -28,7 +28,7 @@ def byte_tokenizer(folder: Path, *, chat_template: str | None = None) -> Path:
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": "<|endoftext|>",
-        "pad_token": "<|pad|>",
+        "pad_token": pad,
         "model_max_length": 64,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

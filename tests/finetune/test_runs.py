@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from converters.job import JobOptions, make_job
 from converters.merge import base_fingerprint
-from converters.open import open_checkpoint
+from converters.open import get_format, open_checkpoint
 from finetune.config import FinetuneConfig
 from finetune.run import Base, Finetuning, evaluate_model
 from tests.finetune.adapters import write_base
@@ -198,3 +199,23 @@ def test_a_base_that_lacks_a_weight_is_refused(folder: Path, tmp_path: Path) -> 
     model: ModelConfig = base.model.model_copy(update={"num_hidden_layers": 3})
     with pytest.raises(CheckpointError, match=r"layers.2.input_layernorm.weight is missing"):
         Finetuning(answers(folder, LORA, tmp_path), Base(model, base.source, base.tokenizer, "base", ""), Mesh.single())
+
+
+def test_a_base_is_the_same_in_any_format_and_at_any_layout(folder: Path, tmp_path: Path) -> None:
+    native = open_checkpoint(folder / "base")
+    for name, path, layout in (
+        ("native", tmp_path / "cut", ParallelLayout(tp=4, pp=2)),
+        ("huggingface", tmp_path / "hf", ParallelLayout()),
+    ):
+        options = JobOptions(layout=layout, optimizer="drop")
+        make_job(native, get_format(name), path, options, operation="export").run()
+    results = {}
+    for path in (folder / "base", tmp_path / "cut", tmp_path / "hf"):
+        opened = open_checkpoint(path)
+        base = Base(opened.model, opened.source, folder / "tokenizer", str(path), base_fingerprint(opened))
+        run = Finetuning(labels(folder, LORA, tmp_path / "run" / path.name), base, Mesh.single()).run()
+        manifest = open_native(Path(run.checkpoint)).manifest
+        assert manifest.adapter is not None
+        tensors = {name: stored.fingerprint for name, stored in manifest.tensors.items()}
+        results[path.name] = (dict(run.metrics), tensors, manifest.adapter.base_fingerprint)
+    assert results["cut"] == results["hf"] == results["base"]

@@ -70,6 +70,17 @@ def test_only_the_answer_and_its_end_are_supervised(
     assert example.labels[-5:].tolist() == whole[-5:]
 
 
+def test_where_padding_is_the_end_of_text_the_end_is_still_learned_and_padding_is_not(tmp_path: Path) -> None:
+    tokenizer = Tokenizer.load(byte_tokenizer(tmp_path, pad=None))
+    rows = [{"prompt": "p", "completion": "a"}, {"prompt": "p", "completion": "a" * 9}]
+    prepared = sft(tmp_path, rows, tokenizer)
+    assert prepared.pad_id == tokenizer.eos_id
+    batch = pad(prepared.train, range(2), prepared.pad_id)
+    assert tokenizer.eos_id is not None and batch.lengths is not None
+    assert batch.labels[0].tolist() == [*tokenizer.encode("a"), tokenizer.eos_id] + [IGNORE] * 8
+    assert batch.lengths.tolist() == [2, 10] and batch.num_labels == 12
+
+
 def test_every_assistant_turn_of_a_conversation_is_supervised_with_its_end(tmp_path: Path) -> None:
     tokenizer = Tokenizer.load(byte_tokenizer(tmp_path, chat_template=CHATML))
     words = [("system", "S"), ("user", "u1"), ("assistant", "a1"), ("user", "u2"), ("assistant", "a2")]
