@@ -22,7 +22,7 @@ from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
-STEPS, SAMPLES, TOKENS = 3, 8, 12
+STEPS, SAMPLES, TOKENS = 3, 4, 12
 Boxes = list[tuple[str, Box, torch.Tensor]]
 
 
