@@ -17,6 +17,8 @@ from workbench.spec.layout import Coordinate, ParallelLayout
 
 Operation = Literal["sum", "max", "min"]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+# torch 2.13 renamed it, and warns on every rank about the old name.
+_ALL_GATHER = vars(dist).get("all_gather_single") or dist.all_gather_into_tensor
 
 
 class Work(Protocol):
@@ -53,7 +55,7 @@ class Axis:
             return tensor
         local = tensor.contiguous()
         gathered = local.new_empty((self.size, *local.shape))
-        dist.all_gather_into_tensor(gathered, local.unsqueeze(0), group=self._group)
+        _ALL_GATHER(gathered, local.unsqueeze(0), group=self._group)
         return torch.cat(gathered.unbind(0), dim=dim)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
