@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import gc
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -96,9 +98,20 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            pipe.send((True, function(*args)))
+            answer = (True, function(*args))
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = (False, traceback.format_exc())
+        _destroy_groups()
+        pipe.send(answer)
+
+
+def _destroy_groups() -> None:
+    """Ends all groups but the world's: each keeps threads that wake a hundred times a second."""
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()  # a wrapped stage holds its groups in cycles
         else:
             _destroy_groups()
 
@@ -109,3 +122,4 @@ def _destroy_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
+    gc.collect()  # a wrapped stage holds its groups in cycles
