@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import atexit
-import gc
-import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -98,20 +96,9 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
         except EOFError:
             return
         try:
-            answer = (True, function(*args))
+            pipe.send((True, function(*args)))
         except BaseException:
-            answer = (False, traceback.format_exc())
-        _destroy_groups()
-        pipe.send(answer)
-
-
-def _destroy_groups() -> None:
-    """Ends all groups but the world's: each keeps threads that wake a hundred times a second."""
-    gc.collect()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()  # a wrapped stage holds its groups in cycles
+            pipe.send((False, traceback.format_exc()))
         else:
             _destroy_groups()
 
@@ -122,4 +109,3 @@ def _destroy_groups() -> None:
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
-    gc.collect()  # a wrapped stage holds its groups in cycles
