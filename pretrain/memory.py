@@ -15,6 +15,8 @@ from workbench.spec.schema import stage_specs
 MASTER_BYTES = GRADIENT_BYTES = 4
 MOMENT_BYTES = 8
 COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
+SCORED_TOKENS = range(128, 1024 + 1)
+"""Sequence lengths at which a CPU keeps the scores of attention (workbench/models/blockwise.py)."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class StageMemory:
         return self.parameters + self.gradients + self.optimizer + self.activations
 
 
-def estimate_memory(model: ModelConfig, layout: ParallelLayout, config: EngineConfig) -> tuple[StageMemory, ...]:
+def estimate_memory(
+    model: ModelConfig, layout: ParallelLayout, config: EngineConfig, *, on_cpu: bool = True
+) -> tuple[StageMemory, ...]:
     """One estimate a stage. Parameters, gradients and moments are counted; activations follow from what each layer
     keeps for its backward, times the microbatches that the schedule keeps in flight."""
     batch, compute = config.batch, COMPUTE_BYTES[config.precision.compute]
@@ -51,7 +55,7 @@ def estimate_memory(model: ModelConfig, layout: ParallelLayout, config: EngineCo
         copies = 0 if compute == MASTER_BYTES else local * compute * (1 if layout.dp > 1 else in_flight[stage])
         if layout.shard == "zero2":
             copies = local * compute
-        layer = _layer_activations(model, layout, batch) * compute * len(stages[stage])
+        layer = _layer_activations(model, layout, batch, on_cpu=on_cpu) * compute * len(stages[stage])
         logits = _logits_bytes(model, layout, batch, compute) if stage == layout.pp - 1 else 0
         found.append(
             StageMemory(
@@ -66,8 +70,8 @@ def estimate_memory(model: ModelConfig, layout: ParallelLayout, config: EngineCo
     return tuple(found)
 
 
-def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchTable) -> int:
-    """Elements that a layer keeps for the backward of one microbatch, when attention keeps no scores (SDPA).
+def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, *, on_cpu: bool) -> int:
+    """Elements that a layer keeps for the backward of one microbatch.
 
     Whole on every rank: inputs and outputs of the two norms, and the residual between. Cut over tp: query, key and
     value, query and key after the rotation, the output of attention, and of the MLP up, (gate,) activation and product.
@@ -79,6 +83,10 @@ def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchT
     attention = 2 * heads + 2 * kv_heads
     if model.position_embedding == "rope":
         attention += heads + kv_heads
+    if on_cpu and batch.seq_len in SCORED_TOKENS:
+        # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
+        # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.
+        attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
     cut = attention + mlp
     return batch.micro_size * batch.seq_len * (whole + cut // layout.tp)
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from pretrain.config import BatchTable, EngineConfig, ParallelTable, PrecisionTable, RunTable
-from pretrain.memory import estimate_memory
+from pretrain.memory import SCORED_TOKENS, estimate_memory
 from tests.helpers.models import biased_model, gated_model
+from workbench.models import blockwise
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
 from workbench.parallel.mesh import Mesh
@@ -53,6 +54,15 @@ def test_one_process_keeps_about_what_is_estimated(make, compute):
     assert found.num_parameters == sum(parameter.numel() for parameter in built.module.parameters())
     estimated = found.activations + found.parameters - 4 * found.num_parameters
     assert real <= estimated <= 1.6 * real
+
+
+def test_scores_count_at_the_lengths_at_which_a_cpu_keeps_them():
+    model = gated_model(**LARGER)
+    assert (SCORED_TOKENS.start, SCORED_TOKENS.stop - 1) == (blockwise.SHORTEST, blockwise.LONGEST)
+    (on_cpu,) = estimate_memory(model, ParallelLayout(), config())
+    (on_gpu,) = estimate_memory(model, ParallelLayout(), config(), on_cpu=False)
+    assert on_cpu.activations > on_gpu.activations
+    assert on_cpu.optimizer == on_gpu.optimizer
 
 
 def test_tensor_parallelism_divides_what_it_cuts():

@@ -67,9 +67,11 @@ def find_ranks(config: EngineConfig, nproc: int | None) -> Ranks:
 def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> dict[str, Any]:
     """What is known of a run before it starts."""
     from pretrain.memory import estimate_memory
+    from workbench.parallel.launch import choose_device
     from workbench.spec.schema import num_parameters
 
-    worst = max(estimate_memory(model, layout, config), key=lambda stage: stage.total)
+    stages = estimate_memory(model, layout, config, on_cpu=choose_device().type == "cpu")
+    worst = max(stages, key=lambda stage: stage.total)
     return {
         "run": config.run.dir,
         "parameters": num_parameters(model),

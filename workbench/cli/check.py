@@ -92,14 +92,14 @@ def _finetuning(config: FinetuneConfig) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict[str, Any]:
     """Layout, sizes and memory: what every run has."""
-    import torch
-
     from pretrain.memory import estimate_memory
+    from workbench.parallel.launch import choose_device
     from workbench.spec.schema import num_parameters
 
     num_ranks = nproc or config.parallel.num_ranks()
     layout = config.resolve_layout(model, num_ranks)
-    stages = estimate_memory(model, layout, config)
+    device = choose_device().type
+    stages = estimate_memory(model, layout, config, on_cpu=device == "cpu")
     worst = max(stages, key=lambda stage: stage.total)
     return {
         "model": model.model_dump(mode="json", exclude_defaults=True),
@@ -111,7 +111,7 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
         "step_tokens": config.step_tokens,
         "steps": config.planned_steps(),
         "seconds": config.run.seconds,
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": device,
         "memory": {
             "worst_rank": {**asdict(worst), "total": worst.total},
             "all_ranks_bytes": sum(stage.total for stage in stages) * layout.tp * layout.dp,
