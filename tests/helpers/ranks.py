@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import multiprocessing as mp
 import os
 import tempfile
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 _POOLS: dict[int, RankPool] = {}
 _TIMEOUT_SECONDS = 120
@@ -104,8 +106,11 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
 
 
 def _destroy_groups() -> None:
-    """Ends the groups that a function made: each keeps threads that wake a hundred times a second, used or not."""
+    """Ends all groups but the world's: each keeps threads that wake a hundred times a second."""
     dist.barrier()
+    # What keeps a mesh, and so its groups, alive after the function: cycles, and the sharding caches of DTensor.
+    _clear_sharding_prop_cache()
+    gc.collect()
     for group in list(dist.distributed_c10d._world.pg_map):
         if group is not dist.group.WORLD:
             dist.destroy_process_group(group)
