@@ -36,7 +36,9 @@ def _reference(name: str) -> Observed:
 def test_three_steps_at_any_layout_equal_one_process(name: str, tp: int, pp: int, dp: int) -> None:
     turn = DEGREES.index((tp, pp, dp)) + list(MODELS).index(name)
     layout = ParallelLayout(tp=tp, pp=pp, dp=dp, shard=SHARDS[turn % 3] if dp > 1 else "none")
-    _assert_equal(name, MODELS[name], layout, ("gpipe", "1f1b")[turn % 2], micro_size=1 if dp == 2 else (1, 2)[turn % 2])
+    _assert_equal(
+        name, MODELS[name], layout, ("gpipe", "1f1b")[turn % 2], micro_size=1 if dp == 2 else (1, 2)[turn % 2]
+    )
 
 
 @pytest.mark.parametrize("shard", SHARDS)
