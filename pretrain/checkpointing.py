@@ -20,6 +20,7 @@ from workbench.checkpoint.writer import (
     discard,
     partial_folder,
     prepare,
+    rank_tag,
     write_rank_files,
 )
 from workbench.errors import CheckpointError, WorkbenchError
@@ -116,9 +117,8 @@ def _items(parameters: Sequence[LiveParameter], optimizer: Optimizer | None) -> 
 
 
 def _tag(mesh: Mesh) -> str:
-    at = mesh.coordinate
-    tag = f"tp{at.tp_rank:02d}-pp{at.stage:02d}"
-    return tag if mesh.layout.shard == "none" or mesh.layout.dp == 1 else f"{tag}-dp{at.dp_rank:02d}"
+    at, layout = mesh.coordinate, mesh.layout
+    return rank_tag(at.tp_rank, at.stage, None if layout.shard == "none" or layout.dp == 1 else at.dp_rank)
 
 
 def _together(mesh: Mesh, work: Callable[[], Any]) -> list[Any]:
