@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
 
@@ -26,8 +27,10 @@ def reshard(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint at another tensor and pipeline layout, optimizer state included, without a GPU."""
-    from converters.open import get_format, open_checkpoint
-    from workbench.cli._conversion import convert, job_options, new_layout
+    with quick_imports():
+        import converters.job  # noqa: F401 (wanted later, and quicker here)
+        from converters.open import get_format, open_checkpoint
+        from workbench.cli._conversion import convert, job_options, new_layout
 
     opened = open_checkpoint(source)
     target = get_format("native")
