@@ -25,6 +25,7 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import LoraSpec
 from workbench.spec.model import ModelConfig
 
+pytestmark = pytest.mark.timeout(600)  # fresh processes that import transformers and peft, on a busy machine
 OPTIONS = JobOptions(layout=ParallelLayout(), optimizer="drop")
 Exported = tuple[OpenedCheckpoint, OpenedCheckpoint, Path]
 """A native adapter, its base as a Hugging Face folder, and the adapter as a PEFT folder."""
@@ -106,11 +107,6 @@ def dora_without_magnitude(config: dict[str, Any], tensors: dict[str, Any]) -> N
     config["use_dora"] = True
 
 
-def only_a(config: dict[str, Any], tensors: dict[str, Any]) -> None:
-    for name in [name for name in tensors if "lora_B" in name]:
-        del tensors[name]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("damage", "message"),
@@ -119,7 +115,6 @@ def only_a(config: dict[str, Any], tensors: dict[str, Any]) -> None:
         (fewer_targets, "unexpected keys"),
         (other_scaling, "logits differ"),
         (dora_without_magnitude, "missing keys"),
-        (only_a, "missing keys"),
     ],
 )
 def test_what_peft_passes_over_in_silence_fails_the_proof(
