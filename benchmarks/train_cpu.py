@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from _common import Claim, alternate, claim, main, median_ratio, say
+from _common import Claim, alternate, claim, main, median_ratio, say, seconds_of
 from tests.helpers import megatron
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
@@ -195,7 +195,7 @@ def measure(task: Task, dtype: torch.dtype, *, quick: bool) -> list[Claim]:
         say(f"{short}: first step of {name}")
         losses[name] = step()
     works = [*steps.values(), products(task, dtype)]
-    found = alternate(works, repeat=3 if quick else 5, warmup=1)
+    found = alternate(works, repeat=3, warmup=1)
     seconds = dict(zip([*steps, "ceiling"], found, strict=True))
     rate = {name: task.tokens / statistics.median(values) for name, values in seconds.items()}
     eager = [name for name in ("transformers", "transformers autocast") if name in seconds]
@@ -217,7 +217,16 @@ def measure(task: Task, dtype: torch.dtype, *, quick: bool) -> list[Claim]:
         pair = ("engine compiled", "transformers compiled")
         claims.append(claim(f"{short}: engine compiled / transformers compiled", ratio(*pair), at_least=1.0))
         claims.append(claim(f"{short}: engine compiled / ceiling", ratio("engine compiled", "ceiling")))
+        if MEGATRON:
+            rate["megatron-core, 1 thread as torchrun sets it"] = _rate_on_one_thread(task, steps["megatron-core"])
     return claims + [claim(f"{short}: {name}", value, unit="tokens/s") for name, value in rate.items()]
+
+
+def _rate_on_one_thread(task: Task, step: Step) -> float:
+    torch.set_num_threads(1)
+    seconds = seconds_of(step, repeat=2)
+    torch.set_num_threads(THREADS)
+    return task.tokens / min(seconds)
 
 
 def _speed_of(seconds: dict[str, list[float]], one: str, other: str) -> float:
