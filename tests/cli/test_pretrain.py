@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from pretrain.data.indexed import IndexedWriter
+from workbench.checkpoint.manifest import read_manifest
 from workbench.checkpoint.store import Store
 from workbench.cli.main import main
 from workbench.log import read_metrics
@@ -72,6 +73,8 @@ def test_a_run_leaves_its_checkpoint_metrics_and_marker(
     assert [row["step"] for row in rows if "loss" in row] == [1, 2, 3, 4]
     assert rows[-1]["valid/loss"] == result["metrics"]["valid/loss"]
     assert (run.path / "config.toml").read_text() == config.read_text()
+    assert [source["tokens"] for source in run.lineage()["data"]] == [1500]
+    assert read_manifest(run.checkpoints / "step-00000004").lineage == (run.lineage(),)
 
 
 def test_a_longer_run_goes_on_by_itself_and_repeats_no_row(
@@ -89,6 +92,12 @@ def test_a_dry_run_starts_nothing(config: Path, tmp_path: Path, capsys: pytest.C
     plan = json.loads(capsys.readouterr().out)
     assert (plan["ranks"], plan["layout"]["pp"], plan["step_tokens"]) == (2, 2, 64)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_pipeline_says_how_long_it_waits(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", str(config), "parallel.pp=2", "--dry-run"]) == 0
+    # Two stages and two microbatches: (S - 1) / (M + S - 1) of the time.
+    assert "tp 1 x pp 2 x dp 1 = 2 ranks, fp32, 1f1b waits 33% of the time" in capsys.readouterr().out
 
 
 def test_another_seed_in_the_same_folder_is_refused_and_the_run_is_marked_failed(

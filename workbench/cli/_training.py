@@ -91,14 +91,22 @@ def say_plan(out: Output, facts: Mapping[str, Any], config: EngineConfig, model:
     layout, batch = facts["layout"], config.batch
     shape = f"{model.num_hidden_layers} layers x {model.hidden_size}, vocabulary {model.vocab_size}"
     spread = f"tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}"
+    ranks = f"{facts['ranks']} rank" + ("s" if facts["ranks"] > 1 else "")
     micros = batch.global_size // (batch.micro_size * layout["dp"])
+    pipeline = ""
+    if layout["pp"] > 1:
+        from pretrain.schedules import schedule_named
+        from pretrain.simulate import simulate
+
+        played = simulate(schedule_named(config.parallel.schedule), layout["pp"], micros, durations={"F": 1, "B": 2})
+        pipeline = f", {config.parallel.schedule} waits {played.bubble:.0%} of the time"
     ends = [f"{facts['steps']} steps"] if facts["steps"] is not None else []
     ends += [time_text(facts["seconds"])] if facts["seconds"] is not None else []
     out.say(f"model      {count_text(facts['parameters'])} parameters: {shape}")
-    out.say(f"layout     {spread} = {facts['ranks']} ranks, {facts['precision']}, schedule {config.parallel.schedule}")
+    out.say(f"layout     {spread} = {ranks}, {facts['precision']}{pipeline}")
     out.say(
         f"batch      {batch.global_size} x {batch.seq_len} = {count_text(facts['step_tokens'])} tokens a step, "
-        f"in {micros} microbatches of {batch.micro_size}"
+        f"in {micros} microbatch{'es' if micros > 1 else ''} of {batch.micro_size}"
     )
     out.say(f"length     {' or '.join(ends)}")
     memory, state = size_text(facts["memory_bytes"]), size_text(facts["state_bytes"])
@@ -134,7 +142,7 @@ class Terminal:
             wandb_project=self._config.log.wandb_project,
             config=self._config.model_dump(mode="json"),
         )
-        self._bar = self._out.progress(self._label, total=facts["steps"], unit="steps")
+        self._bar = self._out.progress(self._label, total=facts["steps"], unit="steps", begun=resumed)
         self._bar.__enter__()
 
     def stepped(self, done: int, total: int | None) -> None:
@@ -200,8 +208,11 @@ def run_in_folder(
     ranks: Ranks,
     entry: Callable[..., Outcome],
     *args: Any,
+    lineage: Mapping[str, Any],
 ) -> Outcome:
     """Calls `entry(*args)` on all ranks inside the run folder of `loaded`; leaves DONE, FAILED or INTERRUPTED there.
+
+    `lineage` says what the run was made of: the parents of its weights, and its data.
 
     Raises KeyboardInterrupt, with the hint how to go on, when the run was interrupted.
     """
@@ -213,6 +224,7 @@ def run_in_folder(
     folder = RunFolder(Path(loaded.config.run.dir))
     if ranks.speaks:
         folder.start(config_text=loaded.text, resolved=resolved_json(loaded.config), command=[*sys.argv])
+        folder.write_lineage(lineage)
     try:
         outcome = run_on_ranks(logged, entry, folder.logs, *args, nproc=ranks.count)
     except KeyboardInterrupt:

@@ -81,9 +81,9 @@ class Output:
         else:
             print(as_lines(result) if text is None else text, file=self.stdout, flush=True)
 
-    def progress(self, label: str, total: float | None = None, unit: str = "") -> Progress:
+    def progress(self, label: str, total: float | None = None, unit: str = "", *, begun: float = 0) -> Progress:
         """A progress bar to use with `with`; `bar.advance(n, note="loss 2.1")` moves it. Silent with -q and --json."""
-        return Progress(label, total=total, unit=unit, silent=self.json or self.quiet)
+        return Progress(label, total=total, unit=unit, silent=self.json or self.quiet, begun=begun)
 
 
 def run_command(work: Callable[[], int | None], out: Output) -> int:

@@ -68,7 +68,8 @@ def finetune(
             out.result({"dry_run": True, **facts, "rows": rows}, text=f"rows {rows}; nothing was started (--dry-run)")
         return
     fingerprint = base_fingerprint(opened)
-    outcome = run_in_folder(out, loaded, ranks, tune, settings, layout, voice_of(out), fingerprint)
+    lineage = {"kind": "finetune", "parents": list(_base(settings, opened, fingerprint).lineage)}
+    outcome = run_in_folder(out, loaded, ranks, tune, settings, layout, voice_of(out), fingerprint, lineage=lineage)
     if ranks.speaks:
         _warn(out, outcome.pop("notes"))
         out.result({**facts, **outcome}, text=_summary(outcome, settings))

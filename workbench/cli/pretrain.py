@@ -59,7 +59,8 @@ def pretrain(
         if ranks.speaks:
             out.result({"dry_run": True, **facts}, text="nothing was started (--dry-run)")
         return
-    outcome = run_in_folder(out, loaded, ranks, train, settings, layout, voice_of(out))
+    lineage = lineage_of(settings)
+    outcome = run_in_folder(out, loaded, ranks, train, settings, layout, voice_of(out), lineage=lineage)
     if ranks.speaks:
         out.result({**facts, **outcome}, text=_summary(outcome, settings))
 
@@ -79,6 +80,7 @@ def train(config: PretrainConfig, layout: ParallelLayout, voice: Voice) -> Outco
         config.model,
         fill=lambda parameters: initialise(parameters, config.model, seed=config.run.seed),
         tokenizer=data.tokenizer,
+        lineage=(lineage_of(config),),
     )
     terminal = Terminal(voice, config, "pretrain") if mesh.world.rank == 0 else None
     try:
@@ -87,6 +89,22 @@ def train(config: PretrainConfig, layout: ParallelLayout, voice: Voice) -> Outco
     finally:
         if terminal is not None:
             terminal.close()
+
+
+def lineage_of(config: PretrainConfig) -> dict[str, Any]:
+    """What a run is made of: its token files, each with a hash over the hashes of all that went into it."""
+    import hashlib
+
+    from pretrain.data.indexed import IndexedTokens
+    from pretrain.data.manifest import manifest_path
+
+    found = []
+    for source in config.data.train:
+        tokens = IndexedTokens(source.path)
+        manifest = manifest_path(tokens.prefix)
+        digest = hashlib.sha256(manifest.read_bytes()).hexdigest() if manifest.is_file() else None
+        found.append({"path": source.path, "tokens": tokens.num_tokens, "manifest_sha256": digest})
+    return {"kind": "pretrain", "run": config.run.dir, "seed": config.run.seed, "data": found}
 
 
 def _summary(outcome: Outcome, config: PretrainConfig) -> str:

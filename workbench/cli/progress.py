@@ -18,9 +18,12 @@ LINE_SECONDS = 5.0
 class Progress:
     """A bar with rate and time left. `advance` may be called as often as one likes; it draws at its own pace."""
 
-    def __init__(self, label: str, *, total: float | None = None, unit: str = "", silent: bool = False) -> None:
+    def __init__(
+        self, label: str, *, total: float | None = None, unit: str = "", silent: bool = False, begun: float = 0
+    ) -> None:
+        """`begun` was done before, by another process, and says nothing about the rate of this one."""
         self._label, self._total, self._unit, self._silent = label, total, unit, silent
-        self._done = 0.0
+        self._done = self._begun = float(begun)
         self._note = ""
         self._started = self._spoken = time.monotonic()
         self._bar: RichProgress | None = None
@@ -60,10 +63,10 @@ class Progress:
             self._spoken = now
 
     def _rate(self) -> float:
-        return self._done / max(time.monotonic() - self._started, 1e-9)
+        return (self._done - self._begun) / max(time.monotonic() - self._started, 1e-9)
 
     def _left(self) -> str:
-        if not self._total or not self._done:
+        if not self._total or self._done <= self._begun:
             return ""
         return clock(max(self._total - self._done, 0) / max(self._rate(), 1e-9)) + " left"
 
