@@ -237,7 +237,7 @@ def test_ctrl_c_leaves_no_destination(tmp_path):
     words = [sys.executable, "-c", code, str(tmp_path / "big"), str(tmp_path / "x")]
     root = Path(__file__).parents[2]
     child = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=root)
-    assert child.stdout is not None and child.stdout.readline() == "writing\n"
+    assert child.stdout is not None and child.stdout.readline().startswith("writing")
     assert (tmp_path / "x.partial").is_dir()
     os.kill(child.pid, signal.SIGINT)
     _, errors = child.communicate(timeout=60)
