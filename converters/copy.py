@@ -14,6 +14,7 @@ from converters.format import Destination, OpenedCheckpoint, Progress, no_progre
 from converters.plan import Plan, Sweep
 from converters.threads import in_threads
 from converters.verify import compare_fingerprints, compute_fingerprints
+from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ResourceError, VerificationError
@@ -139,7 +140,7 @@ def _cut(held: Iterable[tuple[Box, np.ndarray]], box: Box) -> np.ndarray:
     pieces = [(common, array[common.relative_to(own).slices]) for own, array in held if (common := own.intersect(box))]
     if len(pieces) == 1:
         return pieces[0][1]
-    joined = np.empty(box.size, pieces[0][1].dtype)
+    joined = aligned_empty(box.size, pieces[0][1].dtype)
     for common, array in pieces:
         joined[common.relative_to(box).slices] = array
     return joined

@@ -13,6 +13,7 @@ from xxhash import xxh3_64
 
 from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
 from converters.threads import in_threads
+from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.manifest import TOKENIZER, Manifest, StoredBox, StoredTensor, is_native
 from workbench.checkpoint.reader import NativeSource, open_native
 from workbench.checkpoint.safetensors_io import RangedFile
@@ -209,7 +210,7 @@ def _by_offset(stored: StoredBox) -> tuple[int, ...]:
 
 def _compare(folder: Path, tensor: LogicalTensor, stored: StoredBox, stop: threading.Event, progress: Progress) -> None:
     """VerificationError unless the bytes of a stored box have the checksum of what was written."""
-    hasher, buffer = xxh3_64(), np.empty(_CHECK_BYTES, np.uint8)
+    hasher, buffer = xxh3_64(), aligned_empty((_CHECK_BYTES,), "uint8")
     file = RangedFile(folder / stored.file)
     for start in range(0, stored.num_bytes, _CHECK_BYTES):
         if stop.is_set():

@@ -52,6 +52,12 @@ def test_a_laid_out_file_is_read_by_the_safetensors_library(tmp_path):
     assert all(np.array_equal(loaded[key], array) for key, array in arrays.items())
 
 
+def test_large_tensors_begin_on_a_page_whatever_lies_beside_them():
+    layout = lay_out([("odd", "BF16", (3,)), ("a", "BF16", (2048, 2)), ("half", "BF16", (32,)), ("b", "BF16", (4096,))])
+    assert layout.entries["a"].start % 4096 == 0 and layout.entries["b"].start % 4096 == 0
+    assert layout.entries["half"].start % 64 == 0
+
+
 REFUSED = {
     "a name twice": (b'{"a":' + json.dumps(entry()).encode() + b',"a":' + json.dumps(entry()).encode() + b"}", "twice"),
     "no JSON": (b"\x80\x04pickle", "not valid"),

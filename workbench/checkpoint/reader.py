@@ -11,6 +11,7 @@ from typing import Final
 import numpy as np
 from xxhash import xxh3_64
 
+from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.manifest import TOKENIZER, Manifest, StoredBox, read_manifest
 from workbench.checkpoint.safetensors_io import RangedFile, read_header
 from workbench.errors import CheckpointError
@@ -46,7 +47,7 @@ class _StoredReader:
     def read(self, box: Box) -> np.ndarray:
         """The elements of a box, in coordinates of the whole tensor, that lies inside the stored one."""
         inside = box.relative_to(self.stored.box)
-        array = np.empty(box.size, self._numpy)
+        array = aligned_empty(box.size, self._numpy)
         start, run_bytes = _run(self.stored.box.size, inside, self._item_bytes)
         if run_bytes == array.nbytes:
             self._read_range(array, start)
@@ -101,7 +102,7 @@ class _StoredReader:
         columns = inside.slices[1:]
         for row in range(0, inside.size[0], step):
             count = min(step, inside.size[0] - row)
-            slab = np.empty((count, *row_shape), self._numpy)
+            slab = aligned_empty((count, *row_shape), self._numpy)
             self._read_range(slab, (inside.offset[0] + row) * row_bytes)
             array[row : row + count] = slab[(slice(None), *columns)]
 
@@ -109,7 +110,7 @@ class _StoredReader:
         """Verifies the checksum, unless the bytes have already been seen to agree."""
         if self.verified:
             return
-        hasher, buffer = xxh3_64(), np.empty(_CHECK_BYTES, np.uint8)
+        hasher, buffer = xxh3_64(), aligned_empty((_CHECK_BYTES,), "uint8")
         file = self._file(self.stored.file)
         for start in range(0, self.stored.num_bytes, _CHECK_BYTES):
             block = buffer[: min(_CHECK_BYTES, self.stored.num_bytes - start)]
@@ -169,7 +170,7 @@ class NativeSource:
         found = [(reader, common) for reader, common in pieces if common is not None]
         if len(found) == 1:
             return found[0][0].read(box)
-        array = np.empty(box.size, NUMPY_NAMES[tensor.dtype])
+        array = aligned_empty(box.size, NUMPY_NAMES[tensor.dtype])
         for reader, common in found:
             array[common.relative_to(box).slices] = reader.read(common)
         return array

@@ -19,6 +19,7 @@ from typing import Any, Final
 import numpy as np
 from xxhash import xxh3_64
 
+from workbench.checkpoint.buffers import aligned_contiguous
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint, fingerprint
 from workbench.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, StoredBox, StoredTensor, TrainingState
 from workbench.checkpoint.reader import box_key
@@ -78,7 +79,7 @@ class ShardFileWriter:
         """Writes the next elements of the stored box `box` of tensor `name`; `array` is only lent."""
         writer = self._boxes[name, box]
         assert array.dtype == NUMPY_NAMES[writer.tensor.dtype], (name, array.dtype, writer.tensor.dtype)
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+        data = aligned_contiguous(array).reshape(-1).view(np.uint8).data
         assert writer.done + len(data) <= writer.num_bytes, f"{name}: more elements than the box holds"
         with _space_faults(self.path):
             for start in range(0, len(data), _WRITE_BYTES):
