@@ -14,6 +14,7 @@ from xxhash import xxh3_64
 from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
 from converters.threads import in_threads
 from workbench.checkpoint.buffers import aligned_empty
+from workbench.checkpoint.early_sync import EarlySync
 from workbench.checkpoint.manifest import TOKENIZER, Manifest, StoredBox, StoredTensor, is_native
 from workbench.checkpoint.reader import NativeSource, open_native
 from workbench.checkpoint.safetensors_io import RangedFile
@@ -111,6 +112,7 @@ class NativeDestination:
         self._writers = {f: ShardFileWriter(self._partial / f, boxes) for f, boxes in sorted(by_file.items())}
         self._tokenizer: dict[str, str] = {}
         self._lock: int | None = None
+        self._flusher = EarlySync()
 
     @property
     def path(self) -> Path:
@@ -144,6 +146,7 @@ class NativeDestination:
         """Appends to the stored box that contains `box`."""
         file, piece = next((f, p) for f, p in self._pieces[name] if p.contains(box))
         self._writers[file].append(name, piece, array)
+        self._flusher.written(self._writers[file], array.nbytes)
 
     def check(self, progress: Progress) -> None:
         """Reads every file back from the disk's side and compares it with the checksums of what was written."""
@@ -155,6 +158,7 @@ class NativeDestination:
         in_threads([entry for writer in self._writers.values() for entry in writer.entries()], work, 2)
 
     def _sync(self) -> None:
+        self._flusher.finish()
         in_threads(self._writers.values(), lambda writer, _: writer.sync(), 2)
 
     def reopen(self) -> TensorSource:
@@ -176,6 +180,7 @@ class NativeDestination:
             discard(self._partial)
 
     def _close(self) -> None:
+        self._flusher.cancel()
         for writer in self._writers.values():
             writer.close()
         if self._lock is not None:
