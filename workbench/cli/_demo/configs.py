@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 SEQ_LEN = 256
-TASK_TOKENS = 128
+TASK_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Scale:
     num_test: int
 
 
-FULL = Scale(pretrain_seconds=120, finetune_steps=500, num_pairs=1000, num_train=12000, num_test=2000)
+FULL = Scale(pretrain_seconds=105, finetune_steps=100, num_pairs=1000, num_train=12000, num_test=2000)
 QUICK = Scale(pretrain_seconds=8, finetune_steps=12, num_pairs=100, num_train=600, num_test=200)
 
 
@@ -84,13 +84,13 @@ test = "{folder}/pycola/test.jsonl"
 tp = 2
 
 [batch]
-global_size = 32
-micro_size = 32
+global_size = 64
+micro_size = 16            # rows are padded to the longest of these
 seq_len = {TASK_TOKENS}
 
 [optim]
-lr = {"4e-3" if lora else "1e-3"}
-warmup = {min(50, scale.finetune_steps // 4)}
+lr = {"6e-3" if lora else "2e-3"}
+warmup = {min(20, scale.finetune_steps // 4)}
 schedule = "cosine"
 
 [run]
