@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Final, Literal
 
@@ -17,7 +17,7 @@ from converters.verify import compare_fingerprints, compute_fingerprints
 from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
-from workbench.errors import ResourceError, VerificationError
+from workbench.errors import CheckpointError, ResourceError, VerificationError
 from workbench.spec.geometry import Box
 
 Verify = Literal["none", "crc", "full"]
@@ -35,8 +35,9 @@ def copy_checkpoint(
 ) -> dict[str, str]:
     """Fills and commits `destination` and returns the fingerprints of what it holds.
 
-    `source` is that of `opened`, perhaps wrapped (a cast). With "crc" the source's own checksums are verified and the
-    destination is read back; "full" also computes the fingerprints again from the destination. Whatever fails, and on
+    `source` is that of `opened`, perhaps wrapped (a cast). With "crc" the source's own checksums are verified and what
+    is written is read back, piece by piece; "full" also reads all of it again, once it is on the disk, and compares
+    fingerprints. Whatever fails, and on
     Ctrl-C, nothing is left at the destination.
     """
     require_space(destination.path, sum(plan.files.values()))
@@ -52,14 +53,21 @@ def copy_checkpoint(
                 opened.check(progress)
             destination.check(progress)
         if verify == "full":
-            found = compute_fingerprints(destination.reopen(), workers=plan.workers, progress=progress)
-            if faults := compare_fingerprints(fingerprints, found):
-                raise VerificationError(f"what was written differs from the source: {'; '.join(faults[:4])}")
+            _check_fingerprints(fingerprints, destination, plan, progress)
         destination.commit(fingerprints)
     except BaseException:
         destination.abort()
         raise
     return fingerprints
+
+
+def _check_fingerprints(expected: Mapping[str, str], destination: Destination, plan: Plan, progress: Progress) -> None:
+    try:
+        found = compute_fingerprints(destination.reopen(), workers=plan.workers, progress=progress)
+    except CheckpointError as error:
+        raise VerificationError(f"what was written cannot be read back: {error}") from error
+    if faults := compare_fingerprints(expected, found):
+        raise VerificationError(f"what was written differs from the source: {'; '.join(faults[:4])}")
 
 
 def work_bytes(plan: Plan, verify: Verify) -> int:

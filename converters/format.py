@@ -61,7 +61,7 @@ class WriteRequest:
     """What a destination is to hold.
 
     schema: the logical tensors, in the dtypes to be written.
-    fingerprints: those already known; the copier hands the full set to `commit`.
+    read_back: whether each piece is to be read back as it is written, where the format can; else `check` reads.
     """
 
     path: Path
@@ -74,6 +74,7 @@ class WriteRequest:
     lineage: tuple[Mapping[str, Any], ...] = ()
     max_shard_bytes: int = 5_000_000_000
     adapter: AdapterRecord | None = None
+    read_back: bool = True
 
 
 class Destination(Protocol):
@@ -118,7 +119,10 @@ class Destination(Protocol):
         ...
 
     def check(self, progress: Progress) -> None:
-        """Reads back what was written; VerificationError when it is not what `write` was given."""
+        """Makes sure, reading what has not been read back yet, that the files hold what `write` was given.
+
+        VerificationError when they do not.
+        """
         ...
 
     def reopen(self) -> TensorSource:

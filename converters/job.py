@@ -24,7 +24,9 @@ Optimizer = Literal["keep", "drop", "require"]
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What the user may choose. dtype: for weights, None to keep them; max_shard_bytes: for formats with shards."""
+    """What the user may choose. dtype: for weights, None to keep them; max_shard_bytes: for formats with shards.
+
+    read_back: read each piece back as it is written; needed for every kind of verification."""
 
     layout: ParallelLayout
     dtype: str | None = None
@@ -32,6 +34,7 @@ class JobOptions:
     workers: int = 2
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     max_shard_bytes: int = 5_000_000_000
+    read_back: bool = True
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
         family=opened.family,
         lineage=(*opened.lineage, _parent(opened, operation)),
         max_shard_bytes=options.max_shard_bytes,
+        read_back=options.read_back,
         adapter=opened.adapter,
     )
     destination = target.destination(request)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -134,20 +135,38 @@ def test_a_damaged_source_is_refused_and_leaves_nothing(source, tmp_path, capsys
     assert not list(tmp_path.glob("x*"))
 
 
-def test_a_disk_that_writes_other_bytes_is_found_on_reading_back(source, tmp_path):
+def test_a_disk_that_writes_other_bytes_is_found_on_reading_back(source, tmp_path, capsys, monkeypatch):
+    def faulty(descriptor: int, data: bytes, start: int) -> None:
+        os.pwrite(descriptor, bytes(data[:-1]) + bytes([data[-1] ^ 1]), start)
+
+    monkeypatch.setattr("workbench.checkpoint.writer._write_all", faulty)
+    assert main(["reshard", str(source), str(tmp_path / "x"), "--workers", "1"]) == 4
+    assert re.search(r"-pp0.\.safetensors: tensor '.*', box at .* read back with checksum", capsys.readouterr().err)
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_damage_after_the_writing_is_found_by_full_verification(source, tmp_path):
     job = make_job(
         open_checkpoint(source), get_format("native"), tmp_path / "x", JobOptions(ParallelLayout()), operation="reshard"
     )
     check = job.destination.check
 
     def damaged(progress):
-        flip(tmp_path / "x.partial" / "model-tp00-pp00.safetensors", -1)
         check(progress)
+        flip(tmp_path / "x.partial" / "model-tp00-pp00.safetensors", -1)
 
     job.destination.check = damaged
-    with pytest.raises(VerificationError, match=r"model-tp00-pp00\.safetensors: tensor 'norm\.weight'.* read back"):
-        job.run(verify="crc")
+    with pytest.raises(VerificationError, match=r"cannot be read back: .*model-tp00-pp00\.safetensors: tensor "):
+        job.run(verify="full")
     assert not list(tmp_path.glob("x*"))
+
+
+def test_without_reading_back_the_check_reads_everything(source, tmp_path):
+    options = JobOptions(ParallelLayout(), read_back=False)
+    job = make_job(open_checkpoint(source), get_format("native"), tmp_path / "x", options, operation="reshard")
+    seen: list[int] = []
+    job.run(verify="crc", progress=seen.append)
+    assert sum(seen) == 2 * job.plan.num_bytes
 
 
 def test_two_writers_of_one_destination_do_not_disturb_each_other(source, tmp_path):

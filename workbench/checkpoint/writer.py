@@ -19,12 +19,12 @@ from typing import Any, Final
 import numpy as np
 from xxhash import xxh3_64
 
-from workbench.checkpoint.buffers import aligned_contiguous
+from workbench.checkpoint.buffers import aligned_contiguous, aligned_empty
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint, fingerprint
 from workbench.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, StoredBox, StoredTensor, TrainingState
 from workbench.checkpoint.reader import box_key
 from workbench.checkpoint.safetensors_io import lay_out
-from workbench.errors import CheckpointError, ConfigError, ResourceError
+from workbench.errors import CheckpointError, ConfigError, ResourceError, VerificationError
 from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 from workbench.spec.layout import ParallelLayout
@@ -52,13 +52,15 @@ class _BoxWriter:
         self.tensor, self.box, self.start, self.num_bytes = tensor, box, start, num_bytes
         self.done = 0
         self.hasher = xxh3_64()
+        self.read_back = xxh3_64()
 
 
 class ShardFileWriter:
     """A safetensors file of boxes, preallocated and filled by ranges; different boxes from any threads."""
 
-    def __init__(self, path: Path, boxes: Sequence[tuple[LogicalTensor, Box]]) -> None:
+    def __init__(self, path: Path, boxes: Sequence[tuple[LogicalTensor, Box]], *, read_back: bool = False) -> None:
         self.path = path
+        self._read_back = read_back
         layout = lay_out([(box_key(t, box), t.dtype, box.size) for t, box in boxes], {"format": "pt"})
         self.file_bytes = layout.file_bytes
         self._boxes: dict[tuple[str, Box], _BoxWriter] = {}
@@ -86,7 +88,29 @@ class ShardFileWriter:
                 block = data[start : start + _WRITE_BYTES]
                 writer.hasher.update(block)
                 _write_all(self._descriptor, block, writer.start + writer.done)
+                if self._read_back:
+                    self._read_again(writer, len(block))
                 writer.done += len(block)
+        if self._read_back and writer.done == writer.num_bytes:
+            self._compare(writer)
+
+    def _read_again(self, writer: _BoxWriter, num_bytes: int) -> None:
+        """Hashes what the file now holds where a block has just been written; at once, it is still in the cache."""
+        block = aligned_empty((num_bytes,), "uint8").data
+        done = 0
+        while done < num_bytes:
+            count = os.preadv(self._descriptor, [block[done:]], writer.start + writer.done + done)
+            assert count > 0, f"{self.path} has become shorter"
+            done += count
+        writer.read_back.update(block)
+
+    def _compare(self, writer: _BoxWriter) -> None:
+        written, found = writer.hasher.hexdigest(), writer.read_back.hexdigest()
+        if written != found:
+            raise VerificationError(
+                f"{self.path.name}: tensor {writer.tensor.name!r}, box at {list(writer.box.offset)}: read back with "
+                f"checksum {found}, written with {written}; the disk or its memory is faulty"
+            )
 
     def entries(self) -> tuple[tuple[LogicalTensor, StoredBox], ...]:
         """What the file holds; every box must be full."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -112,6 +113,7 @@ def convert(
 
     checked: Verify = choice(verify, get_args(Verify), "--verify")
     started = time.monotonic()
+    options = replace(options, read_back=checked != "none")
     job = make_job(opened, target, destination, options, operation=operation)
     plan = {"source": str(opened.path), "destination": str(destination), **job.plan.describe()}
     plan["layout"] = options.layout.model_dump(mode="json")

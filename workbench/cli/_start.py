@@ -16,6 +16,7 @@ def quick_imports() -> Iterator[None]:
     thread for each core, which these commands, with threads of their own, could not use.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")  # looking for them reads every package's metadata
     collecting = gc.isenabled()
     gc.disable()
     try:
