@@ -27,7 +27,6 @@ class MinimalPairs:
         assert tokenizer.eos_id is not None, "the tokenizer has no end-of-text"
         self._start = tokenizer.eos_id
         self._texts = tokenizer.encode_batch([text for pair in pairs for text in pair])
-        self._longest = max(map(len, self._texts))
 
     def batches(self, share: Share, *, num_microbatches: int, max_samples: int | None) -> Iterator[list[Rows]]:
         assert share.micro_size % 2 == 0, f"micro_size={share.micro_size} would cut a pair"
@@ -51,7 +50,8 @@ class MinimalPairs:
         return {"accuracy": accuracy, "standard_error": error, "pairs": sums[1]}
 
     def _rows(self, indices: range, total: int) -> Rows:
-        inputs = np.full((len(indices), self._longest), self._start, dtype=np.int64)
+        longest = max((len(text) for text in self._texts[indices.start : min(indices.stop, total)]), default=1)
+        inputs = np.full((len(indices), longest), self._start, dtype=np.int64)
         labels = np.full_like(inputs, IGNORE)
         for row, index in enumerate(indices):
             if index < total:

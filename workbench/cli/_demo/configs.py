@@ -20,7 +20,7 @@ class Scale:
     num_test: int
 
 
-FULL = Scale(pretrain_seconds=105, finetune_steps=100, num_pairs=1000, num_train=12000, num_test=2000)
+FULL = Scale(pretrain_seconds=100, finetune_steps=100, num_pairs=1000, num_train=12000, num_test=2000)
 QUICK = Scale(pretrain_seconds=8, finetune_steps=12, num_pairs=100, num_train=600, num_test=200)
 
 
@@ -89,7 +89,7 @@ micro_size = 16            # rows are padded to the longest of these
 seq_len = {TASK_TOKENS}
 
 [optim]
-lr = {"6e-3" if lora else "2e-3"}
+lr = 2e-3
 warmup = {min(20, scale.finetune_steps // 4)}
 schedule = "cosine"
 
