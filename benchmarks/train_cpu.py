@@ -27,7 +27,7 @@ from torch import nn
 from _common import Claim, alternate, claim, main, median_ratio, say, seconds_of
 from tests.helpers import megatron
 from workbench.models.batch import Batch
-from workbench.models.build import build_stage, initialise
+from workbench.models.build import StageOptions, build_stage, initialise
 from workbench.models.state import stored_boxes
 from workbench.parallel.mesh import Mesh
 from workbench.spec.model import ModelConfig
@@ -91,7 +91,7 @@ def main_task(quick: bool) -> Task:
 
 
 def engine_step(task: Task, dtype: torch.dtype, *, compiled: bool = False) -> Step:
-    built = build_stage(task.model, Mesh.single(), compute_dtype=dtype, compile_blocks=compiled)
+    built = build_stage(task.model, Mesh.single(), compute_dtype=dtype, options=StageOptions(compile_blocks=compiled))
     initialise(built.parameters, task.model, seed=1)
     batch = Batch(task.input_ids, task.labels)
     return _step(

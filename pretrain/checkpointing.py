@@ -117,8 +117,8 @@ def _items(parameters: Sequence[LiveParameter], optimizer: Optimizer | None) -> 
 
 
 def _tag(mesh: Mesh) -> str:
-    at, layout = mesh.coordinate, mesh.layout
-    return rank_tag(at.tp_rank, at.stage, None if layout.shard == "none" or layout.dp == 1 else at.dp_rank)
+    at = mesh.coordinate
+    return rank_tag(at.tp_rank, at.stage, mesh.shard.rank if mesh.shard.size > 1 else None)
 
 
 def _together(mesh: Mesh, work: Callable[[], Any]) -> list[Any]:

@@ -12,7 +12,7 @@ from pretrain.lr import Curve, CurveName
 from pretrain.schedules import schedule_named
 from workbench.config import Config
 from workbench.errors import LayoutError
-from workbench.spec.layout import ParallelLayout
+from workbench.spec.layout import ParallelLayout, Sharding
 from workbench.spec.model import ModelConfig
 
 
@@ -20,17 +20,26 @@ class ParallelTable(Config):
     """How the model and the batch are spread over ranks."""
 
     tp: int = Field(default=1, gt=0, description="Ranks that share each layer (tensor parallelism).")
+    cp: int = Field(default=1, gt=0, description="Ranks that share each sequence (context parallelism).")
     pp: int = Field(default=1, gt=0, description="Stages of the pipeline.")
+    vpp: int = Field(default=1, gt=0, description="Chunks of layers in each stage (virtual stages).")
     dp: int | Literal["auto"] = Field(
         default="auto", description="Copies of the model that split the batch; auto: as many as the ranks allow."
     )
     schedule: str = Field(default="1f1b", description="Pipeline schedule: gpipe or 1f1b.")
     pp_layout: tuple[int, ...] | None = Field(
-        default=None, description="Layers per stage, when not even: [6, 8, 8, 6]."
+        default=None, description="Layers per virtual stage in the order of the network, when not even: [6, 8, 8, 6]."
     )
-    shard: Literal["none", "zero2", "zero3"] = Field(
+    sequence_parallel: bool = Field(
+        default=False, description="Tensor-parallel ranks also share the tokens between their layers."
+    )
+    shard: Sharding = Field(
         default="none",
-        description="What data-parallel ranks share: nothing; optimizer and gradients; parameters as well (FSDP2).",
+        description="What replicas share instead of each holding it whole: nothing; optimizer state (zero1); gradients "
+        "as well (zero2); parameters as well (zero3).",
+    )
+    shard_size: int | None = Field(
+        default=None, gt=0, description="Replicas that share one copy (hybrid sharding); all of them when not set."
     )
     vocab_multiple: int = Field(
         default=8, gt=0, description="Each rank's rows of the vocabulary are padded to a multiple of this."
@@ -51,26 +60,28 @@ class ParallelTable(Config):
 
     def num_ranks(self) -> int:
         """The ranks that this table asks for; dp = "auto" asks for one copy of the model."""
-        return self.tp * self.pp * (1 if self.dp == "auto" else self.dp)
+        return self.tp * self.cp * self.pp * (1 if self.dp == "auto" else self.dp)
 
     def layout(self, num_ranks: int) -> ParallelLayout:
         """The layout over `num_ranks` ranks; LayoutError when they do not fit."""
-        model_ranks = self.tp * self.pp
+        model_ranks = self.tp * self.cp * self.pp
         dp = num_ranks // model_ranks if self.dp == "auto" else self.dp
         if dp * model_ranks != num_ranks:
-            asked = f"tp={self.tp} x pp={self.pp}" + ("" if self.dp == "auto" else f" x dp={self.dp}")
+            asked = (
+                f"tp={self.tp} x "
+                + (f"cp={self.cp} x " if self.cp > 1 else "")
+                + f"pp={self.pp}"
+                + ("" if self.dp == "auto" else f" x dp={self.dp}")
+            )
             raise LayoutError(
                 f"{num_ranks} ranks were given, but {asked} needs "
                 + (f"a multiple of {model_ranks}" if self.dp == "auto" else f"{model_ranks * dp}")
                 + "; change --nproc or [parallel]"
             )
         return ParallelLayout(
-            tp=self.tp,
-            pp=self.pp,
             dp=dp,
-            pp_layout=self.pp_layout,
-            shard=self.shard,
-            vocab_multiple=self.vocab_multiple,
+            placement=schedule_named(self.schedule).placement,
+            **self.model_dump(exclude={"dp", "schedule"}),
         )
 
 

@@ -46,17 +46,20 @@ def estimate_memory(
     batch, compute = config.batch, COMPUTE_BYTES[config.precision.compute]
     num_microbatches = max(batch.global_size // (batch.micro_size * layout.dp), 1)
     in_flight = simulate(schedule_named(config.parallel.schedule), layout.pp, num_microbatches).peak_in_flight
-    stages = layout.stages(model.num_hidden_layers)
     found = []
     for stage in range(layout.pp):
         local = sum(math.prod(spec.local_shape(layout.tp)) for spec in stage_specs(model, layout, stage))
-        kept = -(-local // layout.dp) if layout.shard != "none" else local
+        kept = -(-local // layout.shard_degree)
         # A layer casts its weights to bf16 and keeps the copy until the backward of the microbatch is done.
-        copies = 0 if compute == MASTER_BYTES else local * compute * (1 if layout.dp > 1 else in_flight[stage])
-        if layout.shard == "zero2":
+        copies = 0 if compute == MASTER_BYTES else local * compute * (1 if layout.replicas > 1 else in_flight[stage])
+        if layout.shard in ("zero1", "zero2"):
             copies = local * compute
-        layer = _layer_activations(model, layout, batch, on_cpu=on_cpu) * compute * len(stages[stage])
-        logits = _logits_bytes(model, layout, batch, compute) if stage == layout.pp - 1 else 0
+        layer = (
+            _layer_activations(model, layout, batch, on_cpu=on_cpu)
+            * compute
+            * len(layout.layers(model.num_hidden_layers, stage))
+        )
+        logits = _logits_bytes(model, layout, batch, compute) if stage == layout.last_stage else 0
         found.append(
             StageMemory(
                 stage=stage,

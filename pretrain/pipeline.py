@@ -54,8 +54,8 @@ class Pipeline:
         actions = [Action("F", m) for m in range(len(batches))]
         links = _Links(self.mesh, stage.compute_dtype, self.hidden_shapes(batches), actions)
         for batch, action in zip(batches, actions, strict=True):
-            result = stage(None if stage.is_first else links.receive(action), batch, output)
-            if stage.is_last:
+            result = stage(None if stage.is_first() else links.receive(action), batch, output)
+            if stage.is_last():
                 take(batch, result)
             else:
                 links.send(action, result)
@@ -83,11 +83,11 @@ class _Training:
 
     def forward(self, action: Action) -> None:
         received = None
-        if not self._stage.is_first:
+        if not self._stage.is_first():
             received = self.links.receive(action).requires_grad_()
         result = self._stage(received, self._batches[action.microbatch], "loss")
         sent = None
-        if self._stage.is_last:
+        if self._stage.is_last():
             self.loss += result.detach()
         else:
             sent = self.links.send(action, result.detach())
@@ -95,7 +95,7 @@ class _Training:
 
     def backward(self, action: Action) -> None:
         held = self._held.pop(action.microbatch)
-        if self._stage.is_last:
+        if self._stage.is_last():
             gradient = self._scale.to(held.result.dtype)
         else:
             gradient = self.links.receive(action)
@@ -137,7 +137,7 @@ class _Links:
         """Starts to send the result of `action` to the stage that needs it."""
         target = self._mesh.pp.rank + (1 if action.kind == "F" else -1)
         tensor = tensor.to(self._dtype).contiguous()
-        work = self._mesh.pp.isend(tensor, target)
+        work = self._mesh.pp.isend(tensor, target, action.kind)
         self._sending = [(other, kept) for other, kept in self._sending if not other.is_completed()]
         self._sending.append((work, tensor))
         return work
@@ -167,4 +167,4 @@ class _Links:
             source = self._source(action)
             assert source is not None
             buffer = torch.empty(self._shapes[action.microbatch], dtype=self._dtype, device=self._mesh.device)
-            self._posted.append((action, buffer, self._mesh.pp.irecv(buffer, source)))
+            self._posted.append((action, buffer, self._mesh.pp.irecv(buffer, source, action.kind)))

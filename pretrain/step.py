@@ -39,7 +39,7 @@ class StepResult:
 
 def agree(rows: Sequence[Rows], mesh: Mesh, *, stop: bool) -> Agreement:
     """Sums labels and tokens over data-parallel ranks, wishes to stop over all: one small all-reduce on the CPU."""
-    counts_here = mesh.tp.rank == 0 and mesh.pp.rank == 0
+    counts_here = mesh.tp.rank == 0 and mesh.cp.rank == 0 and mesh.pp.rank == 0
     labels, tokens = (sum(r.num_labels for r in rows), sum(r.num_tokens for r in rows)) if counts_here else (0, 0)
     total = mesh.world.all_reduce(torch.tensor([labels, tokens, int(stop)], dtype=torch.int64))
     return Agreement(int(total[0]), int(total[1]), bool(total[2]))

@@ -27,7 +27,7 @@ from workbench.checkpoint.manifest import TrainingState
 from workbench.checkpoint.reader import open_native
 from workbench.checkpoint.store import CHECKPOINTS, Store
 from workbench.errors import WorkbenchError
-from workbench.models.build import build_stage
+from workbench.models.build import StageOptions, build_stage
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
@@ -119,7 +119,7 @@ class Trainer:
             dtype=dtype,
             compute_dtype=compute,
             adapt=subject.adapt,
-            compile_blocks=config.kernels.compile,
+            options=StageOptions(compile_blocks=config.kernels.compile),
         )
         self.optimizer = Optimizer(self.built.parameters, mesh, config.optim)
         self.pipeline = Pipeline(self.built, mesh, schedule_named(config.parallel.schedule))

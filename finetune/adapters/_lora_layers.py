@@ -55,5 +55,5 @@ def attach(stage: DecoderStage, lora: LoraSpec) -> None:
         for pair in layer_pairs(stage.model, lora, int(layer)):
             linear = stage.get_submodule(pair.base.path.removesuffix(".weight"))
             linear.delta = LoraDelta(stage.mesh, pair, lora.scaling)
-    if stage.is_last and stage.model.num_labels:
+    if stage.has_head and stage.model.num_labels:
         stage.score.requires_grad_(True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from workbench.registry import discover
+from workbench.spec.layout import Placement
 
 Kind = Literal["F", "B"]
 
@@ -37,6 +38,7 @@ class Schedule:
     name: str
     summary: str
     actions: Callable[[int, int, int], tuple[Action, ...]]
+    placement: Placement = "loop"
 
 
 def schedule_named(name: str) -> Schedule:

@@ -72,7 +72,7 @@ def backward(pipeline: Pipeline, model: ModelConfig, step: int) -> float:
         ids = range(first, first + 2)
         batches.append(to_batch(pad([rows[n] for n in ids], ids, 0), mesh.device))
     loss = pipeline.train(batches, torch.tensor(1.0 / count, dtype=torch.float64))
-    return float(mesh.pp.all_reduce(mesh.dp.all_reduce(loss.clone()))) / count
+    return float(mesh.pp.all_reduce(mesh.data.all_reduce(loss.clone()))) / count
 
 
 def observe(model: ModelConfig, lora: LoraSpec | None, layout: ParallelLayout) -> tuple[list[float], Boxes, Boxes]:

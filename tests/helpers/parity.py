@@ -99,7 +99,7 @@ def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int) -
         rows = torch.arange(first, first + micro_size)
         batches.append(Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows)))
     loss = pipeline.train(batches, torch.tensor(1.0 / count, dtype=torch.float64))
-    return float(mesh.pp.all_reduce(mesh.dp.all_reduce(loss.clone()))) / count
+    return float(mesh.pp.all_reduce(mesh.data.all_reduce(loss.clone()))) / count
 
 
 def _samples(model: ModelConfig, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:

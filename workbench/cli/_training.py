@@ -75,7 +75,7 @@ def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout)
     return {
         "run": config.run.dir,
         "parameters": num_parameters(model),
-        "layout": {"tp": layout.tp, "pp": layout.pp, "dp": layout.dp, "shard": layout.shard},
+        "layout": layout.model_dump(mode="json", include={"tp", "cp", "pp", "vpp", "dp", "shard"}),
         "ranks": layout.world_size,
         "step_tokens": config.step_tokens,
         "steps": config.planned_steps(),

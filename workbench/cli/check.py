@@ -106,7 +106,7 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
         "parameters": num_parameters(model),
         "layout": layout.model_dump(mode="json", exclude_none=True),
         "ranks": num_ranks,
-        "layers_per_stage": [len(layers) for layers in layout.stages(model.num_hidden_layers)],
+        "layers_per_stage": [len(layout.layers(model.num_hidden_layers, stage)) for stage in range(layout.pp)],
         "microbatches": config.batch.global_size // (config.batch.micro_size * layout.dp),
         "step_tokens": config.step_tokens,
         "steps": config.planned_steps(),
@@ -114,7 +114,7 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
         "device": device,
         "memory": {
             "worst_rank": {**asdict(worst), "total": worst.total},
-            "all_ranks_bytes": sum(stage.total for stage in stages) * layout.tp * layout.dp,
+            "all_ranks_bytes": sum(stage.total for stage in stages) * layout.tp * layout.replicas,
         },
     }
 

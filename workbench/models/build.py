@@ -11,18 +11,34 @@ from torch import nn
 
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.data import DataParallel
+from workbench.parallel.gemm import Gemm
 from workbench.parallel.initial import normal, uniform
 from workbench.parallel.live import LiveParameter, live_parameters, shard_views
 from workbench.parallel.mesh import Mesh
+from workbench.parallel.module import ParallelModule
 from workbench.spec.geometry import Shard
 from workbench.spec.model import ModelConfig
 
 
 @dataclass(frozen=True)
+class StageOptions:
+    """How a stage computes what its model says.
+
+    compile_blocks: compile each layer with torch.compile. split_backward: backward leaves the products for the weights'
+    gradients in `BuiltStage.gemm.waiting`.
+    """
+
+    compile_blocks: bool = False
+    split_backward: bool = False
+
+
+@dataclass(frozen=True)
 class BuiltStage:
-    """A stage on its device, the handle of its data parallelism, and its parameters as local tensors."""
+    """A stage on its device, who multiplies in it, the handle of its data parallelism, and its parameters as local
+    tensors."""
 
     module: DecoderStage
+    gemm: Gemm
     data_parallel: DataParallel
     parameters: list[LiveParameter]
 
@@ -34,7 +50,7 @@ def build_stage(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype | None = None,
     adapt: Callable[[DecoderStage], None] | None = None,
-    compile_blocks: bool = False,
+    options: StageOptions | None = None,
 ) -> BuiltStage:
     """This rank's stage with parameters of `dtype` that hold no values yet: call `initialise`, or load a source.
 
@@ -42,19 +58,24 @@ def build_stage(
     parameters) before data parallelism wraps them. Collective over the mesh.
     """
     mesh.layout.validate_for(model)
-    compute_dtype = compute_dtype or dtype
+    compute_dtype, options = compute_dtype or dtype, options or StageOptions()
     with torch.device("meta"):
         module = DecoderStage(model, mesh.layout, mesh, stage=mesh.pp.rank, compute_dtype=compute_dtype)
         if adapt is not None:
             adapt(module)
         module.to(dtype)
+    gemm = Gemm()
+    gemm.waiting = [] if options.split_backward else None
+    for layer in module.modules():
+        if isinstance(layer, ParallelModule):
+            layer.gemm = gemm
     blocks: list[nn.Module] = list(module.layers.values())
-    if compile_blocks:
+    if options.compile_blocks:
         for block in blocks:
             block.compile()
     data_parallel = DataParallel(module, blocks, mesh, compute_dtype)
     module.to_empty(device=mesh.device)
-    return BuiltStage(module, data_parallel, live_parameters(module, mesh))
+    return BuiltStage(module, gemm, data_parallel, live_parameters(module, mesh))
 
 
 def initialise(parameters: list[LiveParameter], model: ModelConfig, *, seed: int) -> None:

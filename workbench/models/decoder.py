@@ -22,12 +22,11 @@ from workbench.parallel.embedding import (
     ReplicatedLinear,
     VocabParallelEmbedding,
     VocabParallelHead,
-    vocab_logits,
 )
 from workbench.parallel.loss import IGNORE, accumulation_dtype, vocab_parallel_cross_entropy
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import ParameterSpec
-from workbench.spec.layout import ParallelLayout
+from workbench.spec.layout import ParallelLayout, virtual_stage
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import stage_specs, tied_head
 
@@ -61,7 +60,7 @@ class Block(nn.Module):
 
 
 class DecoderStage(nn.Module):
-    """The layers of one pipeline stage, addressed by their global index.
+    """The layers of one pipeline stage, addressed by their global index, in one chunk or several.
 
     compute_dtype: the type of activations; parameters keep their own and are cast where they are used.
     """
@@ -72,15 +71,18 @@ class DecoderStage(nn.Module):
         super().__init__()
         specs = {spec.path: spec for spec in stage_specs(model, layout, stage)}
         self.model, self.mesh, self.compute_dtype = model, mesh, compute_dtype
-        self.is_first, self.is_last = stage == 0, stage == layout.pp - 1
+        self.virtual = tuple(virtual_stage(layout.placement, layout.pp, stage, chunk) for chunk in range(layout.vpp))
+        self.num_virtual = layout.num_virtual
+        self.chunks = layout.chunks(model.num_hidden_layers)[stage]
+        self.has_embedding, self.has_head = stage == 0, stage == layout.last_stage
         self.tied = tied_head(model)
-        if self.is_first or (self.is_last and self.tied):
+        if self.has_embedding or (self.has_head and self.tied):
             self.embed_tokens = VocabParallelEmbedding(mesh, specs["embed_tokens.weight"])
-        if self.is_first and model.position_embedding == "learned":
+        if self.has_embedding and model.position_embedding == "learned":
             self.embed_positions = ReplicatedEmbedding(mesh, specs["embed_positions.weight"])
-        indices = layout.stages(model.num_hidden_layers)[stage]
+        indices = layout.layers(model.num_hidden_layers, stage)
         self.layers = nn.ModuleDict({str(i): Block(model, mesh, specs, i) for i in indices})
-        if self.is_last:
+        if self.has_head:
             self.norm = build_norm(model, mesh, specs, "norm")
             if model.num_labels:
                 self.score = ReplicatedLinear(mesh, specs["score.weight"])
@@ -93,27 +95,38 @@ class DecoderStage(nn.Module):
         batch: Batch,
         output: Output = "loss",
         cache: KeyValueCache | None = None,
+        *,
+        chunk: int = 0,
     ) -> torch.Tensor:
-        """Hidden states for the next stage, or on the last stage what `output` names.
+        """Hidden states for the next virtual stage, or on the last one what `output` names.
 
         "loss": the sum of the losses of all labels, a scalar in fp32 or wider, equal on all tensor ranks.
         "token_losses": loss of each label [B, T] (or [B]), 0 where ignored. "logits": [B, T, vocab_size], gathered over
-        the tensor axis, or [B, N] of a sequence head. `hidden_BTD` comes from the previous stage; None on the first.
+        the tensor axis, or [B, N] of a sequence head. `hidden_BTD` comes from the previous virtual stage; None on the
+        first.
         """
         tokens = batch.input_ids.shape[1]
         start = cache.length if cache is not None else 0
         positions_T = torch.arange(start, start + tokens, device=batch.input_ids.device)
-        if self.is_first:
+        if self.is_first(chunk):
             hidden_BTD = self._embed(batch, positions_T)
         assert hidden_BTD is not None
         rope = None
         if self.model.position_embedding == "rope":
             rope = rope_table(self.model, positions_T, self.compute_dtype)
-        for block in self.layers.values():
-            hidden_BTD = block(hidden_BTD, rope, batch, cache)
+        for index in self.chunks[chunk]:
+            hidden_BTD = self.layers[str(index)](hidden_BTD, rope, batch, cache)
         if cache is not None:
             cache.length += tokens
-        return self._finish(hidden_BTD, batch, output) if self.is_last else hidden_BTD
+        return self._finish(hidden_BTD, batch, output) if self.is_last(chunk) else hidden_BTD
+
+    def is_first(self, chunk: int = 0) -> bool:
+        """Whether `chunk` of this stage is where the network begins."""
+        return self.virtual[chunk] == 0
+
+    def is_last(self, chunk: int = 0) -> bool:
+        """Whether `chunk` of this stage is where the network ends."""
+        return self.virtual[chunk] == self.num_virtual - 1
 
     def _embed(self, batch: Batch, positions_T: torch.Tensor) -> torch.Tensor:
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
@@ -126,7 +139,7 @@ class DecoderStage(nn.Module):
         if self.model.num_labels:
             logits_BN = self.score(_last_token(x_BTD, batch.lengths))
             return logits_BN if output == "logits" else _label_losses(logits_BN, batch, output)
-        logits_BTV = vocab_logits(x_BTD, self.embed_tokens.weight, self.mesh) if self.tied else self.lm_head(x_BTD)
+        logits_BTV = self.embed_tokens.logits(x_BTD) if self.tied else self.lm_head(x_BTD)
         if output == "logits":
             return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None

@@ -34,6 +34,10 @@ class VocabParallelEmbedding(ParallelModule):
         x_BTD = F.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight).to(dtype)
         return reduce_from(x_BTD.masked_fill(foreign_BT.unsqueeze(-1), 0.0), self.mesh.tp)
 
+    def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of a head that is tied to this table."""
+        return self.gemm(copy_to(x_BTD, self.mesh.tp), self.weight)
+
 
 class ReplicatedEmbedding(ParallelModule):
     """A table that every rank holds whole, such as learned positions. No communication."""
@@ -56,7 +60,7 @@ class VocabParallelHead(ParallelModule):
         super().__init__(mesh, weight=weight)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return vocab_logits(x_BTD, self.weight, self.mesh)
+        return self.gemm(copy_to(x_BTD, self.mesh.tp), self.weight)
 
 
 class ReplicatedLinear(ParallelModule):
@@ -68,9 +72,4 @@ class ReplicatedLinear(ParallelModule):
         super().__init__(mesh, weight=weight)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-def vocab_logits(x_BTD: torch.Tensor, weight_VD: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """Local logits [B, T, V] from a vocabulary-cut weight, tied or not."""
-    return F.linear(copy_to(x_BTD, mesh.tp), weight_VD.to(x_BTD.dtype))
+        return self.gemm(x, self.weight)

@@ -1,4 +1,4 @@
-"""Linear layers that are cut over the tensor axis. Their GEMM is a plain `F.linear`; only collectives are special.
+"""Linear layers that are cut over the tensor axis. `Gemm` multiplies; only collectives are special.
 
 Legend: B batch, T tokens, I inputs, O outputs (local where the dimension is cut).
 """
@@ -6,7 +6,6 @@ Legend: B batch, T tokens, I inputs, O outputs (local where the dimension is cut
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from workbench.parallel.collectives import copy_to, reduce_from
@@ -32,7 +31,7 @@ class ColumnParallelLinear(ParallelModule):
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         x_BTI = copy_to(x_BTI, self.mesh.tp)
-        y_BTO = F.linear(x_BTI, self.weight.to(x_BTI.dtype), _cast(self.bias, x_BTI))
+        y_BTO = self.gemm(x_BTI, self.weight, self.bias)
         return y_BTO if self.delta is None else y_BTO + self.delta(x_BTI)
 
     @property
@@ -57,15 +56,10 @@ class RowParallelLinear(ParallelModule):
         self.delta = None
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
-        weight = self.weight.to(x_BTI.dtype)
         if self.mesh.tp.size == 1 and self.delta is None:
-            return F.linear(x_BTI, weight, _cast(self.bias, x_BTI))
-        y_BTO = F.linear(x_BTI, weight)
+            return self.gemm(x_BTI, self.weight, self.bias)
+        y_BTO = self.gemm(x_BTI, self.weight)
         if self.delta is not None:
             y_BTO = y_BTO + self.delta(x_BTI)
         y_BTO = reduce_from(y_BTO, self.mesh.tp)
         return y_BTO if self.bias is None else y_BTO + self.bias.to(y_BTO.dtype)
-
-
-def _cast(parameter: nn.Parameter | None, like: torch.Tensor) -> torch.Tensor | None:
-    return None if parameter is None else parameter.to(like.dtype)

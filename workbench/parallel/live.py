@@ -28,7 +28,7 @@ class LiveParameter:
     shards: tuple[Shard, ...]
     tied_stages: bool
     counted: bool
-    """Whether this rank, and not another stage or data-parallel rank, counts and saves what it holds."""
+    """Whether this rank, and not another stage or replica, counts and saves what it holds."""
 
     @property
     def data(self) -> torch.Tensor:
@@ -78,15 +78,15 @@ def shard_views(parameter: LiveParameter, tensor: torch.Tensor) -> Iterator[tupl
 def _live(
     path: str, spec: ParameterSpec, parameter: nn.Parameter, shards: tuple[Shard, ...], mesh: Mesh
 ) -> LiveParameter:
-    tied = mesh.layout.pp > 1 and EMBED in spec.places and FINAL in spec.places
-    counted = not (tied and mesh.pp.rank > 0)
-    if isinstance(parameter, DTensor) and mesh.layout.shard != "none":
+    tied = mesh.layout.last_stage != 0 and EMBED in spec.places and FINAL in spec.places
+    cut = isinstance(parameter, DTensor) and mesh.shard.size > 1
+    # The first of the copies that replicas hold, or share, speaks for all; so does the first of tied stages.
+    counted = mesh.data.rank < (mesh.shard.size if cut else 1) and not (tied and mesh.pp.rank > 0)
+    if cut:
         rows = parameter.shape[0]
-        share = math.ceil(rows / mesh.dp.size)
-        start = min(share * mesh.dp.rank, rows)
+        share = math.ceil(rows / mesh.shard.size)
+        start = min(share * mesh.shard.rank, rows)
         shards = cut_rows(shards, start, min(start + share, rows))
-    elif mesh.dp.rank > 0:
-        counted = False
     return LiveParameter(path, spec, parameter, shards, tied, counted)
 
 

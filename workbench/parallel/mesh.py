@@ -6,7 +6,9 @@ An axis of size 1 has no process group and its collectives return their input, s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any, Literal, Protocol
 
 import torch
@@ -16,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from workbench.spec.layout import Coordinate, ParallelLayout
 
 Operation = Literal["sum", "max", "min"]
+Message = Literal["F", "B"]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renamed it, and warns on every rank about the old name.
 _ALL_GATHER = vars(dist).get("all_gather_single") or dist.all_gather_into_tensor
@@ -87,55 +90,71 @@ class Axis:
 
 
 class PipelineAxis(Axis):
-    """The stages of one pipeline. Each direction has a group of its own, so that a send forward never waits
-    behind a send backward."""
+    """The stages of one pipeline.
+
+    Messages of each kind ("F" activations, "B" gradients) and each direction have a group of their own, a lane, so that
+    no message waits behind one of another kind, and the order within a lane is the order of the schedule.
+    """
 
     def __init__(
         self,
         ranks: Sequence[int],
         rank: int,
-        forward: dist.ProcessGroup | None,
-        backward: dist.ProcessGroup | None,
+        group: dist.ProcessGroup | None,
+        lanes: Mapping[tuple[Message, bool], dist.ProcessGroup] | None = None,
     ) -> None:
-        super().__init__("pp", ranks, rank, forward)
-        self._backward = backward
+        super().__init__("pp", ranks, rank, group)
+        self._lanes = lanes or {}
 
-    def _direction(self, source: int, target: int) -> dist.ProcessGroup | None:
-        return self._group if source < target else self._backward
-
-    def isend(self, tensor: torch.Tensor, to_stage: int) -> Work:
+    def isend(self, tensor: torch.Tensor, to_stage: int, message: Message) -> Work:
         """Starts to send; the tensor must not change until the work is done."""
-        work = dist.isend(tensor, self.ranks[to_stage], group=self._direction(self.rank, to_stage))
+        lane = self._lanes[message, self.rank < to_stage]
+        work = dist.isend(tensor, self.ranks[to_stage], group=lane)
         assert work is not None
         return work
 
-    def irecv(self, tensor: torch.Tensor, from_stage: int) -> Work:
-        """Starts to receive into `tensor`, in the order in which the other stage sends."""
-        work = dist.irecv(tensor, self.ranks[from_stage], group=self._direction(from_stage, self.rank))
+    def irecv(self, tensor: torch.Tensor, from_stage: int, message: Message) -> Work:
+        """Starts to receive into `tensor`, in the order in which the other stage sends messages of this kind."""
+        lane = self._lanes[message, from_stage < self.rank]
+        work = dist.irecv(tensor, self.ranks[from_stage], group=lane)
         assert work is not None
         return work
+
+
+def _one(name: str) -> Axis:
+    return Axis(name, [0], 0, None)
+
+
+@dataclass(frozen=True)
+class Axes:
+    """The axes of a mesh; by default those of a single process."""
+
+    tp: Axis = field(default_factory=lambda: _one("tp"))
+    cp: Axis = field(default_factory=lambda: _one("cp"))
+    dp: Axis = field(default_factory=lambda: _one("dp"))
+    pp: PipelineAxis = field(default_factory=lambda: PipelineAxis([0], 0, None))
+    data: Axis = field(default_factory=lambda: _one("data"))
+    shard: Axis = field(default_factory=lambda: _one("shard"))
+    tied: Axis = field(default_factory=lambda: _one("tied"))
+    world: Axis = field(default_factory=lambda: _one("world"))
+    data_mesh: DeviceMesh | None = None
+    """The replicas as FSDP2 wants them: (copies, ranks that share one)."""
 
 
 class Mesh:
-    """A layout at run time: this process's coordinate and its axes."""
+    """A layout at run time: this process's coordinate and its axes.
 
-    def __init__(
-        self,
-        *,
-        layout: ParallelLayout,
-        device: torch.device,
-        tp: Axis,
-        dp: Axis,
-        pp: PipelineAxis,
-        tied: Axis,
-        world: Axis,
-        data_mesh: DeviceMesh | None,
-    ) -> None:
-        self.layout, self.rank, self.device = layout, world.rank, device
-        self.tp, self.dp, self.pp, self.world = tp, dp, pp, world
-        self.tied = tied
-        self.data_mesh = data_mesh
-        self._copies: dict[int, Axis] = {1: Axis("copies", [self.rank], 0, None)}
+    tp, cp, dp, pp: the four axes of the layout. data: the replicas of this rank's parameters, which are the ranks of dp
+    and cp together (position dp_rank * cp + cp_rank). shard: those replicas that share one copy of the parameters.
+    tied: the first and the last stage. world: all ranks.
+    """
+
+    def __init__(self, layout: ParallelLayout, device: torch.device, rank: int, axes: Axes) -> None:
+        self.layout, self.rank, self.device = layout, rank, device
+        self.tp, self.cp, self.dp, self.pp = axes.tp, axes.cp, axes.dp, axes.pp
+        self.data, self.shard, self.tied, self.world = axes.data, axes.shard, axes.tied, axes.world
+        self.data_mesh = axes.data_mesh
+        self._copies: dict[int, Axis] = {1: Axis("copies", [rank], 0, None)}
 
     @property
     def coordinate(self) -> Coordinate:
@@ -144,17 +163,7 @@ class Mesh:
     @staticmethod
     def single(device: torch.device | None = None) -> Mesh:
         """One process and no process group."""
-        one = [0]
-        return Mesh(
-            layout=ParallelLayout(),
-            device=device or torch.device("cpu"),
-            tp=Axis("tp", one, 0, None),
-            dp=Axis("dp", one, 0, None),
-            pp=PipelineAxis(one, 0, None, None),
-            tied=Axis("tied", one, 0, None),
-            world=Axis("world", one, 0, None),
-            data_mesh=None,
-        )
+        return Mesh(ParallelLayout(), device or torch.device("cpu"), 0, Axes())
 
     @staticmethod
     def create(layout: ParallelLayout, device: torch.device) -> Mesh:
@@ -163,36 +172,10 @@ class Mesh:
         With more than one rank, torch.distributed must have been initialised with `layout.world_size` ranks.
         """
         if layout.world_size == 1:
-            return Mesh.single(device)
+            return Mesh(layout, device, 0, Axes())
         world_size, rank = dist.get_world_size(), dist.get_rank()
         assert world_size == layout.world_size, f"{world_size} ranks were started for {layout}"
-        sharded = layout.shard != "none"
-        replicas, shards = (1, layout.dp) if sharded else (layout.dp, 1)
-        grid = init_device_mesh(
-            device.type,
-            (layout.pp, replicas, shards, layout.tp),
-            mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"),
-        )
-        at = layout.coordinate(rank)
-
-        pp_ranks = layout.pipeline(at.tp_rank, at.dp_rank)
-        tp_ranks = [layout.rank(Coordinate(i, at.dp_rank, at.stage)) for i in range(layout.tp)]
-        dp_ranks = [layout.rank(Coordinate(at.tp_rank, i, at.stage)) for i in range(layout.dp)]
-        pipelines = [layout.pipeline(tp_rank, dp_rank) for dp_rank in range(layout.dp) for tp_rank in range(layout.tp)]
-        ends = [(ranks[0], ranks[-1]) for ranks in pipelines] if layout.pp > 1 else []
-        backward = _group_of(rank, pipelines)
-        tied = _group_of(rank, ends)
-        tied_ranks = [pp_ranks[0], pp_ranks[-1]] if tied is not None else [rank]
-        return Mesh(
-            layout=layout,
-            device=device,
-            tp=Axis("tp", tp_ranks, at.tp_rank, grid.get_group("tp")),
-            dp=Axis("dp", dp_ranks, at.dp_rank, grid.get_group("dp_shard" if sharded else "dp_replicate")),
-            pp=PipelineAxis(pp_ranks, at.stage, grid.get_group("pp"), backward),
-            tied=Axis("tied", tied_ranks, tied_ranks.index(rank), tied),
-            world=Axis("world", range(world_size), rank, dist.group.WORLD),
-            data_mesh=grid["dp_replicate", "dp_shard"] if layout.dp > 1 else None,
-        )
+        return Mesh(layout, device, rank, _make_axes(layout, device, rank))
 
     def copies(self, count: int) -> Axis:
         """The `count` neighbours on the tensor axis that hold copies of the same box.
@@ -206,6 +189,69 @@ class Mesh:
             mine = self.tp.ranks[self.tp.rank - self.tp.rank % count :][:count]
             self._copies[count] = Axis("copies", mine, self.tp.rank % count, _group_of(self.rank, neighbours))
         return self._copies[count]
+
+
+def _make_axes(layout: ParallelLayout, device: torch.device, rank: int) -> Axes:
+    """Every axis of `rank`. Collective: all ranks make all groups in one order."""
+    shards = layout.shard_degree
+    grid = init_device_mesh(
+        device.type,
+        (layout.pp, layout.replicas // shards, shards, layout.tp),
+        mesh_dim_names=("pp", "dp_replicate", "dp_shard", "tp"),
+    )
+    at = layout.coordinate(rank)
+
+    def line(vary: str, start: Coordinate) -> list[int]:
+        count = {"tp_rank": layout.tp, "cp_rank": layout.cp, "dp_rank": layout.dp, "stage": layout.pp}[vary]
+        return [layout.rank(replace(start, **{vary: i})) for i in range(count)]
+
+    def starts(*fixed: int) -> list[Coordinate]:
+        return [Coordinate(*position) for position in product(*(range(n) for n in fixed))]
+
+    tp, cp, dp, pp = layout.tp, layout.cp, layout.dp, layout.pp
+    pipelines = [line("stage", start) for start in starts(tp, cp, dp, 1)]
+    replicas = [
+        [layout.rank(Coordinate(t, c, d, s)) for d in range(dp) for c in range(cp)]
+        for s in range(pp)
+        for t in range(tp)
+    ]
+    mine = line("stage", at)
+    tied = [mine[0], mine[layout.last_stage]] if layout.last_stage != 0 else [rank]
+    ends = [[ranks[0], ranks[layout.last_stage]] for ranks in pipelines if layout.last_stage != 0]
+    data = next(ranks for ranks in replicas if rank in ranks)
+    data_group = _group_of(rank, replicas)
+    cp_group = data_group if dp == 1 else _group_of(rank, [line("cp_rank", start) for start in starts(tp, 1, dp, pp)])
+    dp_group = data_group if cp == 1 else _group_of(rank, [line("dp_rank", start) for start in starts(tp, cp, 1, pp)])
+    position = data.index(rank)
+    first = position - position % shards
+    return Axes(
+        tp=Axis("tp", line("tp_rank", at), at.tp_rank, grid.get_group("tp")),
+        cp=Axis("cp", line("cp_rank", at), at.cp_rank, cp_group),
+        dp=Axis("dp", line("dp_rank", at), at.dp_rank, dp_group),
+        pp=PipelineAxis(mine, at.stage, grid.get_group("pp"), _lanes(layout, rank, pipelines)),
+        data=Axis("data", data, position, data_group),
+        shard=Axis("shard", data[first : first + shards], position - first, grid.get_group("dp_shard")),
+        tied=_axis_of(rank, "tied", tied, _group_of(rank, ends)),
+        world=Axis("world", range(layout.world_size), rank, dist.group.WORLD),
+        data_mesh=grid["dp_replicate", "dp_shard"] if layout.replicas > 1 else None,
+    )
+
+
+def _axis_of(rank: int, name: str, ranks: Sequence[int], group: dist.ProcessGroup | None) -> Axis:
+    """The axis of `ranks` if `rank` is one of them, else an axis of its own."""
+    return Axis(name, ranks, ranks.index(rank), group) if rank in ranks else Axis(name, [rank], 0, None)
+
+
+def _lanes(
+    layout: ParallelLayout, rank: int, pipelines: Sequence[Sequence[int]]
+) -> dict[tuple[Message, bool], dist.ProcessGroup]:
+    """A group for each kind of message and direction that occurs: with one chunk a stage, activations only travel to
+    later stages and gradients to earlier ones."""
+    wanted: list[tuple[Message, bool]] = [("F", True), ("B", False)]
+    if layout.vpp > 1:
+        wanted += [("F", False), ("B", True)]
+    made = {lane: _group_of(rank, pipelines) for lane in wanted}
+    return {lane: group for lane, group in made.items() if group is not None}
 
 
 def _group_of(rank: int, members: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:

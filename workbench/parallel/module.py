@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from workbench.parallel.gemm import PLAIN, Gemm
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import ParameterSpec, Shard
 
@@ -16,6 +17,7 @@ class ParallelModule(nn.Module):
         """`specs` by parameter name; a None stands for a parameter that the layer does without."""
         super().__init__()
         self.mesh = mesh
+        self.gemm: Gemm = PLAIN
         self.specs: dict[str, ParameterSpec] = {}
         for name, spec in specs.items():
             if spec is None:

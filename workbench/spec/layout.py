@@ -11,28 +11,49 @@ from workbench.config import Config
 from workbench.errors import LayoutError
 from workbench.spec.model import ModelConfig
 
+Placement = Literal["loop", "vee"]
+Sharding = Literal["none", "zero1", "zero2", "zero3"]
+
 
 @dataclass(frozen=True, slots=True)
 class Coordinate:
     """Position of a rank on each axis."""
 
     tp_rank: int
+    cp_rank: int
     dp_rank: int
     stage: int
 
 
 class ParallelLayout(Config):
-    """Degrees of parallelism. Rank order: tensor fastest, then data, then pipeline."""
+    """Degrees of parallelism. Rank order: tensor fastest, then context, then data, then pipeline.
+
+    A pipeline of `pp` stages with `vpp` chunks of layers each has pp * vpp virtual stages, numbered in the order of the
+    network. Data and context ranks hold the same parameters: together they are the replicas that FSDP2 sums over.
+    """
 
     tp: int = Field(default=1, gt=0, description="Ranks that share each layer (tensor parallelism).")
+    cp: int = Field(default=1, gt=0, description="Ranks that share each sequence (context parallelism).")
     pp: int = Field(default=1, gt=0, description="Stages of the pipeline.")
+    vpp: int = Field(default=1, gt=0, description="Chunks of layers in each stage (virtual stages).")
     dp: int = Field(default=1, gt=0, description="Copies of the model that split the batch.")
     pp_layout: tuple[int, ...] | None = Field(
-        default=None, description="Layers per stage, when not even: [6, 8, 8, 6]."
+        default=None, description="Layers per virtual stage in the order of the network, when not even: [6, 8, 8, 6]."
     )
-    shard: Literal["none", "zero2", "zero3"] = Field(
+    placement: Placement = Field(
+        default="loop",
+        description="Which stage holds a chunk: loop goes round the stages again and again, vee there and back.",
+    )
+    sequence_parallel: bool = Field(
+        default=False, description="Whether tensor-parallel ranks also share the tokens between their layers."
+    )
+    shard: Sharding = Field(
         default="none",
-        description="What data-parallel ranks share: nothing; optimizer and gradients; parameters as well (FSDP2).",
+        description="What replicas share instead of each holding it whole: nothing; optimizer state (zero1); gradients "
+        "as well (zero2); parameters as well (zero3).",
+    )
+    shard_size: int | None = Field(
+        default=None, gt=0, description="Replicas that share one copy (hybrid sharding); all of them when not set."
     )
     vocab_multiple: int = Field(
         default=8, gt=0, description="Each rank's rows of the vocabulary are padded to a multiple of this."
@@ -40,38 +61,77 @@ class ParallelLayout(Config):
 
     @property
     def world_size(self) -> int:
-        return self.tp * self.pp * self.dp
+        return self.tp * self.cp * self.dp * self.pp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold the same box of every parameter: data times context."""
+        return self.dp * self.cp
+
+    @property
+    def shard_degree(self) -> int:
+        """Replicas over which each parameter's rows are cut; 1 without sharding."""
+        return 1 if self.shard == "none" else self.shard_size or self.replicas
 
     def coordinate(self, rank: int) -> Coordinate:
         """Where `rank` stands on each axis."""
-        return Coordinate(rank % self.tp, rank // self.tp % self.dp, rank // (self.tp * self.dp))
+        rest, tp_rank = divmod(rank, self.tp)
+        rest, cp_rank = divmod(rest, self.cp)
+        stage, dp_rank = divmod(rest, self.dp)
+        return Coordinate(tp_rank, cp_rank, dp_rank, stage)
 
-    def rank(self, coordinate: Coordinate) -> int:
+    def rank(self, at: Coordinate) -> int:
         """The inverse of `coordinate`."""
-        return coordinate.tp_rank + self.tp * (coordinate.dp_rank + self.dp * coordinate.stage)
+        return at.tp_rank + self.tp * (at.cp_rank + self.cp * (at.dp_rank + self.dp * at.stage))
 
-    def pipeline(self, tp_rank: int, dp_rank: int) -> tuple[int, ...]:
-        """The ranks of one pipeline, by stage."""
-        return tuple(self.rank(Coordinate(tp_rank, dp_rank, stage)) for stage in range(self.pp))
+    @property
+    def num_virtual(self) -> int:
+        """Virtual stages of the whole pipeline."""
+        return self.pp * self.vpp
 
-    def stages(self, num_layers: int) -> tuple[range, ...]:
-        """Global layer indices of each stage; LayoutError when the layers cannot be dealt out."""
+    @property
+    def last_stage(self) -> int:
+        """The stage that holds the end of the network: the last one in a loop, the first in a vee."""
+        return self.home(self.num_virtual - 1)[0]
+
+    def home(self, virtual: int) -> tuple[int, int]:
+        """The stage and the chunk that a virtual stage is."""
+        return home(self.placement, self.pp, virtual)
+
+    def chunks(self, num_layers: int) -> tuple[tuple[range, ...], ...]:
+        """Global layer indices of each chunk of each stage; LayoutError when the layers cannot be dealt out."""
         if self.pp_layout is not None:
             counts = self.pp_layout
-        elif num_layers % self.pp:
-            low = num_layers // self.pp
-            even = [low + (i < num_layers % self.pp) for i in range(self.pp)]
+        elif num_layers % self.num_virtual:
+            low, more = divmod(num_layers, self.num_virtual)
+            even = [low + (i < more) for i in range(self.num_virtual)]
             raise LayoutError(
-                f"num_hidden_layers={num_layers} cannot be split evenly over pp={self.pp}; "
+                f"num_hidden_layers={num_layers} cannot be split evenly over {self._virtual_words}; "
                 f"use a pp that divides {num_layers} ({_divisors(num_layers)}) or pp_layout = {even}"
             )
         else:
-            counts = (num_layers // self.pp,) * self.pp
-        starts = [sum(counts[:i]) for i in range(len(counts))]
-        return tuple(range(start, start + count) for start, count in zip(starts, counts, strict=True))
+            counts = (num_layers // self.num_virtual,) * self.num_virtual
+        found: list[list[range]] = [[range(0)] * self.vpp for _ in range(self.pp)]
+        start = 0
+        for virtual, count in enumerate(counts):
+            stage, chunk = self.home(virtual)
+            found[stage][chunk] = range(start, start + count)
+            start += count
+        return tuple(tuple(chunks) for chunks in found)
+
+    def layers(self, num_layers: int, stage: int) -> tuple[int, ...]:
+        """Global indices of all layers of `stage`, in the order of the network."""
+        return tuple(sorted(index for chunk in self.chunks(num_layers)[stage] for index in chunk))
+
+    @property
+    def _virtual_words(self) -> str:
+        return f"pp={self.pp}" + (f" x vpp={self.vpp}" if self.vpp > 1 else "")
 
     def faults(self, model: ModelConfig) -> list[str]:
         """Every reason why this layout cannot hold `model`."""
+        return [*self._width_faults(model), *self._depth_faults(model), *self._shard_faults()]
+
+    def _width_faults(self, model: ModelConfig) -> list[str]:
         found = []
         heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
         if heads % self.tp:
@@ -86,9 +146,18 @@ class ParallelLayout(Config):
                 f"intermediate_size={model.intermediate_size} cannot be split over tp={self.tp}; "
                 f"{_use('tp', model.intermediate_size)}"
             )
+        return found
+
+    def _depth_faults(self, model: ModelConfig) -> list[str]:
+        found = []
+        if self.placement == "vee" and self.vpp != 2:
+            found.append(f"placement='vee' is for vpp=2, not vpp={self.vpp}; use vpp = 2 or a schedule that loops")
         if self.pp_layout is not None:
-            if len(self.pp_layout) != self.pp:
-                found.append(f"pp_layout has {len(self.pp_layout)} stages, but pp={self.pp}; make them equal")
+            if len(self.pp_layout) != self.num_virtual:
+                found.append(
+                    f"pp_layout has {len(self.pp_layout)} entries, but {self._virtual_words} needs {self.num_virtual}; "
+                    "make them equal"
+                )
             if sum(self.pp_layout) != model.num_hidden_layers:
                 found.append(
                     f"pp_layout adds up to {sum(self.pp_layout)} layers, "
@@ -96,19 +165,46 @@ class ParallelLayout(Config):
                 )
             if any(count < 1 for count in self.pp_layout):
                 found.append(f"pp_layout={list(self.pp_layout)} has a stage without layers; give each at least one")
-        elif model.num_hidden_layers < self.pp:
-            found.append(f"num_hidden_layers={model.num_hidden_layers} are fewer than pp={self.pp} stages; lower pp")
-        else:
+        elif model.num_hidden_layers < self.num_virtual:
+            found.append(
+                f"num_hidden_layers={model.num_hidden_layers} are fewer than {self._virtual_words} stages; lower "
+                + ("pp or vpp" if self.vpp > 1 else "pp")
+            )
+        elif model.num_hidden_layers % self.num_virtual:
             try:
-                self.stages(model.num_hidden_layers)
+                self.chunks(model.num_hidden_layers)
             except LayoutError as error:
                 found.append(str(error))
         return found
+
+    def _shard_faults(self) -> list[str]:
+        if self.shard_size is None:
+            return []
+        if self.shard == "none":
+            return [f"shard_size={self.shard_size} has no meaning with shard='none'; choose zero1, zero2 or zero3"]
+        if self.replicas % self.shard_size:
+            return [
+                f"shard_size={self.shard_size} does not divide dp={self.dp} x cp={self.cp}; "
+                f"{_use('shard_size', self.replicas)}"
+            ]
+        return []
 
     def validate_for(self, model: ModelConfig) -> None:
         """Raises one LayoutError with every fault, or returns."""
         if faults := self.faults(model):
             raise LayoutError("; ".join(faults))
+
+
+def home(placement: Placement, num_stages: int, virtual: int) -> tuple[int, int]:
+    """The stage and the chunk that virtual stage number `virtual` is, of `num_stages` stages."""
+    chunk, position = divmod(virtual, num_stages)
+    return (num_stages - 1 - position if placement == "vee" and chunk % 2 else position), chunk
+
+
+def virtual_stage(placement: Placement, num_stages: int, stage: int, chunk: int) -> int:
+    """The inverse of `home`."""
+    position = num_stages - 1 - stage if placement == "vee" and chunk % 2 else stage
+    return chunk * num_stages + position
 
 
 def _divisors(number: int) -> str:

@@ -122,10 +122,10 @@ def stage_specs(model: ModelConfig, layout: ParallelLayout, stage: int) -> Itera
 
 def stage_places(model: ModelConfig, layout: ParallelLayout, stage: int) -> set[Place]:
     """The positions of the network that lie on `stage` of the pipeline."""
-    here: set[Place] = set(layout.stages(model.num_hidden_layers)[stage])
+    here: set[Place] = set(layout.layers(model.num_hidden_layers, stage))
     if stage == 0:
         here.add(EMBED)
-    if stage == layout.pp - 1:
+    if stage == layout.last_stage:
         here.add(FINAL)
     return here
 

@@ -1,0 +1,80 @@
+"""Who multiplies in a linear layer, and when the gradient of its weight is computed.
+
+A backward has two products: one for the gradient of the input, which earlier layers wait for, and one for the gradient
+of the weight, which nobody waits for before the optimizer. Zero-bubble schedules compute them apart (arXiv:2401.10241).
+Each product is computed once, whether split or not.
+
+Legend: N rows (all leading dimensions), I inputs, O outputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True, slots=True)
+class WaitingProduct:
+    """The gradient of a weight that is still to be computed: from the layer's input and its output's gradient."""
+
+    gemm: Gemm
+    weight: nn.Parameter
+    x_NI: torch.Tensor
+    grad_NO: torch.Tensor
+
+    def add(self) -> None:
+        """Computes the gradient and adds it to that of the weight."""
+        grad_OI = self.gemm.weight_gradient(self.x_NI, self.grad_NO).to(self.weight.dtype)
+        if self.weight.grad is None:
+            self.weight.grad = grad_OI
+        else:
+            self.weight.grad += grad_OI
+
+
+class Gemm:
+    """The products of linear layers in the type of their input.
+
+    With `waiting`, backward leaves the gradients of weights there instead of computing them.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[WaitingProduct] | None = None
+
+    def __call__(self, x: torch.Tensor, weight: nn.Parameter, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """x W^T + b, all in the type of x; leading dimensions of x are kept."""
+        if self.waiting is None or not (weight.requires_grad and torch.is_grad_enabled()):
+            return self.product(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        y = self.product(x, weight.detach().to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return _Wait.apply(y, x, weight, self)
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x W^T + b, differentiable."""
+        return F.linear(x, weight, bias)
+
+    def weight_gradient(self, x_NI: torch.Tensor, grad_NO: torch.Tensor) -> torch.Tensor:
+        """What backward of `product` computes for the weight [O, I]."""
+        return grad_NO.t() @ x_NI
+
+
+class _Wait(torch.autograd.Function):
+    """Passes the output of a linear layer through; backward notes what the gradient of the weight will need."""
+
+    @staticmethod
+    def forward(ctx: Any, y: torch.Tensor, x: torch.Tensor, weight: nn.Parameter, gemm: Gemm) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.gemm = weight, gemm
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        (x,) = ctx.saved_tensors
+        assert ctx.gemm.waiting is not None
+        ctx.gemm.waiting.append(WaitingProduct(ctx.gemm, ctx.weight, x.flatten(0, -2), grad.flatten(0, -2)))
+        return grad, None, None, None
+
+
+PLAIN = Gemm()
