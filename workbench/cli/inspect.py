@@ -62,7 +62,7 @@ def _summary(opened: OpenedCheckpoint) -> dict[str, Any]:
         "adapter": opened.adapter.model_dump(mode="json") if opened.adapter else None,
         "tokenizer": str(opened.tokenizer) if opened.tokenizer else None,
         "model": opened.model.model_dump(mode="json", exclude_defaults=True),
-        "parents": [f"{p.get('operation')} of {p.get('path')}" for p in opened.lineage],
+        "parents": [f"{p.get('operation')} of {p.get('path')}" for p in opened.lineage if "operation" in p],
         **opened.info,
     }
 
