@@ -4,7 +4,8 @@ One process, two threads; forward, backward and fused AdamW of a Llama-like mode
 that starts from the same weights everywhere. bf16 means bf16 compute over fp32 masters: the engine casts where it
 computes; megatron-core and transformers hold bf16 parameters beside fp32 masters, and transformers runs under autocast
 too, the faster of the two counting. The ceiling is the time of the step's matrix products alone. Everything is
-measured in turn, A B C A B C, and compared by the medians of the ratios within a round.
+measured in turn, A B C A B C, and compared by the medians of the ratios within a round. The engine then runs on two
+ranks of one thread each, cut by tensors and by stages, beside one process on both threads.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from _common import Claim, alternate, claim, main, median_ratio, say, seconds_of
+from _train_ranks import measure as on_ranks
 from tests.helpers import megatron
+from tests.helpers.ranks import RankPool
 from workbench.models.batch import Batch
 from workbench.models.build import StageOptions, build_stage, initialise
 from workbench.models.state import stored_boxes
@@ -238,10 +241,30 @@ def _speed_of(seconds: dict[str, list[float]], one: str, other: str) -> float:
 
 
 def run(quick: bool) -> list[Claim]:
+    # Ranks are forked, so before this process has threads.
+    pool = RankPool(2)
     torch.set_num_threads(THREADS)
     task = main_task(quick)
-    with megatron.single_rank() if MEGATRON else nullcontext():
-        return [one for dtype in (torch.float32, torch.bfloat16) for one in measure(task, dtype, quick=quick)]
+    claims: list[Claim] = []
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            with megatron.single_rank() if MEGATRON else nullcontext():
+                claims += measure(task, dtype, quick=quick)
+            short, rounds = "fp32" if dtype == torch.float32 else "bf16", 1 if quick else 3
+            claims += on_ranks(pool, task.model, dtype, short=short, rounds=rounds, sequences=8)
+    finally:
+        pool.close()
+    return claims + shares_of_ceiling(claims)
+
+
+def shares_of_ceiling(claims: list[Claim]) -> list[Claim]:
+    """What share of the speed of its matrix products each contender reaches, for context."""
+    rates = {one.name: one.value for one in claims if one.unit == "tokens/s"}
+    return [
+        claim(f"{name} / ceiling", rate / rates[f"{name[:4]}: ceiling"])
+        for name, rate in rates.items()
+        if not name.endswith(": ceiling")
+    ]
 
 
 if __name__ == "__main__":

@@ -1,0 +1,65 @@
+"""Three training steps of a case on this rank, through the trainer that users run, and what must equal one process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from pretrain.objective import Share
+from pretrain.step import agree, train_step
+from pretrain.trainer import Subject, Trainer
+from tests.helpers.pairwise import Case
+from tests.helpers.parity import Boxes, boxes_of, perturb
+from tests.parity.case import SAMPLES, STEPS, TOKENS, config_of, model_of
+from tests.pretrain.models import Noise
+from workbench.models.build import initialise
+from workbench.parallel.gradients import complete_gradients, gradient_norm
+from workbench.parallel.live import LiveParameter
+from workbench.parallel.mesh import Mesh
+from workbench.spec.model import ModelConfig
+
+
+@dataclass
+class Seen:
+    """What one rank saw: losses and gradient norms of each step, gradients of the first, weights after the last."""
+
+    losses: list[float] = field(default_factory=list)
+    norms: list[float] = field(default_factory=list)
+    gradients: Boxes = field(default_factory=list)
+    weights: Boxes = field(default_factory=list)
+
+
+def train(case: Case, folder: str, ranks: int) -> Seen:
+    """What this rank sees of a case in float64."""
+    model, config = model_of(case), config_of(case, folder)
+    mesh = Mesh.create(config.resolve_layout(model, ranks), torch.device("cpu"))
+    subject = Subject(model, fill=lambda parameters: fill(parameters, model))
+    objective = Noise(tokens=TOKENS)
+    trainer = Trainer(config, subject, objective, mesh, dtype=torch.float64)
+    share = Share(config.batch.micro_size, mesh.dp.rank, mesh.dp.size)
+    seen = Seen()
+    parameters = trainer.built.parameters
+    for step in range(-1, STEPS):
+        rows = objective.train_rows(share, step=max(step, 0), first_sample=SAMPLES * max(step, 0), global_size=SAMPLES)
+        labels = agree(rows, mesh, stop=False).num_labels
+        if step < 0:
+            scale = torch.tensor(1.0 / labels, dtype=torch.float64)
+            trainer.pipeline.train([to_batch(r, mesh, seed=7, step=0) for r in rows], scale)
+            complete_gradients(parameters, mesh)
+            seen.norms.append(float(gradient_norm(parameters, mesh)))
+            seen.gradients = boxes_of(parameters, gradients=True)
+            for parameter in parameters:
+                parameter.parameter.grad = None
+            continue
+        result = train_step(trainer.pipeline, trainer.optimizer, rows, num_labels=labels, lr=1e-2, seed=7, step=step)
+        seen.losses.append(result.mean_loss(mesh))
+        seen.norms.append(float(result.gradient_norm))
+    seen.weights = boxes_of(parameters)
+    return seen
+
+
+def fill(parameters: list[LiveParameter], model: ModelConfig) -> None:
+    """Initial values, with norms and biases of their own."""
+    initialise(parameters, model, seed=7)
+    perturb(parameters)
