@@ -29,12 +29,18 @@ class TaskObjective:
         self.identity: dict[str, Any] = {**prepared.identity, "seed": seed, "rows": size}
 
     def train_rows(self, share: Share, *, step: int, first_sample: int, global_size: int) -> list[Rows]:
-        """This rank's microbatches of the step that begins at row `first_sample` of the endless order."""
-        across = share.dp_size * share.micro_size
-        starts = range(first_sample + share.dp_rank * share.micro_size, first_sample + global_size, across)
-        return [self._rows(range(start, start + share.micro_size)) for start in starts]
+        """This rank's microbatches of the step that begins at row `first_sample` of the endless order.
 
-    def _rows(self, ids: range) -> Rows:
+        Rows of like length share a microbatch, so that little is padded; which rows make the step does not change.
+        """
+        order = sorted(range(first_sample, first_sample + global_size), key=lambda n: (self._length(n), n))
+        starts = range(share.dp_rank * share.micro_size, global_size, share.dp_size * share.micro_size)
+        return [self._rows(order[start : start + share.micro_size]) for start in starts]
+
+    def _length(self, sample: int) -> int:
+        return len(self._prepared.train[self._row(sample)].input_ids)
+
+    def _rows(self, ids: Sequence[int]) -> Rows:
         return pad([self._prepared.train[self._row(n)] for n in ids], ids, self._prepared.pad_id)
 
     def _row(self, sample: int) -> int:

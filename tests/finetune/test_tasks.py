@@ -263,3 +263,16 @@ def test_the_order_of_rows_depends_on_the_seed_alone_and_each_epoch_shows_every_
     order = seen(1, 1, 1)
     assert order == seen(1, 2, 2) == seen(1, 2, 1) != seen(2, 1, 1)
     assert sorted(order[:12]) == sorted(order[12:]) == list(range(12)) and order[:12] != order[12:]
+
+
+def test_rows_of_like_length_share_a_microbatch_so_that_little_is_padded() -> None:
+    lengths = [1, 9, 2, 8, 1, 9, 2, 8]
+    examples = [Example(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)) for n in lengths]
+    objective = TaskObjective(Prepared(examples, {}, AnswerLoss(), num_labels=0, pad_id=0), seed=1)
+    for dp in (1, 2):
+        shapes = [
+            rows.input_ids.shape[1]
+            for rank in range(dp)
+            for rows in objective.train_rows(Share(2, rank, dp), step=0, first_sample=0, global_size=8)
+        ]
+        assert sorted(shapes) == [1, 2, 8, 9]
