@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from pretrain.schedules import Action, Kind, Schedule
-from workbench.spec.layout import Placement, home, virtual_stage
+from pretrain.schedules import Action, Kind, Schedule, schedule_named
+from workbench.spec.layout import ParallelLayout, Placement, home, virtual_stage
+
+if TYPE_CHECKING:
+    from pretrain.config import EngineConfig
 
 DURATIONS: Mapping[Kind, float] = {"F": 1.0, "B": 2.0, "I": 1.0, "W": 1.0}
 """A backward multiplies matrices twice as often as a forward: once for inputs, once for weights."""
 
 Result = tuple[Literal["F", "B", "W"], int, int]
-"""What an action leaves behind for a microbatch at a virtual stage: its output (F); the gradient of its input (B), which
-a whole backward and its first half both make; or the gradients of its weights (W)."""
+"""What an action leaves behind for a microbatch at a virtual stage: its output (F); the gradient of its input (B), as a
+whole backward and its first half both do; or the gradients of its weights (W)."""
 
 
 class ScheduleFault(AssertionError):
@@ -96,8 +99,14 @@ def simulate(
         spans=tuple(spans),
         makespan=makespan,
         bubble=1 - busy / (makespan * num_stages),
-        peak_in_flight=tuple(_peak(actions) for actions in stages),
+        peak_in_flight=tuple(peak_in_flight(actions) for actions in stages),
     )
+
+
+def simulate_step(config: EngineConfig, layout: ParallelLayout) -> Simulation:
+    """A step of a run over `layout`."""
+    schedule = schedule_named(config.parallel.schedule)
+    return simulate(schedule, layout.pp, config.batch.num_microbatches(layout.dp), layout.vpp)
 
 
 def check(plan: Plan) -> None:
@@ -185,7 +194,8 @@ def _play(plan: Plan, durations: Mapping[Kind, float], transfer: float) -> list[
     return spans
 
 
-def _peak(actions: Sequence[Action]) -> int:
+def peak_in_flight(actions: Iterable[Action]) -> int:
+    """The most forwards of `actions` whose activations are held at once."""
     held = peak = 0
     for action in actions:
         held += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
