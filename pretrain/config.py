@@ -29,7 +29,7 @@ class ParallelTable(Config):
     schedule: str = Field(
         default="1f1b",
         description="Pipeline schedule: gpipe, 1f1b, zb_h1 (vpp = 1); interleaved, interleaved_zb (any vpp); zbv, "
-        "dualpipev (vpp = 2). `wb check` says what each would wait.",
+        "dualpipev (vpp = 2). `wb check` says how long it waits.",
     )
     pp_layout: tuple[int, ...] | None = Field(
         default=None, description="Layers per virtual stage in the order of the network, when not even: [6, 8, 8, 6]."
