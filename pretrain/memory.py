@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pretrain.config import BatchTable, EngineConfig
-from pretrain.schedules import schedule_named
-from pretrain.simulate import simulate
+from pretrain.simulate import peak_in_flight, simulate_step
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import stage_specs
@@ -42,16 +41,21 @@ def estimate_memory(
     model: ModelConfig, layout: ParallelLayout, config: EngineConfig, *, on_cpu: bool = True
 ) -> tuple[StageMemory, ...]:
     """One estimate a stage. Parameters, gradients and moments are counted; activations follow from what each layer
-    keeps for its backward, times the microbatches that the schedule keeps in flight."""
+    keeps for its backward, times what the schedule keeps in flight."""
     batch, compute = config.batch, COMPUTE_BYTES[config.precision.compute]
-    num_microbatches = max(batch.global_size // (batch.micro_size * layout.dp), 1)
-    in_flight = simulate(schedule_named(config.parallel.schedule), layout.pp, num_microbatches).peak_in_flight
+    played = simulate_step(config, layout)
+    # In stages: a chunk is a part of one, and of chunks that differ the average is good enough.
+    in_flight = [chunks / layout.vpp for chunks in played.peak_in_flight]
+    ends = [span.action for span in played.spans if span.stage == layout.last_stage]
+    scored = peak_in_flight(action for action in ends if action.chunk == layout.vpp - 1)
     found = []
     for stage in range(layout.pp):
         local = sum(math.prod(spec.local_shape(layout.tp)) for spec in stage_specs(model, layout, stage))
         kept = -(-local // layout.shard_degree)
         # A layer casts its weights to bf16 and keeps the copy until the backward of the microbatch is done.
-        copies = 0 if compute == MASTER_BYTES else local * compute * (1 if layout.replicas > 1 else in_flight[stage])
+        copies = 0
+        if compute != MASTER_BYTES:
+            copies = math.ceil(local * compute * (1 if layout.replicas > 1 else in_flight[stage]))
         if layout.shard in ("zero1", "zero2"):
             copies = local * compute
         layer = (
@@ -59,7 +63,7 @@ def estimate_memory(
             * compute
             * len(layout.layers(model.num_hidden_layers, stage))
         )
-        logits = _logits_bytes(model, layout, batch, compute) if stage == layout.last_stage else 0
+        logits = _logits_bytes(model, layout, batch, compute, scored) if stage == layout.last_stage else 0
         found.append(
             StageMemory(
                 stage=stage,
@@ -67,7 +71,7 @@ def estimate_memory(
                 parameters=kept * MASTER_BYTES + copies,
                 gradients=kept * GRADIENT_BYTES,
                 optimizer=kept * MOMENT_BYTES,
-                activations=layer * in_flight[stage] + logits,
+                activations=math.ceil(layer * in_flight[stage]) + logits,
             )
         )
     return tuple(found)
@@ -94,9 +98,10 @@ def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchT
     return batch.micro_size * batch.seq_len * (whole + cut // layout.tp)
 
 
-def _logits_bytes(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, compute: int) -> int:
-    """The logits of one microbatch, their softmax and their gradient; a sequence head has next to none."""
+def _logits_bytes(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, compute: int, scored: int) -> int:
+    """The logits of one microbatch, their softmax and their gradient; the softmax, or the gradient that waits for the
+    weight's, of the other ones of `scored` that are held at once. A sequence head has next to none."""
     if model.num_labels:
         return 0
     rows = -(-model.vocab_size // layout.tp)
-    return batch.micro_size * batch.seq_len * rows * (compute + 2 * MASTER_BYTES)
+    return batch.micro_size * batch.seq_len * rows * (compute + (scored + 1) * MASTER_BYTES)

@@ -113,16 +113,17 @@ class Trainer:
         self.config, self.subject, self.objective, self.mesh = config, subject, objective, mesh
         self._watcher: Watcher = watcher if watcher is not None and mesh.world.rank == 0 else Silent()
         compute = COMPUTE_DTYPES[config.precision.compute] if dtype == torch.float32 else dtype
+        schedule = schedule_named(config.parallel.schedule)
         self.built = build_stage(
             subject.model,
             mesh,
             dtype=dtype,
             compute_dtype=compute,
             adapt=subject.adapt,
-            options=StageOptions(compile_blocks=config.kernels.compile),
+            options=StageOptions(config.kernels.compile, split_backward=schedule.splits_backward),
         )
         self.optimizer = Optimizer(self.built.parameters, mesh, config.optim)
-        self.pipeline = Pipeline(self.built, mesh, schedule_named(config.parallel.schedule))
+        self.pipeline = Pipeline(self.built, mesh, schedule)
         self.store = Store(Path(config.run.dir) / CHECKPOINTS)
         self.state = self._fill_or_resume()
         self._saved_step = self.state.step if self.state.step else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import pytest
 import torch
 
 from pretrain.config import OptimTable
@@ -11,7 +12,7 @@ from pretrain.optimizer import Optimizer
 from pretrain.pipeline import Pipeline
 from pretrain.schedules import schedule_named
 from workbench.models.batch import Batch
-from workbench.models.build import build_stage, initialise
+from workbench.models.build import StageOptions, build_stage, initialise
 from workbench.parallel.dropout import DropoutKey
 from workbench.parallel.gradients import complete_gradients, gradient_norm
 from workbench.parallel.initial import normal
@@ -23,6 +24,7 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 STEPS, SAMPLES, TOKENS = 3, 4, 12
+TOLERANCE = 1e-10
 Boxes = list[tuple[str, Box, torch.Tensor]]
 
 
@@ -39,10 +41,12 @@ class Observed:
 def train_three_steps(model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int) -> Observed:
     """What this rank saw of three AdamW steps in float64 on data that depends on the step alone."""
     mesh = Mesh.create(layout, torch.device("cpu"))
-    built = build_stage(model, mesh, dtype=torch.float64)
+    rule = schedule_named(schedule)
+    options = StageOptions(split_backward=rule.splits_backward)
+    built = build_stage(model, mesh, dtype=torch.float64, options=options)
     initialise(built.parameters, model, seed=7)
     perturb(built.parameters)
-    pipeline = Pipeline(built, mesh, schedule_named(schedule))
+    pipeline = Pipeline(built, mesh, rule)
     seen = Observed()
     _train(pipeline, model, 0, micro_size)
     complete_gradients(built.parameters, mesh)
@@ -87,6 +91,18 @@ def largest_difference(boxes: Boxes, reference: dict[str, torch.Tensor]) -> floa
         float((reference[name][box.slices] - values).abs().max()) / max(float(reference[name].abs().max()), floor)
         for name, box, values in boxes
     )
+
+
+def assert_observed(observed: list[Observed], reference: Observed) -> None:
+    """Fails unless every rank saw what one process saw, and together they hold everything."""
+    gradients = {name: values for name, _, values in reference.gradients}
+    weights = {name: values for name, _, values in reference.weights}
+    for rank, seen in enumerate(observed):
+        assert seen.losses == pytest.approx(reference.losses, rel=TOLERANCE), f"losses on rank {rank}"
+        assert seen.norms == pytest.approx(reference.norms, rel=TOLERANCE), f"norms on rank {rank}"
+        assert largest_difference(seen.gradients, gradients) < TOLERANCE, f"gradients on rank {rank}"
+        assert largest_difference(seen.weights, weights) < TOLERANCE, f"weights on rank {rank}"
+    assert {name for seen in observed for name, _, _ in seen.weights} == set(weights)
 
 
 def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int) -> float:
