@@ -39,7 +39,7 @@ def config_with(**tables: dict[str, Any]) -> PretrainConfig:
         ({"optim": {"betas": [0.9, 1.0]}}, "each must be at least 0 and below 1"),
         ({"optim": {"warmup": 101}}, "optim.warmup=101 is longer than the run of 100 steps"),
         ({"model": {"num_labels": 3}}, "model.num_labels=3, but pretraining needs the language-model head"),
-        ({"precision": {"compute": "fp8"}}, "'fp32' or 'bf16'"),
+        ({"precision": {"compute": "fp8"}}, "'fp32', 'bf16' or 'fp16'"),
     ],
 )
 def test_what_does_not_fit_together_is_named_with_its_values(tables: dict[str, Any], message: str) -> None:
