@@ -11,8 +11,7 @@ import torch
 
 from pretrain.config import OptimTable
 from workbench.parallel.hashing import hash_grid, hash_text
-from workbench.parallel.live import LiveParameter, shard_views
-from workbench.spec.geometry import Box
+from workbench.parallel.live import LiveParameter
 
 
 class Moments:
@@ -51,21 +50,30 @@ class Moments:
                 for kept in self.at_rest.values()
             ]
             yield some, found
-            for (kind, kept), values in zip(self.at_rest.items(), found, strict=True):
-                for parameter, value in zip(some, values, strict=True):
-                    self._put(kept[parameter.path], value, parameter, f"{self._seed}/{step}/{kind}")
+            for parameter, *values in zip(some, *found, strict=True):
+                self._put_to_rest(parameter, values, step)
 
-    def _put(self, kept: torch.Tensor, value: torch.Tensor, parameter: LiveParameter, key: str) -> None:
-        if kept is value:
+    def _put_to_rest(self, parameter: LiveParameter, values: Sequence[torch.Tensor], step: int) -> None:
+        resting = [kept[parameter.path] for kept in self.at_rest.values()]
+        if resting[0] is values[0]:
             return
-        if kept.dtype == torch.bfloat16:
-            rounded = torch.zeros_like(value, dtype=torch.bfloat16)
-            for shard, view in shard_views(parameter, value):
-                # Each element's noise depends on its place in the logical tensor: copies of a box stay equal, and
-                # another layout rounds alike.
-                rounded[shard.local.slices] = stochastic_bf16(view, _noise(f"{key}/{shard.name}", shard.box, view))
-            value = rounded
-        kept.copy_(value, non_blocking=True)
+        if resting[0].dtype == torch.bfloat16:
+            values = self._rounded(parameter, values, step)
+        for kept, value in zip(resting, values, strict=True):
+            kept.copy_(value, non_blocking=True)
+
+    def _rounded(self, parameter: LiveParameter, values: Sequence[torch.Tensor], step: int) -> list[torch.Tensor]:
+        """The values in bf16. Each element's noise depends on its place in the logical tensor, so that copies of a box
+        stay equal and another layout rounds alike."""
+        found = [torch.zeros_like(value, dtype=torch.bfloat16) for value in values]
+        for shard in parameter.shards:
+            start = torch.tensor(hash_text(f"{self._seed}/{step}/{shard.name}"), device=values[0].device)
+            noise = hash_grid(start, [torch.arange(s.start, s.stop, device=start.device) for s in shard.box.slices])
+            for kind, (value, rounded) in enumerate(zip(values, found, strict=True)):
+                local = shard.local.slices
+                # 16 of the 64 bits for each kind.
+                rounded[local] = stochastic_bf16(value[local], noise >> (16 * kind))
+        return found
 
 
 def stochastic_bf16(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
@@ -74,9 +82,6 @@ def stochastic_bf16(values: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
     noise: int64, of which 16 bits are used. Finite values stay finite but for the last half step below infinity.
     """
     bits = values.to(torch.float32).view(torch.int32) + (noise & 0xFFFF).to(torch.int32)
-    return (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
-
-
-def _noise(key: str, box: Box, like: torch.Tensor) -> torch.Tensor:
-    start = torch.tensor(hash_text(key), dtype=torch.int64, device=like.device)
-    return hash_grid(start, [torch.arange(o, e, device=like.device) for o, e in zip(box.offset, box.end, strict=True)])
+    rounded = (bits & -0x10000).view(torch.float32).to(torch.bfloat16)
+    # The bits of a NaN would wrap around and become a zero.
+    return torch.where(values.isnan(), values.to(torch.bfloat16), rounded)

@@ -127,6 +127,14 @@ def test_stochastic_rounding_has_the_exact_mean_and_goes_to_a_neighbour(value: f
     assert abs(float(rounded.mean()) - value) <= 4 * 0.5 * ulp / math.sqrt(count)
 
 
+def test_stochastic_rounding_hides_nothing_that_is_not_finite() -> None:
+    nan = torch.tensor([0x7FFFFFFF, -1], dtype=torch.int32).view(torch.float32)
+    values = torch.cat((nan, torch.tensor([float("inf"), -float("inf")])))
+    rounded = stochastic_bf16(values, torch.full((4,), 0xFFFF))
+    assert rounded.isnan().tolist() == [True, True, False, False]
+    assert rounded[2:].tolist() == [float("inf"), -float("inf")]
+
+
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_moments_in_bf16_follow_those_in_fp32_and_repeat_bit_for_bit(name: str) -> None:
     exact, _ = updated(OptimTable(name=name))

@@ -203,6 +203,12 @@ def outcome_of(result: RunResult) -> Outcome:
     return dataclasses.asdict(result)
 
 
+def skipped_text(outcome: Outcome) -> list[str]:
+    """A line on the steps that updated nothing, if there were any."""
+    skipped = outcome["skipped_steps"]
+    return [f"skipped    {skipped} steps whose gradients overflowed in fp16"] if skipped else []
+
+
 def run_in_folder(
     out: Output,
     loaded: Loaded[Any],
