@@ -19,9 +19,9 @@ def hash_text(text: str) -> int:
 
 def mix(state: torch.Tensor) -> torch.Tensor:
     """64 random bits for each int64, by splitmix64's finisher."""
-    state = (state ^ _shift(state, 30)) * _MIX_1
-    state = (state ^ _shift(state, 27)) * _MIX_2
-    return state ^ _shift(state, 31)
+    state = _folded(state, 30).mul_(_MIX_1)
+    state = _folded(state, 27).mul_(_MIX_2)
+    return _folded(state, 31)
 
 
 def hash_grid(state: torch.Tensor, coordinates: Sequence[torch.Tensor]) -> torch.Tensor:
@@ -34,6 +34,6 @@ def hash_grid(state: torch.Tensor, coordinates: Sequence[torch.Tensor]) -> torch
     return state
 
 
-def _shift(state: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical shift right of int64."""
-    return (state >> bits) & ((1 << (64 - bits)) - 1)
+def _folded(state: torch.Tensor, bits: int) -> torch.Tensor:
+    """A new tensor: each number xor itself shifted right, zeros moving in from the left."""
+    return (state >> bits).bitwise_and_((1 << (64 - bits)) - 1).bitwise_xor_(state)
