@@ -10,9 +10,9 @@ import numpy as np
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.schema import OPTIMIZER_PREFIX
 
 FLOATS: Final = ("F32", "BF16", "F16")
-_OPTIMIZER: Final = "optim."
 
 
 class CastSource:
@@ -25,7 +25,7 @@ class CastSource:
         self._schema = {name: self._cast(tensor) for name, tensor in source.schema.items()}
 
     def _cast(self, tensor: LogicalTensor) -> LogicalTensor:
-        if tensor.name.startswith(_OPTIMIZER) or tensor.dtype not in FLOATS:
+        if tensor.name.startswith(OPTIMIZER_PREFIX) or tensor.dtype not in FLOATS:
             return tensor
         return LogicalTensor(tensor.name, tensor.shape, self._dtype)
 

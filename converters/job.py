@@ -12,12 +12,11 @@ from converters.copy import Verify, copy_checkpoint, require_space
 from converters.format import Destination, Format, OpenedCheckpoint, Progress, WriteRequest, no_progress
 from converters.plan import DEFAULT_BUDGET_BYTES, Plan, make_plan
 from workbench.checkpoint.source import TensorSource
-from workbench.checkpoint.writer import OPTIMIZER_PREFIX
 from workbench.errors import ConfigError, ConversionError
 from workbench.spec.geometry import LogicalTensor
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import adapter_tensors
-from workbench.spec.schema import logical_tensors
+from workbench.spec.schema import OPTIMIZER_PREFIX, logical_tensors
 
 Optimizer = Literal["keep", "drop", "require"]
 

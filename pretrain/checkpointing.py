@@ -31,7 +31,7 @@ from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import MOMENTS
+from workbench.spec.schema import OPTIMIZER_PREFIX
 
 Item = tuple[LogicalTensor, Box, Callable[[], np.ndarray]]
 
@@ -93,8 +93,7 @@ def load_training(
 ) -> None:
     """Fills parameters and moments from a checkpoint of any layout; CheckpointError when it holds no moments."""
     moments = optimizer.moments()
-    wanted = [part.name for p in parameters if p.trainable for part in p.spec.parts]
-    if not any(f"{prefix}/{name}" in source.schema for prefix in MOMENTS for name in wanted):
+    if moments and not any(name.startswith(OPTIMIZER_PREFIX) for name in source.schema):
         raise CheckpointError(
             f"{source.folder}: holds no optimizer state, so a run cannot go on from it; finetune from it instead, "
             "or set run.resume = 'never' in a new run.dir"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from pretrain.data.config import DataConfig
 from pretrain.lr import Curve, CurveName
@@ -118,16 +118,27 @@ class BatchTable(Config):
 class OptimTable(Config):
     """The optimizer and its learning rate."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "muon"] = Field(
+        default="adamw", description="muon: orthogonalised momentum for matrices, AdamW for everything else."
+    )
     lr: float = Field(default=3e-4, gt=0, description="Peak learning rate.")
     min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end of a falling curve.")
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = Field(default=1e-8, gt=0)
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's decay of its two moments.")
+    eps: float = Field(default=1e-8, gt=0, description="AdamW's least denominator.")
+    momentum: float = Field(default=0.95, ge=0, lt=1, description="Muon's decay of its momentum.")
     weight_decay: float = Field(default=0.1, ge=0, description="Not applied to biases and norms.")
     clip: float = Field(default=1.0, ge=0, description="Limit of the global gradient norm; 0: no limit.")
     schedule: CurveName = Field(default="cosine", description="Curve of the learning rate after its warm-up.")
     warmup: int = Field(default=0, ge=0, description="Steps over which the learning rate rises to its peak.")
     decay_share: float = Field(default=0.2, gt=0, le=1, description="wsd: the share of the run that decays.")
+    moments: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Format of moments between updates; bf16 halves them, rounded up or down at random."
+    )
+    offload: bool = Field(
+        default=False,
+        description="Keep moments in the memory of the host; an update moves them to the GPU and back. On a CPU they "
+        "are there anyway.",
+    )
 
     @model_validator(mode="after")
     def _floor_below_peak(self) -> Self:
@@ -144,9 +155,43 @@ class OptimTable(Config):
 
 
 class PrecisionTable(Config):
-    """Number formats. Parameters, gradients' sums and moments are fp32."""
+    """Number formats. Parameters are fp32, and so are the sums of gradients over microbatches."""
 
-    compute: Literal["fp32", "bf16"] = Field(default="fp32", description="Format of activations and matrix products.")
+    compute: Literal["fp32", "bf16", "fp16"] = Field(
+        default="fp32", description="Format of activations and matrix products."
+    )
+    grad_reduce: Literal["fp32", "bf16"] = Field(
+        default="fp32", description="Format in which replicas sum their gradients; bf16 halves what they send."
+    )
+    loss_scale: Literal["dynamic"] | PositiveFloat = Field(
+        default="dynamic",
+        description="fp16: what the loss is multiplied by so that small gradients are not lost; dynamic: as much as "
+        "goes, and a step whose gradient overflows is skipped.",
+    )
+    growth_interval: int = Field(
+        default=2000, gt=0, description="fp16: finite steps after which a dynamic loss_scale doubles."
+    )
+
+    def scale_faults(self) -> list[str]:
+        """Why the loss cannot be scaled as asked, if it cannot."""
+        if self.loss_scale != "dynamic" and self.compute != "fp16":
+            return [
+                f"precision.loss_scale={self.loss_scale:g} is for compute='fp16', not '{self.compute}'; remove the one "
+                "or change the other"
+            ]
+        return []
+
+    def reduce_faults(self, layout: ParallelLayout, num_microbatches: int) -> list[str]:
+        """Why gradients cannot be summed over replicas in bf16, if they cannot."""
+        if self.grad_reduce == "fp32" or num_microbatches == 1 or layout.replicas == 1:
+            return []
+        if layout.shard in ("zero2", "zero3") and layout.shard_degree == layout.replicas:
+            return []
+        how = f"shard='{layout.shard}'" + ("" if layout.shard_size is None else f", shard_size={layout.shard_size}")
+        return [
+            f"precision.grad_reduce='bf16' with {how} would sum {num_microbatches} microbatches in bf16 as well; use "
+            "shard = 'zero2' or 'zero3' over all replicas, or one microbatch a step"
+        ]
 
 
 class KernelsTable(Config):
@@ -191,7 +236,10 @@ class RunTable(Config):
     steps: int | None = Field(default=None, ge=0, description="Updates to make; 0 saves the initial model.")
     tokens: int | None = Field(default=None, gt=0, description="Training tokens, rounded up to whole steps.")
     seconds: float | None = Field(default=None, gt=0, description="Time to train, without start and final save.")
-    seed: int = Field(default=1234, ge=0, description="Seed of initial weights and dropout.")
+    seed: int = Field(default=1234, ge=0, description="Seed of initial weights, dropout and rounding.")
+    deterministic: bool = Field(
+        default=False, description="The same bits from every run on the same machines; slower on a GPU."
+    )
     resume: Literal["auto", "never", "must"] = Field(
         default="auto", description="Go on from the newest checkpoint in dir: if there is one, never, or fail without."
     )
@@ -233,7 +281,8 @@ class EngineConfig(Config):
         layout = self.parallel.layout(num_ranks)
         # Chunks that the schedule does not take are not worth being judged by how many layers they get.
         shape_faults = self.parallel.schedule_faults() or layout.faults(model)
-        if faults := [*shape_faults, *self.batch.faults(layout.dp), *self.compile_faults()]:
+        batch_faults = self.batch.faults(layout.dp)
+        if faults := [*shape_faults, *batch_faults, *self.compile_faults(), *self._precision_faults(layout)]:
             raise LayoutError("; ".join(faults))
         return layout
 
@@ -246,6 +295,10 @@ class EngineConfig(Config):
                 "kernels.compile = false, or use schedule 1f1b or interleaved"
             ]
         return []
+
+    def _precision_faults(self, layout: ParallelLayout) -> list[str]:
+        num_microbatches = self.batch.global_size // (self.batch.micro_size * layout.dp)
+        return [*self.precision.scale_faults(), *self.precision.reduce_faults(layout, num_microbatches)]
 
 
 def length_faults(model: ModelConfig, seq_len: int) -> list[str]:

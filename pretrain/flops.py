@@ -11,7 +11,7 @@ from workbench.spec.model import ModelConfig
 
 CONVENTION = "matrix products forward and backward (3 x 2 per weight), attention in full, recompute not counted"
 
-_DENSE_BF16_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
+_DENSE_16_BIT_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
 """Vendors' data sheets, dense, without sparsity; the first name that is part of the device's name counts."""
 
 
@@ -39,11 +39,11 @@ def find_peak(asked: float | str, device: torch.device, dtype: torch.dtype) -> P
         return Peak(asked * 1e12, f"{asked:g} TFLOP/s as configured")
     if asked == "measure":
         return measure_peak(device, dtype)
-    if device.type == "cuda" and dtype == torch.bfloat16:
+    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16):
         name = torch.cuda.get_device_name(device)
-        for known, tflops in _DENSE_BF16_TFLOPS.items():
+        for known, tflops in _DENSE_16_BIT_TFLOPS.items():
             if known in name:
-                return Peak(tflops * 1e12, f"{tflops} TFLOP/s, dense bf16 by the data sheet of {known}")
+                return Peak(tflops * 1e12, f"{tflops} TFLOP/s, dense 16 bit by the data sheet of {known}")
     return None
 
 

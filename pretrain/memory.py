@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pretrain.config import BatchTable, EngineConfig
+from pretrain.config import BatchTable, EngineConfig, OptimTable
 from pretrain.simulate import peak_in_flight, simulate_step
+from workbench.spec.geometry import ParameterSpec, Place
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import stage_specs
 
 MASTER_BYTES = GRADIENT_BYTES = 4
-MOMENT_BYTES = 8
-COMPUTE_BYTES = {"fp32": 4, "bf16": 2}
+FORMAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SCORED_TOKENS = range(128, 1024 + 1)
 """Sequence lengths at which a CPU keeps the scores of attention (workbench/models/blockwise.py)."""
 
@@ -23,18 +24,23 @@ class StageMemory:
     """The peak of one rank of a pipeline stage, in bytes, without what torch itself needs.
 
     `num_parameters` counts what the rank holds when nothing is sharded over data parallelism, padding included.
+    parameters, optimizer: at rest, between steps. gradients: what accumulates over a step. working: parameters gathered
+    or cast for computing, and buffers. host: moments that lie in the host's memory while the rest is on a GPU.
     """
 
     stage: int
     num_parameters: int
     parameters: int
+    working: int
     gradients: int
     optimizer: int
     activations: int
+    host: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        """On the device."""
+        return self.parameters + self.working + self.gradients + self.optimizer + self.activations
 
 
 def estimate_memory(
@@ -42,7 +48,7 @@ def estimate_memory(
 ) -> tuple[StageMemory, ...]:
     """One estimate a stage. Parameters, gradients and moments are counted; activations follow from what each layer
     keeps for its backward, times what the schedule keeps in flight."""
-    batch, compute = config.batch, COMPUTE_BYTES[config.precision.compute]
+    batch, compute = config.batch, FORMAT_BYTES[config.precision.compute]
     played = simulate_step(config, layout)
     # In stages: a chunk is a part of one, and of chunks that differ the average is good enough.
     in_flight = [chunks / layout.vpp for chunks in played.peak_in_flight]
@@ -50,14 +56,10 @@ def estimate_memory(
     scored = peak_in_flight(action for action in ends if action.chunk == layout.vpp - 1)
     found = []
     for stage in range(layout.pp):
-        local = sum(math.prod(spec.local_shape(layout.tp)) for spec in stage_specs(model, layout, stage))
-        kept = -(-local // layout.shard_degree)
-        # A layer casts its weights to bf16 and keeps the copy until the backward of the microbatch is done.
-        copies = 0
-        if compute != MASTER_BYTES:
-            copies = math.ceil(local * compute * (1 if layout.replicas > 1 else in_flight[stage]))
-        if layout.shard in ("zero1", "zero2"):
-            copies = local * compute
+        specs = tuple(stage_specs(model, layout, stage))
+        local, kept = _elements(specs, layout.tp), _elements(specs, layout.tp, layout.shard_degree)
+        moments = _moment_bytes(specs, layout, config.optim)
+        offloads = config.optim.offload and not on_cpu
         layer = (
             _layer_activations(model, layout, batch, on_cpu=on_cpu)
             * compute
@@ -68,13 +70,52 @@ def estimate_memory(
             StageMemory(
                 stage=stage,
                 num_parameters=local,
-                parameters=kept * MASTER_BYTES + copies,
-                gradients=kept * GRADIENT_BYTES,
-                optimizer=kept * MOMENT_BYTES,
+                parameters=kept * MASTER_BYTES,
+                working=_working_bytes(specs, layout, compute, in_flight[stage]),
+                gradients=(local if layout.shard in ("none", "zero1") else kept) * GRADIENT_BYTES,
+                optimizer=0 if offloads else moments,
                 activations=math.ceil(layer * in_flight[stage]) + logits,
+                host=moments if offloads else 0,
             )
         )
     return tuple(found)
+
+
+def _elements(specs: Iterable[ParameterSpec], tp: int, sharers: int = 1) -> int:
+    """Elements that the first of `sharers` ranks holds of parameters whose rows they share; the last may hold fewer."""
+    shapes = [spec.local_shape(tp) for spec in specs]
+    return sum(-(-shape[0] // sharers) * math.prod(shape[1:]) for shape in shapes)
+
+
+def _groups(specs: Sequence[ParameterSpec], tp: int) -> tuple[list[int], int]:
+    """Elements of each layer, which are gathered and reduced together, and of all the rest of a stage."""
+    layers: dict[Place, int] = {}
+    for spec in specs:
+        if isinstance(place := spec.places[0], int):
+            layers[place] = layers.get(place, 0) + _elements([spec], tp)
+    return list(layers.values()), _elements([spec for spec in specs if not isinstance(spec.places[0], int)], tp)
+
+
+def _working_bytes(specs: Sequence[ParameterSpec], layout: ParallelLayout, compute: int, in_flight: float) -> int:
+    """Whole parameters that a step computes with besides those at rest, and the buffers in which gradients are summed.
+
+    compute: bytes of an element of the compute type.
+    """
+    whole = _elements(specs, layout.tp)
+    if layout.replicas == 1:
+        # A layer casts its weights and keeps the copy until the backward of the microbatch is done.
+        return math.ceil(whole * compute * in_flight) if compute < MASTER_BYTES else 0
+    layers, rest = _groups(specs, layout.tp)
+    # Under zero3 a layer is gathered while its neighbour is still computed with.
+    gathered = rest + sum(sorted(layers)[-2:]) if layout.shard == "zero3" else whole
+    return gathered * compute + max(*layers, rest) * GRADIENT_BYTES
+
+
+def _moment_bytes(specs: Sequence[ParameterSpec], layout: ParallelLayout, optim: OptimTable) -> int:
+    """One moment for a matrix under Muon, two for everything else."""
+    matrices = [spec for spec in specs if optim.name == "muon" and spec.role == "matrix"]
+    two, one = _elements(specs, layout.tp, layout.shard_degree), _elements(matrices, layout.tp, layout.shard_degree)
+    return (2 * two - one) * FORMAT_BYTES[optim.moments]
 
 
 def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, *, on_cpu: bool) -> int:

@@ -1,92 +1,80 @@
-"""AdamW on the local plain tensors of a stage, whatever wraps its parameters.
-
-The moments of a parameter lie like the parameter itself, so its shards say which boxes of `optim.exp_avg/<name>` and
-`optim.exp_avg_sq/<name>` they hold.
-"""
+"""The optimizer of a stage: one rule for each kind of parameter, on local plain tensors, whatever wraps them."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
-from torch import nn
 
+from pretrain.adamw import AdamW
 from pretrain.config import OptimTable
+from pretrain.loss_scale import LossScale
+from pretrain.muon import Muon
 from workbench.parallel.gradients import clip_gradients, complete_gradients, gradient_norm
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
-from workbench.spec.schema import MOMENTS
+from workbench.spec.schema import OPTIMIZER_PREFIX
 
 UNDECAYED_ROLES = ("bias", "norm")
-_STATE_KEYS = {prefix: prefix.removeprefix("optim.") for prefix in MOMENTS}
 
 
 class Optimizer:
-    """AdamW over the trainable parameters of one rank; `step` counts updates that were made."""
+    """What `optim.name` says, over the trainable parameters of one rank; `step_count` counts updates that were made."""
 
-    def __init__(self, parameters: Sequence[LiveParameter], mesh: Mesh, config: OptimTable) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[LiveParameter],
+        mesh: Mesh,
+        config: OptimTable,
+        *,
+        compute_dtype: torch.dtype | None = None,
+        seed: int = 0,
+    ) -> None:
+        """compute_dtype: in which Muon multiplies; by default the parameters'. seed: of the rounding of bf16 moments.
+
+        Collective over the mesh.
+        """
         self._mesh, self._config = mesh, config
         self._parameters = [parameter for parameter in parameters if parameter.trainable]
-        # An optimizer wants leaves of its own; each shares its memory with the local part of a parameter.
-        self._leaves = [nn.Parameter(parameter.data) for parameter in self._parameters]
-        decayed = [p.spec.role not in UNDECAYED_ROLES for p in self._parameters]
-        pairs = list(zip(self._leaves, decayed, strict=True))
-        groups = [
-            {
-                "params": [leaf for leaf, decays in pairs if decays and leaf.numel()],
-                "weight_decay": config.weight_decay,
-            },
-            {"params": [leaf for leaf, decays in pairs if not decays and leaf.numel()], "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(
-            [group for group in groups if group["params"]],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
-        self._updates: list[torch.Tensor] = []
-        for leaf in self._leaves:
-            # AdamW would make the same at its first step; made here, they can be loaded into before it.
-            updates = torch.zeros((), dtype=torch.float32, device=leaf.device)
-            self._updates.append(updates)
-            state = {key: torch.zeros_like(leaf, requires_grad=False) for key in _STATE_KEYS.values()}
-            self._adamw.state[leaf] = {"step": updates, **state}
-
-    @property
-    def step_count(self) -> int:
-        """Updates made so far."""
-        return int(self._updates[0].item()) if self._updates else 0
-
-    @step_count.setter
-    def step_count(self, updates: int) -> None:
-        for counter in self._updates:
-            counter.fill_(updates)
+        self.step_count = 0
+        matrices = [p for p in self._parameters if config.name == "muon" and p.spec.role == "matrix"]
+        taken = {p.path for p in matrices}
+        others = [p for p in self._parameters if p.path not in taken]
+        self._rules: list[AdamW | Muon] = []
+        for decays, weight_decay in ((True, config.weight_decay), (False, 0.0)):
+            some = [p for p in others if (p.spec.role not in UNDECAYED_ROLES) == decays]
+            self._rules.append(AdamW(some, config, weight_decay=weight_decay, seed=seed))
+        if config.name == "muon":
+            dtype = compute_dtype or (matrices[0].data.dtype if matrices else torch.float32)
+            self._rules.append(Muon(matrices, mesh, config, compute_dtype=dtype, seed=seed))
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """By logical prefix (`optim.exp_avg`), then by parameter path: moments of the parameter's local shape."""
-        return {
-            prefix: {
-                parameter.path: self._adamw.state[leaf][key]
-                for parameter, leaf in zip(self._parameters, self._leaves, strict=True)
-            }
-            for prefix, key in _STATE_KEYS.items()
-        }
+        if self._config.offload and self._mesh.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # the last update may still be on its way to the host
+        found: dict[str, dict[str, torch.Tensor]] = {}
+        for rule in self._rules:
+            for kind, values in rule.moments.at_rest.items():
+                found.setdefault(f"{OPTIMIZER_PREFIX}{kind}", {}).update(values)
+        return found
 
-    def update(self, lr: float) -> torch.Tensor:
+    @torch.no_grad()
+    def update(self, lr: float, loss_scale: LossScale | None = None) -> torch.Tensor:
         """Completes, clips and applies the gradients of one step, and frees them; returns their global norm.
 
-        Communicates on the axes that hold copies, and over the world for the norm.
+        With a loss scale, gradients are that many times too large, and where their norm is not finite nothing is
+        applied. Communicates on the axes that hold copies, and over the world for the norm.
         """
+        scale = 1.0 if loss_scale is None else loss_scale.value
         complete_gradients(self._parameters, self._mesh)
-        norm = gradient_norm(self._parameters, self._mesh)
-        if self._config.clip > 0:
-            clip_gradients(self._parameters, norm, self._config.clip)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        for parameter, leaf in zip(self._parameters, self._leaves, strict=True):
-            leaf.grad = parameter.grad
-        self._adamw.step()
-        for parameter, leaf in zip(self._parameters, self._leaves, strict=True):
-            leaf.grad = parameter.parameter.grad = None
+        norm = gradient_norm(self._parameters, self._mesh) / scale
+        if loss_scale is None or loss_scale.accepts(norm):
+            if self._config.clip > 0 or scale != 1.0:
+                clip_gradients(self._parameters, norm, self._config.clip or math.inf, scale=scale)
+            self.step_count += 1
+            for rule in self._rules:
+                rule.update(lr, self.step_count)
+        for parameter in self._parameters:
+            parameter.parameter.grad = None
         return norm

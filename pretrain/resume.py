@@ -30,8 +30,8 @@ def require_same_run(
 ) -> TrainingState:
     """The training state of a checkpoint; ConfigError with every value in which it and the configuration differ.
 
-    Layout, batch size, length and learning rate may change between two parts of a run. The model, the seed and the
-    order of the data may not.
+    Layout, batch size, length and learning rate may change between two parts of a run. The model, the seed, the kind of
+    optimizer and the order of the data may not.
     """
     state = manifest.training
     if state is None:
@@ -42,6 +42,8 @@ def require_same_run(
     faults = [f"model.{key} is {now[key]}, was {before[key]}" for key in now if now[key] != before[key]]
     if state.seed != config.run.seed:
         faults.append(f"run.seed is {config.run.seed}, was {state.seed}")
+    if (name := state.optimizer.get("name", config.optim.name)) != config.optim.name:
+        faults.append(f"optim.name is {config.optim.name}, was {name}")
     identity = objective.identity
     faults += [
         f"the data's {key} is {identity.get(key)}, was {state.data.get(key)}"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pretrain.loss_scale import LossScale
 from pretrain.objective import Rows, to_batch
 from pretrain.optimizer import Optimizer
 from pretrain.pipeline import Pipeline
@@ -24,11 +25,15 @@ class Agreement:
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did. `loss_sum` is this rank's part; `gradient_norm` is the same on every rank, before clipping."""
+    """What a step did. `loss_sum` is this rank's part; `gradient_norm` is the same on every rank, before clipping.
+
+    `skipped`: the gradient overflowed in fp16, so that nothing was updated.
+    """
 
     loss_sum: torch.Tensor
     gradient_norm: torch.Tensor
     num_labels: int
+    skipped: bool
 
     def mean_loss(self, mesh: Mesh) -> float:
         """The loss per label over the whole step; communicates over the world."""
@@ -46,7 +51,15 @@ def agree(rows: Sequence[Rows], mesh: Mesh, *, stop: bool) -> Agreement:
 
 
 def train_step(
-    pipeline: Pipeline, optimizer: Optimizer, rows: Sequence[Rows], *, num_labels: int, lr: float, seed: int, step: int
+    pipeline: Pipeline,
+    optimizer: Optimizer,
+    rows: Sequence[Rows],
+    *,
+    num_labels: int,
+    lr: float,
+    seed: int,
+    step: int,
+    loss_scale: LossScale | None = None,
 ) -> StepResult:
     """Updates the parameters by the gradient of the mean loss of the step's `num_labels` labels, of all ranks.
 
@@ -54,7 +67,8 @@ def train_step(
     """
     device = pipeline.mesh.device
     batches = [to_batch(microbatch, device, seed=seed, step=step) for microbatch in rows]
-    scale = torch.tensor(1.0 / max(num_labels, 1), dtype=torch.float64, device=device)
-    loss_sum = pipeline.train(batches, scale)
-    norm = optimizer.update(lr)
-    return StepResult(loss_sum, norm, num_labels)
+    factor = (1.0 if loss_scale is None else loss_scale.value) / max(num_labels, 1)
+    updates = optimizer.step_count
+    loss_sum = pipeline.train(batches, torch.tensor(factor, dtype=torch.float64, device=device))
+    norm = optimizer.update(lr, loss_scale)
+    return StepResult(loss_sum, norm, num_labels, skipped=optimizer.step_count == updates)

@@ -16,6 +16,7 @@ from pretrain.config import EngineConfig
 from pretrain.evaluation import evaluate
 from pretrain.flops import find_peak, flops_per_token
 from pretrain.interrupt import StopSignal
+from pretrain.loss_scale import LossScale
 from pretrain.meter import Budget, Meter
 from pretrain.objective import Objective, Share
 from pretrain.optimizer import Optimizer
@@ -29,12 +30,13 @@ from workbench.checkpoint.store import CHECKPOINTS, Store
 from workbench.errors import WorkbenchError
 from workbench.models.build import StageOptions, build_stage
 from workbench.models.decoder import DecoderStage
+from workbench.parallel.determinism import make_deterministic
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
 from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 
-COMPUTE_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ class Silent:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. `metrics` are those of the last evaluation, by `<evaluation>/<metric>`."""
+    """How a run ended. `metrics` are those of the last evaluation, by `<evaluation>/<metric>`; `skipped_steps` updated
+    nothing, since their gradients overflowed."""
 
     step: int
     samples: int
@@ -91,6 +94,7 @@ class RunResult:
     checkpoint: str
     interrupted: bool
     ended_by: str
+    skipped_steps: int
 
 
 class Trainer:
@@ -112,7 +116,9 @@ class Trainer:
         """
         self.config, self.subject, self.objective, self.mesh = config, subject, objective, mesh
         self._watcher: Watcher = watcher if watcher is not None and mesh.world.rank == 0 else Silent()
-        compute = COMPUTE_DTYPES[config.precision.compute] if dtype == torch.float32 else dtype
+        if config.run.deterministic:
+            make_deterministic()
+        compute = DTYPES[config.precision.compute] if dtype == torch.float32 else dtype
         schedule = schedule_named(config.parallel.schedule)
         self.built = build_stage(
             subject.model,
@@ -120,9 +126,16 @@ class Trainer:
             dtype=dtype,
             compute_dtype=compute,
             adapt=subject.adapt,
-            options=StageOptions(config.kernels.compile, split_backward=schedule.splits_backward),
+            options=StageOptions(
+                compile_blocks=config.kernels.compile,
+                split_backward=schedule.splits_backward,
+                reduce_dtype=torch.bfloat16 if config.precision.grad_reduce == "bf16" else None,
+            ),
         )
-        self.optimizer = Optimizer(self.built.parameters, mesh, config.optim)
+        self.optimizer = Optimizer(
+            self.built.parameters, mesh, config.optim, compute_dtype=compute, seed=config.run.seed
+        )
+        self.loss_scale = LossScale(config.precision) if compute == torch.float16 else None
         self.pipeline = Pipeline(self.built, mesh, schedule)
         self.store = Store(Path(config.run.dir) / CHECKPOINTS)
         self.state = self._fill_or_resume()
@@ -163,6 +176,7 @@ class Trainer:
             checkpoint=str(self.store.path(self.state.step)),
             interrupted=interrupted,
             ended_by=ended_by,
+            skipped_steps=self._skipped_steps,
         )
 
     def _loop(self, signal: StopSignal) -> str:
@@ -188,6 +202,7 @@ class Trainer:
                 lr=lr,
                 seed=config.run.seed,
                 step=step,
+                loss_scale=self.loss_scale,
             )
             self._advance(agreed.num_tokens)
             self._after_step(result, lr)
@@ -224,7 +239,20 @@ class Trainer:
         if evaluates or saves:
             self.meter.skip(time.perf_counter() - started)
 
+    @property
+    def _skipped_steps(self) -> int:
+        return 0 if self.loss_scale is None else self.loss_scale.skipped_steps
+
     def _log(self, result: StepResult, lr: float) -> None:
+        row: dict[str, Any] = {"step": self.state.step, "lr": lr, "tokens": self.state.tokens}
+        if self.loss_scale is not None:
+            row |= {"loss_scale": self.loss_scale.value, "skipped_steps": self.loss_scale.skipped_steps}
+        if not result.skipped:
+            row |= self._losses(result)
+        self._watcher.measured({**row, "seconds": self.budget.spent, **self.meter.read()})
+
+    def _losses(self, result: StepResult) -> dict[str, float]:
+        """Loss and gradient norm of a step; WorkbenchError when one is not finite."""
         loss, norm = result.mean_loss(self.mesh), result.gradient_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise WorkbenchError(
@@ -233,8 +261,7 @@ class Trainer:
                 "running again goes on from the last checkpoint"
             )
         self._loss = loss
-        row = {"step": self.state.step, "loss": loss, "grad_norm": norm, "lr": lr, "tokens": self.state.tokens}
-        self._watcher.measured({**row, "seconds": self.budget.spent, **self.meter.read()})
+        return {"loss": loss, "grad_norm": norm}
 
     def evaluate(self) -> dict[str, float]:
         """Runs every evaluation and returns the metrics, by `<evaluation>/<metric>`."""
@@ -266,7 +293,7 @@ class Trainer:
         self.state = replace(
             self.state,
             scheduler=scheduler,
-            optimizer={} if optimizer is None else {"name": config.optim.name, "step": optimizer.step_count},
+            optimizer={} if optimizer is None else self._optimizer_state(),
         )
         path = self.store.path(self.state.step)
         subject = self.subject
@@ -276,6 +303,11 @@ class Trainer:
         if self.mesh.world.rank == 0 and config.checkpoint.keep:
             self.store.retain(config.checkpoint.keep)
         self._watcher.saved(path)
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        """What a checkpoint says of the optimizer besides its moments."""
+        state = {"name": self.config.optim.name, "step": self.optimizer.step_count}
+        return state if self.loss_scale is None else {**state, "loss_scale": self.loss_scale.state()}
 
     def _fill_or_resume(self) -> TrainingState:
         if self.mesh.world.rank == 0:
@@ -292,6 +324,8 @@ class Trainer:
                 self.subject.fill(self.built.parameters)
             updates = int(state.optimizer.get("step", state.step))
             load_training(source, self._saved_parameters, self.optimizer, updates=updates)
+            if self.loss_scale is not None and "loss_scale" in state.optimizer:
+                self.loss_scale.restore(state.optimizer["loss_scale"])
         finally:
             source.close()
         return state

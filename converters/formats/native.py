@@ -28,7 +28,7 @@ from workbench.checkpoint.writer import (
 from workbench.errors import ConfigError
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.lora import adapter_specs
-from workbench.spec.schema import MOMENTS, stored_shards
+from workbench.spec.schema import stored_shards, weight_of
 
 
 class NativeFormat:
@@ -78,14 +78,16 @@ def stored_boxes(request: WriteRequest) -> dict[str, tuple[tuple[str, Box], ...]
     is left out for want of a place.
     """
     found: dict[str, list[tuple[str, Box]]] = {name: [] for name in request.schema}
+    cut_like: dict[str, list[str]] = {}
+    for name in request.schema:
+        cut_like.setdefault(weight_of(name), []).append(name)
     adapter = request.adapter
     specs = None if adapter is None else adapter_specs(request.model, adapter.lora, request.layout)
     for (stage, tp_rank), shards in stored_shards(request.model, request.layout, specs).items():
         tag = rank_tag(tp_rank, stage)
         for shard in shards:
-            for name in (shard.name, *(f"{moment}/{shard.name}" for moment in MOMENTS)):
-                if name in found:
-                    found[name].append((file_of(name, tag), shard.box))
+            for name in cut_like.get(shard.name, ()):
+                found[name].append((file_of(name, tag), shard.box))
     return {
         name: tuple(pieces) or ((file_of(name, rank_tag(0, 0)), Box.whole(request.schema[name].shape)),)
         for name, pieces in found.items()

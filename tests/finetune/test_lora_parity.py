@@ -26,6 +26,7 @@ from workbench.spec.model import ModelConfig
 
 TOLERANCE = 1e-10
 SAMPLES = 8
+ADAMW = OptimTable(lr=1e-2, clip=1.0)
 
 pytestmark = pytest.mark.parity
 
@@ -76,7 +77,9 @@ def backward(pipeline: Pipeline, model: ModelConfig, step: int) -> float:
     return float(mesh.pp.all_reduce(mesh.data.all_reduce(loss.clone()))) / count
 
 
-def observe(model: ModelConfig, lora: LoraSpec | None, layout: ParallelLayout) -> tuple[list[float], Boxes, Boxes]:
+def observe(
+    model: ModelConfig, lora: LoraSpec | None, layout: ParallelLayout, optim: OptimTable = ADAMW
+) -> tuple[list[float], Boxes, Boxes]:
     """Losses and norms of three steps, the trainable gradients of the first, the trainable weights after the last."""
     mesh = Mesh.create(layout, torch.device("cpu"))
     built = built_with_adapter(model, lora, mesh)
@@ -89,7 +92,7 @@ def observe(model: ModelConfig, lora: LoraSpec | None, layout: ParallelLayout) -
     assert all(p.grad is None for p in built.parameters if not p.trainable)
     for parameter in trainable:
         parameter.parameter.grad = None
-    optimizer = Optimizer(built.parameters, mesh, OptimTable(lr=1e-2, clip=1.0))
+    optimizer = Optimizer(built.parameters, mesh, optim)
     for step in range(3):
         numbers.append(backward(pipeline, model, step))
         numbers.append(float(optimizer.update(1e-2)))
@@ -107,6 +110,8 @@ CASES = [
     (ParallelLayout(tp=2, dp=2), LoraSpec(r=3), {"num_labels": 3}),
     (ParallelLayout(dp=2, shard="zero3"), LoraSpec(r=3), {}),
     (ParallelLayout(tp=2, dp=2, shard="zero2"), LoraSpec(r=5), {}),
+    (ParallelLayout(tp=2, dp=2, shard="zero1"), LoraSpec(r=3), {}),
+    (ParallelLayout(dp=4, shard="zero2", shard_size=2), LoraSpec(r=3), {}),
     (ParallelLayout(pp=2), LoraSpec(r=3), {"num_labels": 3}),
     (ParallelLayout(tp=2, pp=2), LoraSpec(r=3), {"tie_word_embeddings": False}),
     (ParallelLayout(pp=2, vpp=2, placement="vee"), LoraSpec(r=3), {}),
@@ -127,3 +132,14 @@ def test_loss_gradients_norm_and_steps_are_those_of_one_process(
         assert there == pytest.approx(numbers, rel=TOLERANCE)
         assert largest_difference(gradients_there, whole(gradients)) < TOLERANCE
         assert largest_difference(weights_there, whole(weights)) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "layout", [ParallelLayout(tp=4), ParallelLayout(tp=2, dp=2, shard="zero3"), ParallelLayout(pp=2, dp=2)], ids=str
+)
+def test_muon_orthogonalises_whole_factors_at_every_layout(layout: ParallelLayout) -> None:
+    model, lora, muon = tiny_model(), LoraSpec(r=3), ADAMW.model_copy(update={"name": "muon"})
+    numbers, _, weights = observe(model, lora, ParallelLayout(), muon)
+    for there, _, weights_there in run_ranks(layout.world_size, observe, model, lora, layout, muon):
+        assert there == pytest.approx(numbers, rel=TOLERANCE)
+        assert largest_difference(weights_there, whole(weights)) < TOLERANCE

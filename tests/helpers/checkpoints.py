@@ -15,7 +15,7 @@ from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import MOMENTS, logical_tensors, stored_shards
+from workbench.spec.schema import logical_tensors, stored_shards
 
 
 class MemorySource:
@@ -36,6 +36,9 @@ class MemorySource:
     def read(self, name: str, box: Box) -> np.ndarray:
         """A view of the box."""
         return self.arrays[name][box.slices]
+
+
+MOMENTS = ("optim.exp_avg", "optim.exp_avg_sq")
 
 
 def tiny_model(**changes: object) -> ModelConfig:

@@ -25,6 +25,7 @@ from workbench.spec.model import ModelConfig
 
 STEPS, SAMPLES, TOKENS = 3, 4, 12
 TOLERANCE = 1e-10
+ADAMW = OptimTable(lr=1e-2, weight_decay=0.1, clip=1.0)
 Boxes = list[tuple[str, Box, torch.Tensor]]
 
 
@@ -38,8 +39,15 @@ class Observed:
     weights: Boxes = field(default_factory=list)
 
 
-def train_three_steps(model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int) -> Observed:
-    """What this rank saw of three AdamW steps in float64 on data that depends on the step alone."""
+def train_three_steps(
+    model: ModelConfig,
+    layout: ParallelLayout,
+    schedule: str,
+    micro_size: int,
+    samples: int = SAMPLES,
+    optim: OptimTable = ADAMW,
+) -> Observed:
+    """What this rank saw of three steps in float64 on `samples` rows of data that depend on the step alone."""
     mesh = Mesh.create(layout, torch.device("cpu"))
     rule = schedule_named(schedule)
     options = StageOptions(split_backward=rule.splits_backward)
@@ -48,16 +56,16 @@ def train_three_steps(model: ModelConfig, layout: ParallelLayout, schedule: str,
     perturb(built.parameters)
     pipeline = Pipeline(built, mesh, rule)
     seen = Observed()
-    _train(pipeline, model, 0, micro_size)
+    _train(pipeline, model, 0, micro_size, samples)
     complete_gradients(built.parameters, mesh)
     seen.norms.append(float(gradient_norm(built.parameters, mesh)))
     seen.gradients = boxes_of(built.parameters, gradients=True)
     for parameter in built.parameters:
         parameter.parameter.grad = None
-    optimizer = Optimizer(built.parameters, mesh, OptimTable(lr=1e-2, weight_decay=0.1, clip=1.0))
+    optimizer = Optimizer(built.parameters, mesh, optim)
     for step in range(STEPS):
-        seen.losses.append(_train(pipeline, model, step, micro_size))
-        seen.norms.append(float(optimizer.update(1e-2)))
+        seen.losses.append(_train(pipeline, model, step, micro_size, samples))
+        seen.norms.append(float(optimizer.update(optim.lr)))
     seen.weights = boxes_of(built.parameters)
     return seen
 
@@ -105,24 +113,24 @@ def assert_observed(observed: list[Observed], reference: Observed) -> None:
     assert {name for seen in observed for name, _, _ in seen.weights} == set(weights)
 
 
-def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int) -> float:
+def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int, samples: int) -> float:
     """Adds the gradient of the step's mean loss; returns that loss, equal on all ranks."""
     mesh = pipeline.mesh
-    ids, labels, count = _samples(model, step)
+    ids, labels, count = _samples(model, step, samples)
     across = mesh.dp.size * micro_size
     batches = []
-    for first in range(mesh.dp.rank * micro_size, SAMPLES, across):
+    for first in range(mesh.dp.rank * micro_size, samples, across):
         rows = torch.arange(first, first + micro_size)
         batches.append(Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows)))
     loss = pipeline.train(batches, torch.tensor(1.0 / count, dtype=torch.float64))
     return float(mesh.pp.all_reduce(mesh.data.all_reduce(loss.clone()))) / count
 
 
-def _samples(model: ModelConfig, step: int) -> tuple[torch.Tensor, torch.Tensor, int]:
+def _samples(model: ModelConfig, step: int, samples: int) -> tuple[torch.Tensor, torch.Tensor, int]:
     """Random tokens, labels of which each row ignores another number, and the count of those that are left."""
     generator = torch.Generator().manual_seed(100 + step)
-    ids = torch.randint(0, model.vocab_size, (SAMPLES, TOKENS + 1), generator=generator)
+    ids = torch.randint(0, model.vocab_size, (samples, TOKENS + 1), generator=generator)
     labels = ids[:, 1:].clone()
-    for row in range(SAMPLES):
+    for row in range(samples):
         labels[row, : row % 5] = IGNORE
     return ids[:, :-1].contiguous(), labels, int((labels != IGNORE).sum())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -43,7 +44,7 @@ def config_with(**tables: dict[str, Any]) -> PretrainConfig:
         ({"optim": {"betas": [0.9, 1.0]}}, "each must be at least 0 and below 1"),
         ({"optim": {"warmup": 101}}, "optim.warmup=101 is longer than the run of 100 steps"),
         ({"model": {"num_labels": 3}}, "model.num_labels=3, but pretraining needs the language-model head"),
-        ({"precision": {"compute": "fp8"}}, "'fp32' or 'bf16'"),
+        ({"precision": {"compute": "fp8"}}, "'fp32', 'bf16' or 'fp16'"),
     ],
 )
 def test_what_does_not_fit_together_is_named_with_its_values(tables: dict[str, Any], message: str) -> None:
@@ -64,6 +65,46 @@ def test_an_automatic_data_parallel_degree_takes_the_ranks_that_are_left() -> No
         table.layout(6)
     with pytest.raises(LayoutError, match="4 ranks were given, but tp=1 x pp=1 x dp=3 needs 3"):
         ParallelTable(dp=3).layout(4)
+
+
+@pytest.mark.parametrize(
+    ("tables", "ranks", "message"),
+    [
+        ({"precision": {"loss_scale": 512.0}}, 1, "precision.loss_scale=512 is for compute='fp16', not 'fp32'"),
+        (
+            {"precision": {"grad_reduce": "bf16"}, "parallel": {"shard": "zero1"}},
+            2,
+            "precision.grad_reduce='bf16' with shard='zero1' would sum 2 microbatches in bf16 as well",
+        ),
+        (
+            {
+                "precision": {"grad_reduce": "bf16"},
+                "batch": {"micro_size": 1},
+                "parallel": {"shard": "zero2", "shard_size": 2},
+            },
+            4,
+            "with shard='zero2', shard_size=2 would sum 2 microbatches in bf16 as well; use shard = 'zero2'",
+        ),
+    ],
+)
+def test_number_formats_that_do_not_fit_the_layout_are_refused(
+    tables: dict[str, Any], ranks: int, message: str
+) -> None:
+    with pytest.raises(LayoutError, match=re.escape(message)):
+        tiny_config("run", **tables).resolve_layout(tiny_model(), ranks)
+
+
+@pytest.mark.parametrize(
+    ("tables", "ranks"),
+    [
+        ({"precision": {"loss_scale": 512.0, "compute": "fp16"}}, 1),
+        ({"precision": {"grad_reduce": "bf16"}}, 1),
+        ({"precision": {"grad_reduce": "bf16"}}, 4),  # one microbatch
+        ({"precision": {"grad_reduce": "bf16"}, "parallel": {"shard": "zero3"}}, 2),
+    ],
+)
+def test_number_formats_that_fit_the_layout_are_accepted(tables: dict[str, Any], ranks: int) -> None:
+    assert tiny_config("run", **tables).resolve_layout(tiny_model(), ranks).dp == ranks
 
 
 def test_layout_and_batch_faults_come_in_one_message() -> None:

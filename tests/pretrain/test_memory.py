@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
-from pretrain.config import BatchTable, EngineConfig, ParallelTable, PrecisionTable, RunTable
+from pretrain.config import BatchTable, EngineConfig, OptimTable, ParallelTable, PrecisionTable, RunTable
 from pretrain.memory import SCORED_TOKENS, estimate_memory
+from pretrain.optimizer import Optimizer
 from tests.helpers.models import biased_model, gated_model
+from tests.helpers.ranks import run_ranks
 from workbench.models import blockwise
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
@@ -52,7 +55,7 @@ def test_one_process_keeps_about_what_is_estimated(make, compute):
     real = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
     (found,) = estimate_memory(model, ParallelLayout(), config(compute))
     assert found.num_parameters == sum(parameter.numel() for parameter in built.module.parameters())
-    estimated = found.activations + found.parameters - 4 * found.num_parameters
+    estimated = found.activations + found.working
     assert real <= estimated <= 1.6 * real
 
 
@@ -105,3 +108,49 @@ def test_gpipe_keeps_the_softmax_of_every_microbatch():
     eager = estimate_memory(model, layout, config(schedule="1f1b"))[1].activations
     layers = estimate_memory(model, layout, config(schedule="gpipe"))[0].activations
     assert flushed - layers > eager - layers / 4
+
+
+ADAMW, MUON = OptimTable(), OptimTable(name="muon")
+BF16 = OptimTable(moments="bf16")
+
+
+def held_bytes(layout, optim):
+    """Bytes of parameters, of gradients between two microbatches and after the last, and of moments on this rank."""
+    model, mesh = biased_model(), Mesh.create(ParallelLayout(**layout), torch.device("cpu"))
+    built = build_stage(model, mesh)
+    initialise(built.parameters, model, seed=1)
+    optimizer = Optimizer(built.parameters, mesh, optim)
+    at_rest = sum(parameter.data.nbytes for parameter in built.parameters)
+    ids = torch.zeros(1, 8, dtype=torch.int64)
+    gradients = []
+    for last in (False, True):
+        built.data_parallel.before_backward(last=last)
+        built.module(None, Batch(ids, ids), "loss").backward()
+        whole = {id(parameter): parameter.grad for parameter in built.module.parameters()}
+        shares = {id(parameter.parameter): parameter.parameter.grad for parameter in built.parameters}
+        held = [grad for grad in (whole | shares).values() if grad is not None]
+        gradients.append(sum((grad.to_local() if isinstance(grad, DTensor) else grad).nbytes for grad in held))
+    moments = [moment for values in optimizer.moments().values() for moment in values.values()]
+    return at_rest, *gradients, sum(moment.nbytes for moment in moments)
+
+
+@pytest.mark.parametrize("shard", ["none", "zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("optim", [ADAMW, MUON, BF16], ids=["adamw", "muon", "bf16"])
+def test_each_way_of_sharding_holds_what_is_estimated(shard, optim):
+    layout = {"dp": 2, "shard": shard}
+    settings = config().model_copy(update={"optim": optim})
+    (found,) = estimate_memory(biased_model(), ParallelLayout(**layout), settings)
+    parameters, accumulating, summed, moments = run_ranks(2, held_bytes, layout, optim)[0]
+    assert (parameters, accumulating, moments) == (found.parameters, found.gradients, found.optimizer)
+    assert summed == parameters  # in the end each rank holds the gradient of what it holds
+    whole = 4 * found.num_parameters
+    assert (parameters == whole, accumulating == whole) == (shard == "none", shard in ("none", "zero1"))
+
+
+def test_offloaded_moments_are_counted_where_they_lie():
+    settings = config().model_copy(update={"optim": OptimTable(offload=True)})
+    (gpu,) = estimate_memory(biased_model(), ParallelLayout(), settings, on_cpu=False)
+    (cpu,) = estimate_memory(biased_model(), ParallelLayout(), settings)
+    assert (gpu.optimizer, cpu.host) == (0, 0)
+    assert gpu.host == cpu.optimizer == 8 * cpu.num_parameters
+    assert cpu.total - gpu.total >= cpu.optimizer

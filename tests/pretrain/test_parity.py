@@ -12,7 +12,7 @@ from itertools import product
 import pytest
 
 from tests.helpers.models import biased_model, gated_model
-from tests.helpers.parity import Observed, assert_observed, train_three_steps
+from tests.helpers.parity import ADAMW, Observed, assert_observed, train_three_steps
 from tests.helpers.ranks import run_ranks
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -22,7 +22,7 @@ MODELS = {
     for (kind, make), tied in product({"gated": gated_model, "biased": biased_model}.items(), (True, False))
 }
 DEGREES = [(tp, pp, dp) for tp, pp, dp in product((1, 2, 4), (1, 2, 4), (1, 2)) if 1 < tp * pp * dp <= 8]
-SHARDS = ("none", "zero2", "zero3")
+SHARDS = ("none", "zero1", "zero2", "zero3")
 
 
 @cache
@@ -34,7 +34,7 @@ def _reference(name: str) -> Observed:
 @pytest.mark.parametrize(("tp", "pp", "dp"), DEGREES)
 def test_three_steps_at_any_layout_equal_one_process(name: str, tp: int, pp: int, dp: int) -> None:
     turn = DEGREES.index((tp, pp, dp)) + list(MODELS).index(name)
-    layout = ParallelLayout(tp=tp, pp=pp, dp=dp, shard=SHARDS[turn % 3] if dp > 1 else "none")
+    layout = ParallelLayout(tp=tp, pp=pp, dp=dp, shard=SHARDS[turn % 4] if dp > 1 else "none")
     _assert_equal(
         name, MODELS[name], layout, ("gpipe", "1f1b")[turn % 2], micro_size=1 if dp == 2 else (1, 2)[turn % 2]
     )
@@ -44,6 +44,36 @@ def test_three_steps_at_any_layout_equal_one_process(name: str, tp: int, pp: int
 def test_every_way_of_sharding_equals_one_process_with_all_three_axes(shard: str) -> None:
     layout = ParallelLayout.model_validate({"tp": 2, "pp": 2, "dp": 2, "shard": shard})
     _assert_equal("gated-tied", MODELS["gated-tied"], layout, "1f1b", micro_size=1)
+
+
+@pytest.mark.parametrize("shard", ["zero1", "zero2", "zero3"])
+@pytest.mark.parametrize("shard_size", [1, 2])
+def test_copies_that_ranks_share_equal_one_process_over_several_microbatches(shard: str, shard_size: int) -> None:
+    layout = ParallelLayout.model_validate({"dp": 4, "shard": shard, "shard_size": shard_size})
+    arguments = (MODELS["biased-tied"], layout, "1f1b", 1, 8)
+    observed = run_ranks(4, train_three_steps, *arguments)
+    assert_observed(observed, train_three_steps(arguments[0], ParallelLayout(), "gpipe", 4, 8))
+
+
+@pytest.mark.parametrize("name", ["gated-tied", "biased-untied"])
+@pytest.mark.parametrize(
+    "degrees",
+    [
+        {"tp": 2},
+        {"pp": 2},
+        {"dp": 2, "shard": "zero3"},
+        {"tp": 2, "dp": 2},
+        {"tp": 2, "dp": 2, "shard": "zero2"},
+        {"tp": 4},  # KV heads with copies
+        {"dp": 4, "shard": "zero1", "shard_size": 2},
+        {"tp": 2, "pp": 2, "dp": 2, "shard": "zero3"},
+    ],
+    ids=str,
+)
+def test_muon_orthogonalises_whole_matrices_at_every_layout(name: str, degrees: dict[str, int]) -> None:
+    layout, optim = ParallelLayout(**degrees), ADAMW.model_copy(update={"name": "muon"})
+    observed = run_ranks(layout.world_size, train_three_steps, MODELS[name], layout, "1f1b", 1, 4, optim)
+    assert_observed(observed, train_three_steps(MODELS[name], ParallelLayout(), "gpipe", 4, 4, optim))
 
 
 def test_uneven_stages_equal_one_process() -> None:

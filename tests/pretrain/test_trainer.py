@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from pretrain.engine import Trainer
 from pretrain.schedules import schedule_named
@@ -15,6 +16,7 @@ from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import Noise, mesh_of, tiny_config, tiny_model, tiny_subject
 from workbench.checkpoint.manifest import read_manifest
 from workbench.checkpoint.store import Store
+from workbench.cli.main import main
 from workbench.errors import CheckpointError, ConfigError, WorkbenchError
 from workbench.spec.layout import ParallelLayout
 
@@ -79,42 +81,61 @@ def fingerprints(folder: Path, step: int) -> dict[str, str]:
     return {name: stored.fingerprint for name, stored in manifest.tensors.items()}
 
 
-@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}, {"dp": 2, "shard": "zero2"}, {"dp": 2}], ids=str)
-def test_six_steps_equal_four_steps_a_crash_and_a_resume_bit_for_bit(layout: dict[str, Any], tmp_path: Path) -> None:
+MUON_BF16 = {"name": "muon", "moments": "bf16"}
+
+
+@pytest.mark.parametrize(
+    ("layout", "optim", "state"),
+    [
+        ({}, {}, "exp_avg_sq"),
+        ({"tp": 2, "pp": 2}, {}, "exp_avg_sq"),
+        ({"dp": 2, "shard": "zero2"}, {}, "exp_avg_sq"),
+        ({"dp": 2}, {}, "exp_avg_sq"),
+        ({"tp": 2, "dp": 2, "shard": "zero1"}, MUON_BF16, "momentum"),
+    ],
+    ids=str,
+)
+def test_six_steps_equal_four_steps_a_crash_and_a_resume_bit_for_bit(
+    layout: dict[str, Any], optim: dict[str, Any], state: str, tmp_path: Path
+) -> None:
     world = ParallelLayout(**layout).world_size
     run = (lambda *args: run_ranks(world, train_with, *args)) if world > 1 else (lambda *args: [train_with(*args)])
-    whole = run(str(tmp_path / "whole"), layout, 0)
-    broken = run(str(tmp_path / "broken"), layout, 4)
-    resumed = run(str(tmp_path / "broken"), layout, 0)
+    whole = run(str(tmp_path / "whole"), layout, 0, optim)
+    broken = run(str(tmp_path / "broken"), layout, 4, optim)
+    resumed = run(str(tmp_path / "broken"), layout, 0, optim)
     assert [step for step, _ in broken[0]["losses"]] == [1, 2, 3, 4]
     # The checkpoint of step 3 is the last one, so step 4 is done again.
     assert [step for step, _ in resumed[0]["losses"]] == [4, 5, 6]
     assert resumed[0]["losses"] == whole[0]["losses"][3:]
     assert resumed[0]["result"].metrics == whole[0]["result"].metrics
     assert fingerprints(tmp_path / "broken", 6) == fingerprints(tmp_path / "whole", 6)
-    assert any(name.startswith("optim.exp_avg_sq/") for name in fingerprints(tmp_path / "whole", 6))
+    assert any(name.startswith(f"optim.{state}/") for name in fingerprints(tmp_path / "whole", 6))
 
 
-def train_with(folder: str, layout: dict[str, Any], die_after: int, schedule: str = "1f1b") -> dict[str, Any]:
-    return train(folder, layout, die_after=die_after, checkpoint={"every": 3}, parallel={"schedule": schedule})
+def train_with(
+    folder: str, layout: dict[str, Any], die_after: int, schedule: str = "1f1b", optim: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    tables = {"checkpoint": {"every": 3}, "parallel": {"schedule": schedule}, "optim": optim or {}}
+    return train(folder, layout, die_after=die_after, **tables)
 
 
 @pytest.mark.parametrize(
-    ("layout", "schedule"),
+    ("layout", "schedule", "optim"),
     [
-        ({"tp": 2, "pp": 2}, "1f1b"),
-        ({"tp": 2, "dp": 2, "shard": "zero3"}, "1f1b"),
-        ({"dp": 2, "pp": 2, "vpp": 2}, "zbv"),
-        ({"dp": 2, "pp": 2, "vpp": 2, "shard": "zero3"}, "interleaved_zb"),
+        ({"tp": 2, "pp": 2}, "1f1b", {}),
+        ({"tp": 2, "dp": 2, "shard": "zero3"}, "1f1b", {}),
+        ({"dp": 2, "pp": 2, "vpp": 2}, "zbv", {}),
+        ({"dp": 2, "pp": 2, "vpp": 2, "shard": "zero3"}, "interleaved_zb", {}),
+        ({"tp": 2, "dp": 2, "shard": "zero2"}, "1f1b", MUON_BF16),
     ],
     ids=str,
 )
 def test_a_run_resumed_at_another_layout_sees_the_same_data_and_loses_alike(
-    layout: dict[str, Any], schedule: str, tmp_path: Path
+    layout: dict[str, Any], schedule: str, optim: dict[str, Any], tmp_path: Path
 ) -> None:
-    whole = train(str(tmp_path / "whole"), {})
-    train(str(tmp_path / "moved"), {}, die_after=3, checkpoint={"every": 3})
-    moved = run_ranks(4, train_with, str(tmp_path / "moved"), layout, 0, schedule)
+    whole = train(str(tmp_path / "whole"), {}, optim=optim)
+    train(str(tmp_path / "moved"), {}, die_after=3, checkpoint={"every": 3}, optim=optim)
+    moved = run_ranks(4, train_with, str(tmp_path / "moved"), layout, 0, schedule, optim)
     assert [step for step, _ in moved[0]["losses"]] == [4, 5, 6]
     for (_, loss), (_, expected) in zip(moved[0]["losses"], whole["losses"][3:], strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)
@@ -174,6 +195,51 @@ def test_weights_alone_cannot_be_resumed(tmp_path: Path) -> None:
     train(str(tmp_path), {}, run={"steps": 2}, checkpoint={"optimizer": False})
     with pytest.raises(CheckpointError, match="holds no optimizer state.*finetune from it"):
         train(str(tmp_path), {})
+
+
+def test_moments_keep_their_kind_and_format_in_a_checkpoint_that_is_resharded(tmp_path: Path) -> None:
+    train(str(tmp_path), {}, optim=MUON_BF16, run={"steps": 2})
+    before = read_manifest(Store(tmp_path / "checkpoints").path(2)).tensors
+    assert main(["reshard", str(tmp_path), str(tmp_path / "cut"), "--tp", "2", "--pp", "2"]) == 0
+    after = read_manifest(tmp_path / "cut").tensors
+    assert {name: (stored.tensor, stored.fingerprint) for name, stored in after.items()} == {
+        name: (stored.tensor, stored.fingerprint) for name, stored in before.items()
+    }
+    momentum = after["optim.momentum/layers.3.mlp.up_proj.weight"]
+    assert momentum.tensor.dtype == "BF16"
+    assert {box.file for box in momentum.boxes} == {f"optim-tp0{rank}-pp01.safetensors" for rank in (0, 1)}
+    assert "optim.momentum/embed_tokens.weight" not in after
+    assert after["optim.exp_avg/embed_tokens.weight"].tensor.dtype == "BF16"
+
+
+def test_a_run_with_another_optimizer_is_refused_with_both_names(tmp_path: Path) -> None:
+    train(str(tmp_path), {}, run={"steps": 1})
+    with pytest.raises(ConfigError, match="optim.name is muon, was adamw"):
+        train(str(tmp_path), {}, optim={"name": "muon"})
+
+
+NAMES = ("first", "second")
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "dp": 2, "shard": "zero3"}], ids=str)
+def test_two_deterministic_runs_end_in_the_same_bytes(layout: dict[str, Any], tmp_path: Path) -> None:
+    world = ParallelLayout(**layout).world_size
+    for name in NAMES:
+        modes = run_ranks(world, train_deterministically, str(tmp_path / name), layout)
+        assert modes == [(True, True, False)] * world
+    first, second = (sorted((tmp_path / name / "checkpoints/step-00000006").glob("*.safetensors")) for name in NAMES)
+    assert [file.name for file in first] == [file.name for file in second]
+    assert all(one.read_bytes() == other.read_bytes() for one, other in zip(first, second, strict=True))
+
+
+def train_deterministically(folder: str, layout: dict[str, Any]) -> tuple[bool, bool, bool]:
+    """Whether torch was deterministic, and cuBLAS, and whether buffers were filled."""
+    try:
+        train(folder, layout, run={"deterministic": True}, precision={"compute": "bf16"})
+        filled = torch.utils.deterministic.fill_uninitialized_memory
+        return torch.are_deterministic_algorithms_enabled(), "CUBLAS_WORKSPACE_CONFIG" in os.environ, filled
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_a_run_with_another_seed_or_model_is_refused_with_both_values(tmp_path: Path) -> None:

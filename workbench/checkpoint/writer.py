@@ -30,8 +30,8 @@ from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
+from workbench.spec.schema import OPTIMIZER_PREFIX
 
-OPTIMIZER_PREFIX: Final = "optim."
 _WRITE_BYTES: Final = 1 << 20  # hashed, then written while still in the cache
 
 

@@ -25,7 +25,7 @@ def compare_checkpoints(
     """
     from converters.open import open_checkpoint
     from converters.verify import compare, compute_fingerprints
-    from workbench.checkpoint.writer import OPTIMIZER_PREFIX
+    from workbench.spec.schema import OPTIMIZER_PREFIX
 
     sides = [open_checkpoint(first), open_checkpoint(second)]
     if sides[0].path.resolve() == sides[1].path.resolve():

@@ -155,8 +155,9 @@ class Terminal:
             mfu = f"  mfu {row['mfu']:.1%}" if "mfu" in row else ""
             self._note = f"loss {row['loss']:.4f}  {count_text(row['tokens_per_second'])} tok/s{mfu}"
         else:
-            scores = (f"{name} {value:.4g}" for name, value in row.items() if "/" in name)
-            self._out.detail(f"step {row['step']}: {'  '.join(scores)}")
+            scores = [f"{name} {value:.4g}" for name, value in row.items() if "/" in name]
+            told = "  ".join(scores) or f"skipped: the gradient overflowed, loss scale is now {row['loss_scale']:g}"
+            self._out.detail(f"step {row['step']}: {told}")
 
     def saved(self, checkpoint: Path) -> None:
         self._log.info("saved %s", checkpoint)
@@ -199,6 +200,12 @@ def outcome_of(result: RunResult) -> Outcome:
     if result.interrupted:
         raise KeyboardInterrupt
     return dataclasses.asdict(result)
+
+
+def skipped_text(outcome: Outcome) -> list[str]:
+    """A line on the steps that updated nothing, if there were any."""
+    skipped = outcome["skipped_steps"]
+    return [f"skipped    {skipped} steps whose gradients overflowed in fp16"] if skipped else []
 
 
 def run_in_folder(

@@ -125,7 +125,7 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
 def _text(found: dict[str, Any]) -> str:
     layout, worst, data = found["layout"], found["memory"]["worst_rank"], found["data"]
     length = f"{found['steps']} steps" if found["steps"] else f"{found['seconds']:g} seconds"
-    parts = ("parameters", "gradients", "optimizer", "activations")
+    parts = ("parameters", "working", "gradients", "optimizer", "activations")
     rows = [
         ("for", f"wb {found['for']}, {length} of {count_text(found['step_tokens'])} tokens"),
         ("model", f"{count_text(found['parameters'])} parameters in {sum(found['layers_per_stage'])} layers"),
@@ -139,7 +139,8 @@ def _text(found: dict[str, Any]) -> str:
         (
             "memory",
             f"about {size_text(worst['total'])} on the fullest rank (stage {worst['stage']}): "
-            + ", ".join(f"{part} {size_text(worst[part])}" for part in parts),
+            + ", ".join(f"{part} {size_text(worst[part])}" for part in parts if worst[part])
+            + (f"; in the host's memory {size_text(worst['host'])} of moments" if worst["host"] else ""),
         ),
         ("", f"about {size_text(found['memory']['all_ranks_bytes'])} on all ranks, without what torch itself needs"),
     ]

@@ -16,6 +16,7 @@ from workbench.cli._training import (
     plan_facts,
     run_in_folder,
     say_plan,
+    skipped_text,
     voice_of,
 )
 from workbench.cli.common import Command, Output, count_text, time_text
@@ -132,6 +133,7 @@ def _summary(outcome: Outcome, config: FinetuneConfig) -> str:
     lines = [
         f"done       step {outcome['step']}, {count_text(outcome['tokens'])} tokens, {time_text(outcome['seconds'])}, "
         f"{count_text(outcome['trained_parameters'])} parameters trained",
+        *skipped_text(outcome),
         *(f"{name:<22} {_number(value)}" for name, value in outcome["metrics"].items()),
         f"checkpoint {outcome['checkpoint']}",
     ]

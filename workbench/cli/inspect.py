@@ -39,7 +39,7 @@ def inspect(
 
 def _summary(opened: OpenedCheckpoint) -> dict[str, Any]:
     from converters.plan import tensor_bytes
-    from workbench.checkpoint.writer import OPTIMIZER_PREFIX
+    from workbench.spec.schema import OPTIMIZER_PREFIX
 
     schema = opened.source.schema.values()
     weights = [tensor for tensor in schema if not tensor.name.startswith(OPTIMIZER_PREFIX)]

@@ -16,6 +16,7 @@ from workbench.cli._training import (
     plan_facts,
     run_in_folder,
     say_plan,
+    skipped_text,
     voice_of,
 )
 from workbench.cli.common import Command, Output, count_text, time_text
@@ -112,6 +113,7 @@ def _summary(outcome: Outcome, config: PretrainConfig) -> str:
     scores = {name: value for name, value in outcome["metrics"].items() if not name.endswith("/tokens")}
     lines = [
         f"done       step {outcome['step']}, {count_text(outcome['tokens'])} tokens in {time_text(outcome['seconds'])}",
+        *skipped_text(outcome),
         *(f"{name:<22} {_number(value)}" for name, value in scores.items()),
         f"checkpoint {outcome['checkpoint']}",
         f"next       wb generate {config.run.dir} --prompt '...'    wb export {config.run.dir} DST",

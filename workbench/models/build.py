@@ -25,11 +25,12 @@ class StageOptions:
     """How a stage computes what its model says.
 
     compile_blocks: compile each layer with torch.compile. split_backward: backward leaves the products for the weights'
-    gradients in `BuiltStage.gemm.waiting`.
+    gradients in `BuiltStage.gemm.waiting`. reduce_dtype: in which replicas sum gradients; by default fp32 or wider.
     """
 
     compile_blocks: bool = False
     split_backward: bool = False
+    reduce_dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def build_stage(
     if options.compile_blocks:
         for block in blocks:
             block.compile()
-    data_parallel = DataParallel(module, blocks, mesh, compute_dtype)
+    data_parallel = DataParallel(module, blocks, mesh, compute_dtype, reduce_dtype=options.reduce_dtype)
     module.to_empty(device=mesh.device)
     return BuiltStage(module, gemm, data_parallel, live_parameters(module, mesh))
 

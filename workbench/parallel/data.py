@@ -1,4 +1,14 @@
-"""Data parallelism through FSDP2: replicated parameters, or parameters cut on dim 0 over the data axis."""
+"""Data parallelism through FSDP2: what replicas keep whole, what they share, and how often they talk about it.
+
+| `shard` | shared by the replicas | gradients are summed | parameters are gathered |
+|---|---|---|---|
+| none | nothing | once a step | never |
+| zero1 | parameters at rest, moments | once a step; whole ones accumulate until then | once a step |
+| zero2 | gradients as well | after each microbatch, so that only shares accumulate | once a step |
+| zero3 | parameters at all times | after each microbatch | for each forward and each backward |
+
+With `shard_size` below the number of replicas several copies exist; they are summed over once a step in any case.
+"""
 
 from __future__ import annotations
 
@@ -15,19 +25,34 @@ from workbench.parallel.mesh import Mesh
 class DataParallel:
     """A stage wrapped for the data axis. Gradients are summed, never averaged: the loss carries its own scale."""
 
-    def __init__(self, stage: nn.Module, blocks: Iterable[nn.Module], mesh: Mesh, compute_dtype: torch.dtype) -> None:
-        """Wraps each block and then the stage; parameters may still be on the meta device. No-op with one rank."""
+    def __init__(
+        self,
+        stage: nn.Module,
+        blocks: Iterable[nn.Module],
+        mesh: Mesh,
+        compute_dtype: torch.dtype,
+        *,
+        reduce_dtype: torch.dtype | None = None,
+    ) -> None:
+        """Wraps each block and then the stage; parameters may still be on the meta device. No-op with one rank.
+
+        reduce_dtype: the type in which gradients are summed over replicas; by default fp32 or wider.
+        """
         self._stage: FSDPModule | None = None
         if mesh.data_mesh is None:
             return
-        self._reshard = mesh.layout.shard == "zero3"
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=accumulation_dtype(compute_dtype))
+        self._shard = mesh.layout.shard
+        # Where all replicas share one copy there is no second sum, not even one over a single rank.
+        one_copy = mesh.shard.size == mesh.data.size
+        policy = MixedPrecisionPolicy(
+            param_dtype=compute_dtype, reduce_dtype=reduce_dtype or accumulation_dtype(compute_dtype)
+        )
         for module in (*blocks, stage):
             wrapped = fully_shard(
                 module,
-                mesh=mesh.data_mesh,
+                mesh=mesh.data_mesh["dp_shard"] if one_copy else mesh.data_mesh,
                 mp_policy=policy,
-                reshard_after_forward=self._reshard and module is not stage,
+                reshard_after_forward=self._shard == "zero3" and module is not stage,
             )
             wrapped.set_gradient_divide_factor(1.0)
             # Otherwise torch asks for a pre-multiplied sum in fp32, which gloo does not have.
@@ -35,12 +60,13 @@ class DataParallel:
             self._stage = wrapped
 
     def before_backward(self, *, last: bool) -> None:
-        """Says whether the next backward is the step's last on this stage; after that one gradients are reduced."""
+        """Says whether the next backward is the step's last on this stage; after that one every gradient is summed."""
         if self._stage is None:
             return
-        self._stage.set_requires_gradient_sync(last)
+        self._stage.set_requires_gradient_sync(last or self._shard in ("zero2", "zero3"))
+        self._stage.set_requires_all_reduce(last)
         self._stage.set_is_last_backward(last)
-        self._stage.set_reshard_after_backward(last or self._reshard)
+        self._stage.set_reshard_after_backward(last or self._shard == "zero3")
 
     def after_backward(self, *, last: bool) -> None:
         """Takes in gradients that were added after a backward, into sums of the reduction's type; says whether they

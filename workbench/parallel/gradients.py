@@ -52,12 +52,14 @@ def gradient_norm(parameters: Sequence[LiveParameter], mesh: Mesh) -> torch.Tens
     return mesh.world.all_reduce(total).sqrt()
 
 
-def clip_gradients(parameters: Sequence[LiveParameter], norm: torch.Tensor, limit: float) -> None:
-    """Scales all gradients so that their norm, which is `norm` now, is at most `limit`."""
-    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+def clip_gradients(
+    parameters: Sequence[LiveParameter], norm: torch.Tensor, limit: float, *, scale: float = 1.0
+) -> None:
+    """Divides all gradients by `scale`, after which their norm is `norm`, and then so that it is at most `limit`."""
+    factor = (limit / (norm + 1e-6)).clamp(max=1.0) / scale
     grads = [grad for parameter in parameters if (grad := parameter.grad) is not None]
     if grads:
-        torch._foreach_mul_(grads, scale.to(grads[0].dtype))
+        torch._foreach_mul_(grads, factor.to(grads[0].dtype))
 
 
 def _all_reduce_together(views: list[torch.Tensor], axis: Axis) -> None:

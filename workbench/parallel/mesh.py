@@ -61,6 +61,16 @@ class Axis:
         _ALL_GATHER(gathered, local.unsqueeze(0), group=self._group)
         return torch.cat(gathered.unbind(0), dim=dim)
 
+    def exchange(self, pieces: Sequence[torch.Tensor], sizes: Sequence[int]) -> Sequence[torch.Tensor]:
+        """What each position has for this one: a flat tensor of `sizes` elements each. `pieces`: one flat tensor for
+        each position."""
+        if self.size == 1:
+            return pieces
+        sent = torch.cat(list(pieces))
+        received = sent.new_empty(sum(sizes))
+        dist.all_to_all_single(received, sent, list(sizes), [piece.numel() for piece in pieces], group=self._group)
+        return received.split(list(sizes))
+
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """`tensor` itself, overwritten with that of position `source`."""
         if self.size > 1:
@@ -135,6 +145,7 @@ class Axes:
     pp: PipelineAxis = field(default_factory=lambda: PipelineAxis([0], 0, None))
     data: Axis = field(default_factory=lambda: _one("data"))
     shard: Axis = field(default_factory=lambda: _one("shard"))
+    holders: Axis = field(default_factory=lambda: _one("holders"))
     tied: Axis = field(default_factory=lambda: _one("tied"))
     world: Axis = field(default_factory=lambda: _one("world"))
     data_mesh: DeviceMesh | None = None
@@ -146,13 +157,15 @@ class Mesh:
 
     tp, cp, dp, pp: the four axes of the layout. data: the replicas of this rank's parameters, which are the ranks of dp
     and cp together (position dp_rank * cp + cp_rank). shard: those replicas that share one copy of the parameters.
-    tied: the first and the last stage. world: all ranks.
+    holders: all ranks of this stage, which together hold its parameters. tied: the first and the last stage. world: all
+    ranks.
     """
 
     def __init__(self, layout: ParallelLayout, device: torch.device, rank: int, axes: Axes) -> None:
         self.layout, self.rank, self.device = layout, rank, device
         self.tp, self.cp, self.dp, self.pp = axes.tp, axes.cp, axes.dp, axes.pp
-        self.data, self.shard, self.tied, self.world = axes.data, axes.shard, axes.tied, axes.world
+        self.data, self.shard, self.holders, self.tied = axes.data, axes.shard, axes.holders, axes.tied
+        self.world = axes.world
         self.data_mesh = axes.data_mesh
         self._copies: dict[int, Axis] = {1: Axis("copies", [rank], 0, None)}
 
@@ -222,6 +235,12 @@ def _make_axes(layout: ParallelLayout, device: torch.device, rank: int) -> Axes:
     data_group = _group_of(rank, replicas)
     cp_group = data_group if dp == 1 else _group_of(rank, [line("cp_rank", start) for start in starts(tp, 1, dp, pp)])
     dp_group = data_group if cp == 1 else _group_of(rank, [line("dp_rank", start) for start in starts(tp, cp, 1, pp)])
+    width = tp * cp * dp
+    stages = [range(first, first + width) for first in range(0, layout.world_size, width)]
+    if pp == 1 or tp == 1:
+        holders_group = dist.group.WORLD if pp == 1 else data_group
+    else:
+        holders_group = grid.get_group("tp") if dp * cp == 1 else _group_of(rank, stages)
     position = data.index(rank)
     first = position - position % shards
     return Axes(
@@ -231,6 +250,7 @@ def _make_axes(layout: ParallelLayout, device: torch.device, rank: int) -> Axes:
         pp=PipelineAxis(mine, at.stage, grid.get_group("pp"), _lanes(layout, rank, pipelines)),
         data=Axis("data", data, position, data_group),
         shard=Axis("shard", data[first : first + shards], position - first, grid.get_group("dp_shard")),
+        holders=Axis("holders", stages[at.stage], rank % width, holders_group),
         tied=_axis_of(rank, "tied", tied, _group_of(rank, ends)),
         world=Axis("world", range(layout.world_size), rank, dist.group.WORLD),
         data_mesh=grid["dp_replicate", "dp_shard"] if layout.replicas > 1 else None,

@@ -6,12 +6,13 @@ Layers are built from these specs, so a layer's `shards()` and the offline plann
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from typing import Final
 
 from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
-MOMENTS = ("optim.exp_avg", "optim.exp_avg_sq")
+OPTIMIZER_PREFIX: Final = "optim."
 
 
 def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
@@ -87,6 +88,14 @@ def norm_specs(model: ModelConfig, path: str, place: Place) -> tuple[ParameterSp
         bias = Part(f"{path}.bias", (model.hidden_size,))
         specs.append(ParameterSpec(f"{path}.bias", (bias,), (place,), "norm", "zeros"))
     return tuple(specs)
+
+
+def weight_of(name: str) -> str:
+    """The weight that a logical tensor is, or for a moment `optim.<kind>/<weight>` the one that it belongs to.
+
+    A moment has its weight's shape and is cut by the same boxes.
+    """
+    return name.partition("/")[2] if name.startswith(OPTIMIZER_PREFIX) else name
 
 
 def tied_head(model: ModelConfig) -> bool:
