@@ -1,4 +1,4 @@
-"""Programs with one call taken out: each call of a collective, replaced by its first argument, must be missed by a test."""
+"""Programs with one call taken out: some test must miss each call of a collective, replaced by its first argument."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Few cases in which every pair of choices meets: what most faults of combined features need to show (pairwise testing)."""
+"""Few cases in which every pair of choices meets: enough to show most faults of combined features."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from pretrain.objective import Share
+from pretrain.objective import Share, to_batch
 from pretrain.step import agree, train_step
 from pretrain.trainer import Subject, Trainer
 from tests.helpers.pairwise import Case
@@ -45,7 +45,7 @@ def train(case: Case, folder: str, ranks: int) -> Seen:
         labels = agree(rows, mesh, stop=False).num_labels
         if step < 0:
             scale = torch.tensor(1.0 / labels, dtype=torch.float64)
-            trainer.pipeline.train([to_batch(r, mesh, seed=7, step=0) for r in rows], scale)
+            trainer.pipeline.train([to_batch(r, mesh.device, seed=7, step=0) for r in rows], scale)
             complete_gradients(parameters, mesh)
             seen.norms.append(float(gradient_norm(parameters, mesh)))
             seen.gradients = boxes_of(parameters, gradients=True)

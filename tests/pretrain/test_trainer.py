@@ -113,7 +113,7 @@ def test_six_steps_equal_four_steps_a_crash_and_a_resume_bit_for_bit(
 
 
 def train_with(
-    folder: str, layout: dict[str, Any], die_after: int, schedule: str = "1f1b", optim: dict[str, Any] | None = None
+    folder: str, layout: dict[str, Any], die_after: int, optim: dict[str, Any] | None = None, schedule: str = "1f1b"
 ) -> dict[str, Any]:
     tables = {"checkpoint": {"every": 3}, "parallel": {"schedule": schedule}, "optim": optim or {}}
     return train(folder, layout, die_after=die_after, **tables)
@@ -135,7 +135,7 @@ def test_a_run_resumed_at_another_layout_sees_the_same_data_and_loses_alike(
 ) -> None:
     whole = train(str(tmp_path / "whole"), {}, optim=optim)
     train(str(tmp_path / "moved"), {}, die_after=3, checkpoint={"every": 3}, optim=optim)
-    moved = run_ranks(4, train_with, str(tmp_path / "moved"), layout, 0, schedule, optim)
+    moved = run_ranks(4, train_with, str(tmp_path / "moved"), layout, 0, optim, schedule)
     assert [step for step, _ in moved[0]["losses"]] == [4, 5, 6]
     for (_, loss), (_, expected) in zip(moved[0]["losses"], whole["losses"][3:], strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)

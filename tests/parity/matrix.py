@@ -1,0 +1,130 @@
+"""The parity matrix: which cases are run, how far each lies from one process, and the table of it in docs/parity.md."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from tests.helpers.pairwise import Case, Pair, pairwise
+from tests.helpers.parity import largest_difference
+from tests.helpers.ranks import run_ranks
+from tests.parity.case import DIMENSIONS, RANKS, name_of, reference_of, refusal
+from tests.parity.run import Seen, train
+
+TOLERANCE = 1e-10
+"""Relative. float64 keeps about 1e-16 a sum, three updates divide by small moments; a wrong collective is off by far
+more."""
+WHOLE = (
+    {"tp": 2, "pp": 2, "dp": 2},
+    {"tp": 2, "pp": 2, "cp": 2},
+)
+"""Every axis that 8 ranks have room for, whatever the pairs need."""
+
+
+@dataclass(frozen=True)
+class Distance:
+    """The largest relative difference of any rank from one process."""
+
+    loss: float
+    norm: float
+    gradient: float
+    weight: float
+
+    @property
+    def largest(self) -> float:
+        return max(self.loss, self.norm, self.gradient, self.weight)
+
+
+@cache
+def matrix() -> tuple[list[Case], set[Pair]]:
+    """The cases, and the pairs of choices that no configuration allows."""
+    plain = {name: values[0] for name, values in DIMENSIONS.items()}
+    begin = [{**plain, **case} for case in WHOLE if case.keys() <= DIMENSIONS.keys()]
+    return pairwise(DIMENSIONS, lambda case: refusal(case) is None, begin=begin)
+
+
+def ranks_of(case: Case) -> int:
+    """How many processes a case takes."""
+    found = 1
+    for axis in ("tp", "pp", "cp", "dp"):
+        found *= case.get(axis, 1)
+    assert found <= RANKS, case
+    return found
+
+
+def distance(case: Case) -> Distance:
+    """Runs a case on its ranks and compares it with one process."""
+    ranks = ranks_of(case)
+    with tempfile.TemporaryDirectory() as folder:
+        seen = run_ranks(ranks, train, case, folder, ranks)
+    expected = _reference(tuple(sorted(reference_of(case).items())))
+    gradients = {name: values for name, _, values in expected.gradients}
+    weights = {name: values for name, _, values in expected.weights}
+    assert {name for one in seen for name, _, _ in one.weights} == set(weights), "a tensor is held by no rank"
+    return Distance(
+        loss=max(_relative(one.losses, expected.losses) for one in seen),
+        norm=max(_relative(one.norms, expected.norms) for one in seen),
+        gradient=max(largest_difference(one.gradients, gradients) for one in seen),
+        weight=max(largest_difference(one.weights, weights) for one in seen),
+    )
+
+
+@cache
+def _reference(choices: tuple[tuple[str, object], ...]) -> Seen:
+    with tempfile.TemporaryDirectory() as folder:
+        return train(dict(choices), folder, 1)
+
+
+def _relative(these: list[float], those: list[float]) -> float:
+    assert len(these) == len(those)
+    return max(abs(a - b) / abs(b) for a, b in zip(these, those, strict=True))
+
+
+def table(found: Iterator[tuple[Case, Distance]]) -> Iterator[str]:
+    """Lines of docs/parity.md, one a case as it is done."""
+    names = list(DIMENSIONS)
+    yield f"| {' | '.join(names)} | ranks | largest difference |"
+    yield "|" + "---|" * (len(names) + 2)
+    for case, off in found:
+        yield f"| {' | '.join(str(case[name]) for name in names)} | {ranks_of(case)} | {off.largest:.0e} |"
+
+
+PAGE = Path(__file__).parents[2] / "docs" / "parity.md"
+HEAD = """# Parity
+
+<!-- Written by `make parity`; a test keeps its cases current. -->
+
+Each line is three optimizer steps of a small model in float64 over several processes, against the same on one process:
+the loss and gradient norm of every step, every gradient of the first, every weight after the last. The largest relative
+difference must stay below 1e-10. The cases are chosen so that every two choices that a configuration allows meet in one
+of them; which it refuses, and why, stands in [capabilities](capabilities.md).
+
+"""
+
+
+def write() -> None:
+    """Runs every case, prints its line, and writes the page when all agree."""
+    cases, _ = matrix()
+    lines = []
+    worst = 0.0
+
+    def run() -> Iterator[tuple[Case, Distance]]:
+        nonlocal worst
+        for case in cases:
+            off = distance(case)
+            worst = max(worst, off.largest)
+            if off.largest > TOLERANCE:
+                raise SystemExit(f"{name_of(case)}: {off}")
+            yield case, off
+
+    for line in table(run()):
+        print(line, flush=True)
+        lines.append(line)
+    PAGE.write_text(HEAD + "\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    write()
