@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pretrain.config import BatchTable, EngineConfig
 from pretrain.schedules import schedule_named
 from pretrain.simulate import simulate
+from workbench.spec.execution import Recompute
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import stage_specs
@@ -42,7 +43,8 @@ def estimate_memory(
     model: ModelConfig, layout: ParallelLayout, config: EngineConfig, *, on_cpu: bool = True
 ) -> tuple[StageMemory, ...]:
     """One estimate a stage. Parameters, gradients and moments are counted; activations follow from what each layer
-    keeps for its backward, times the microbatches that the schedule keeps in flight."""
+    keeps for its backward, times the microbatches that the schedule keeps in flight. What waits in the host's memory
+    (`recompute.offload`) is not counted."""
     batch, compute = config.batch, COMPUTE_BYTES[config.precision.compute]
     num_microbatches = max(batch.global_size // (batch.micro_size * layout.dp), 1)
     in_flight = simulate(schedule_named(config.parallel.schedule), layout.pp, num_microbatches).peak_in_flight
@@ -54,12 +56,15 @@ def estimate_memory(
         copies = 0 if compute == MASTER_BYTES else local * compute * (1 if layout.replicas > 1 else in_flight[stage])
         if layout.shard in ("zero1", "zero2"):
             copies = local * compute
-        layer = (
-            _layer_activations(model, layout, batch, on_cpu=on_cpu)
-            * compute
-            * len(layout.layers(model.num_hidden_layers, stage))
+        whole = _layer_activations(model, layout, batch, on_cpu=on_cpu, recompute="none") * compute
+        kept_of_layer = (
+            _layer_activations(model, layout, batch, on_cpu=on_cpu, recompute=config.recompute.mode) * compute
         )
-        logits = _logits_bytes(model, layout, batch, compute) if stage == layout.last_stage else 0
+        layer = kept_of_layer * len(layout.layers(model.num_hidden_layers, stage))
+        layers = 0 if config.recompute.offload else layer * in_flight[stage]
+        if config.recompute.offload or config.recompute.mode != "none":
+            layers += whole  # of one layer at a time backward has everything
+        logits = _logits_bytes(model, layout, config, in_flight[stage]) if stage == layout.last_stage else 0
         found.append(
             StageMemory(
                 stage=stage,
@@ -67,26 +72,32 @@ def estimate_memory(
                 parameters=kept * MASTER_BYTES + copies,
                 gradients=kept * GRADIENT_BYTES,
                 optimizer=kept * MOMENT_BYTES,
-                activations=layer * in_flight[stage] + logits,
+                activations=layers + logits,
             )
         )
     return tuple(found)
 
 
-def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, *, on_cpu: bool) -> int:
-    """Elements that a layer keeps for the backward of one microbatch.
+def _layer_activations(
+    model: ModelConfig, layout: ParallelLayout, batch: BatchTable, *, on_cpu: bool, recompute: Recompute
+) -> int:
+    """Elements that a layer keeps for the backward of one microbatch: its input, if it is computed again whole.
 
     Whole on every rank: inputs and outputs of the two norms, and the residual between. Cut over tp: query, key and
     value, query and key after the rotation, the output of attention, and of the MLP up, (gate,) activation and product.
+    Selective recompute keeps neither scores nor the activation of a gated MLP.
     """
+    if recompute == "full":
+        return batch.micro_size * batch.seq_len * model.hidden_size
     heads = model.num_attention_heads * model.head_dim
     kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
     whole = 5 * model.hidden_size
-    mlp = (4 if model.gated_mlp else 2) * model.intermediate_size
+    gated = 3 if recompute == "selective" else 4
+    mlp = (gated if model.gated_mlp else 2) * model.intermediate_size
     attention = 2 * heads + 2 * kv_heads
     if model.position_embedding == "rope":
         attention += heads + kv_heads
-    if on_cpu and batch.seq_len in SCORED_TOKENS:
+    if on_cpu and batch.seq_len in SCORED_TOKENS and recompute == "none":
         # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
         # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.
         attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
@@ -94,9 +105,16 @@ def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchT
     return batch.micro_size * batch.seq_len * (whole + cut // layout.tp)
 
 
-def _logits_bytes(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, compute: int) -> int:
-    """The logits of one microbatch, their softmax and their gradient; a sequence head has next to none."""
+def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, in_flight: int) -> int:
+    """The logits of one microbatch, their softmax and their gradient; a sequence head has next to none.
+
+    In chunks they are few, but the gradient of the head's weight is kept with each microbatch in flight.
+    """
     if model.num_labels:
         return 0
     rows = -(-model.vocab_size // layout.tp)
-    return batch.micro_size * batch.seq_len * rows * (compute + 2 * MASTER_BYTES)
+    tokens, chunk = config.batch.micro_size * config.batch.seq_len, config.kernels.loss_chunk_tokens
+    logit_bytes = COMPUTE_BYTES[config.precision.compute] + 2 * MASTER_BYTES
+    if not chunk:
+        return tokens * rows * logit_bytes
+    return min(chunk, tokens) * rows * logit_bytes + rows * model.hidden_size * MASTER_BYTES * in_flight

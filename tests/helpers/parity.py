@@ -11,7 +11,7 @@ from pretrain.optimizer import Optimizer
 from pretrain.pipeline import Pipeline
 from pretrain.schedules import schedule_named
 from workbench.models.batch import Batch
-from workbench.models.build import build_stage, initialise
+from workbench.models.build import StageOptions, build_stage, initialise
 from workbench.parallel.dropout import DropoutKey
 from workbench.parallel.gradients import complete_gradients, gradient_norm
 from workbench.parallel.initial import normal
@@ -36,10 +36,12 @@ class Observed:
     weights: Boxes = field(default_factory=list)
 
 
-def train_three_steps(model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int) -> Observed:
+def train_three_steps(
+    model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int, options: StageOptions | None = None
+) -> Observed:
     """What this rank saw of three AdamW steps in float64 on data that depends on the step alone."""
     mesh = Mesh.create(layout, torch.device("cpu"))
-    built = build_stage(model, mesh, dtype=torch.float64)
+    built = build_stage(model, mesh, dtype=torch.float64, options=options)
     initialise(built.parameters, model, seed=7)
     perturb(built.parameters)
     pipeline = Pipeline(built, mesh, schedule_named(schedule))
