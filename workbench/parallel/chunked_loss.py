@@ -73,7 +73,7 @@ class _ChunkedLoss(torch.autograd.Function):
             if grad_ND is not None:
                 torch.mm(grad_CV, weight, out=grad_ND[rows])
             if grad_VD is not None and grad_VD.dtype == weight.dtype:
-                grad_VD.addmm_(grad_CV.t(), hidden_CD)
+                torch.addmm(grad_VD, grad_CV.t(), hidden_CD, out=grad_VD)
             elif grad_VD is not None:
                 grad_VD += grad_CV.t() @ hidden_CD
         ctx.save_for_backward(grad_ND, grad_VD)
