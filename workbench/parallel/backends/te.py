@@ -52,7 +52,8 @@ class TransformerEngineExecutor:
 
     def norm(self, kind: NormKind, size: int, eps: float) -> Normalise:
         made = te.RMSNorm if kind == "rmsnorm" else te.LayerNorm
-        return made(size, eps=eps, dtype=self._dtype, device=self._mesh.device).requires_grad_(False)
+        module = made(size, eps=eps, dtype=self._dtype, device=self._mesh.device).requires_grad_(False)
+        return lambda x: module(x)  # not the module, which would become part of the model
 
     def attention(self, heads: int, kv_heads: int, head_dim: int) -> Attend:
         core = te.DotProductAttention(
