@@ -86,6 +86,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """What each head sees, [B, T, H, d]."""
         if self.core is not None and cache is None:
+            assert batch.documents is None, "this executor attends to all earlier tokens of a row"
             return self.core(q_BTHd, k_BTKd, v_BTKd)
         drops = bool(self.dropout) and batch.dropout is not None
         if cache is None and not drops and suits(q_BTHd):

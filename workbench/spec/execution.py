@@ -46,27 +46,29 @@ class StageOptions:
 def execution_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
     """Every reason why a stage cannot be computed in this way."""
     return [
-        *compile_faults(options),
+        *compile_faults(options, model),
         *fp8_size_faults(options, model, layout),
         *te_faults(options, model, layout),
     ]
 
 
-def compile_faults(options: StageOptions) -> list[str]:
+def compile_faults(options: StageOptions, model: ModelConfig) -> list[str]:
     """Why layers cannot be compiled in this way, if they cannot."""
     if not options.compile_blocks:
         return []
     found = []
     if options.split_backward:
         found.append(
-            "kernels.compile=true cannot compile a backward in halves: a compiled backward is one graph; "
-            "use a schedule that does not split it (1f1b) or compile = false"
+            "kernels.compile=true and a schedule that splits the backward: each waiting product would break the graph "
+            "of its layer; use another schedule (1f1b) or compile = false"
         )
     if options.backend == "te":
         found.append("kernels.compile=true and kernels.backend='te': its kernels are closed to torch.compile; drop one")
-    if options.offload:
+    if options.recompute == "full" and (model.attention_dropout or model.hidden_dropout):
         found.append(
-            "kernels.compile=true and recompute.offload=true: a compiled graph decides itself what it keeps; drop one"
+            "kernels.compile=true and recompute.mode='full' with dropout in the layers: the seeds of dropout are made "
+            "outside of graphs, so no layer would be compiled; use recompute.mode = 'selective', compile = false or no "
+            "dropout"
         )
     return found
 
