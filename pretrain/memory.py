@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from pretrain.config import BatchTable, EngineConfig
+from pretrain.config import EngineConfig
 from pretrain.schedules import schedule_named
 from pretrain.simulate import simulate
 from workbench.spec.execution import Recompute
@@ -56,14 +56,12 @@ def estimate_memory(
         copies = 0 if compute == MASTER_BYTES else local * compute * (1 if layout.replicas > 1 else in_flight[stage])
         if layout.shard in ("zero1", "zero2"):
             copies = local * compute
-        whole = _layer_activations(model, layout, batch, on_cpu=on_cpu, recompute="none") * compute
-        kept_of_layer = (
-            _layer_activations(model, layout, batch, on_cpu=on_cpu, recompute=config.recompute.mode) * compute
+        num_layers = len(layout.layers(model.num_hidden_layers, stage))
+        if config.recompute.mode == "full":
+            copies //= max(num_layers, 1)  # those of a layer that is computed again go with the rest of it
+        kept_of_layers, working = _layers_activations(
+            model, layout, config, num_layers * in_flight[stage], on_cpu=on_cpu
         )
-        layer = kept_of_layer * len(layout.layers(model.num_hidden_layers, stage))
-        layers = 0 if config.recompute.offload else layer * in_flight[stage]
-        if config.recompute.offload or config.recompute.mode != "none":
-            layers += whole  # of one layer at a time backward has everything
         logits = _logits_bytes(model, layout, config, in_flight[stage]) if stage == layout.last_stage else 0
         found.append(
             StageMemory(
@@ -72,26 +70,45 @@ def estimate_memory(
                 parameters=kept * MASTER_BYTES + copies,
                 gradients=kept * GRADIENT_BYTES,
                 optimizer=kept * MOMENT_BYTES,
-                activations=layers + logits,
+                activations=kept_of_layers + max(working, logits),
             )
         )
     return tuple(found)
 
 
+def _layers_activations(
+    model: ModelConfig, layout: ParallelLayout, config: EngineConfig, num_layers: int, *, on_cpu: bool
+) -> tuple[int, int]:
+    """Bytes that `num_layers` layers keep, those in flight counted apiece, and what backward of one needs besides."""
+
+    def layer(mode: Recompute) -> int:
+        elements = _layer_activations(model, layout, config, on_cpu=on_cpu, recompute=mode)
+        return elements * COMPUTE_BYTES[config.precision.compute]
+
+    working = layer("none") * 5 // 4  # all of one layer, and gradients of a part of it
+    if config.recompute.offload:
+        return 0, working
+    mode = config.recompute.mode
+    return num_layers * layer(mode), 0 if mode == "none" else working
+
+
 def _layer_activations(
-    model: ModelConfig, layout: ParallelLayout, batch: BatchTable, *, on_cpu: bool, recompute: Recompute
+    model: ModelConfig, layout: ParallelLayout, config: EngineConfig, *, on_cpu: bool, recompute: Recompute
 ) -> int:
     """Elements that a layer keeps for the backward of one microbatch: its input, if it is computed again whole.
 
-    Whole on every rank: inputs and outputs of the two norms, and the residual between. Cut over tp: query, key and
-    value, query and key after the rotation, the output of attention, and of the MLP up, (gate,) activation and product.
-    Selective recompute keeps neither scores nor the activation of a gated MLP.
+    Whole on every rank: inputs and outputs of the two norms, and of an RMSNorm the value before its weight and the
+    input in fp32, which counts twice in bf16. Cut over tp: query, key and value, query and key after the rotation, the
+    output of attention, and of the MLP up, (gate,) activation and product. Selective recompute keeps neither scores nor
+    the activation of a gated MLP.
     """
+    batch = config.batch
     if recompute == "full":
         return batch.micro_size * batch.seq_len * model.hidden_size
     heads = model.num_attention_heads * model.head_dim
     kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
-    whole = 5 * model.hidden_size
+    norm = 2 if model.norm == "layernorm" else 3 if config.precision.compute == "fp32" else 4
+    whole = 2 * norm * model.hidden_size
     gated = 3 if recompute == "selective" else 4
     mlp = (gated if model.gated_mlp else 2) * model.intermediate_size
     attention = 2 * heads + 2 * kv_heads

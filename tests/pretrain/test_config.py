@@ -8,9 +8,11 @@ import pytest
 from pydantic import ValidationError
 
 from pretrain.config import EngineConfig, ParallelTable, PretrainConfig
+from pretrain.execution import choose_executor
 from pretrain.presets import PRESETS
 from tests.pretrain.models import tiny_config, tiny_model
-from workbench.errors import LayoutError
+from workbench.errors import LaunchError, LayoutError
+from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 VALUES: dict[str, Any] = {
@@ -66,6 +68,48 @@ def test_layout_and_batch_faults_come_in_one_message() -> None:
     config = tiny_config("run", parallel={"tp": 3})
     with pytest.raises(LayoutError, match=r"num_attention_heads=4 cannot be split over tp=3.*global_size=8 is not"):
         config.resolve_layout(tiny_model(), 9)
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"precision": {"linear": "fp8_rowwise"}}, r"gives its results in bf16, but precision.compute='fp32'"),
+        (
+            {"precision": {"compute": "bf16", "linear": "fp8_tensorwise"}, "parallel": {"tp": 2}},
+            r"multiples of 16, but on each of tp=2 ranks .*layers\.\*\.mlp\.down_proj 32 x 24",
+        ),
+        ({"kernels": {"backend": "te", "compile": True}}, "its kernels are closed to torch.compile"),
+        (
+            {"precision": {"compute": "bf16", "linear": "te:delayed"}, "recompute": {"mode": "full"}},
+            "needs kernels.backend = 'te', not 'torch'",
+        ),
+        (
+            {
+                "kernels": {"backend": "auto"},
+                "precision": {"compute": "bf16", "linear": "te:delayed"},
+                "recompute": {"mode": "full"},
+            },
+            "would count its largest values twice",
+        ),
+    ],
+)
+def test_ways_of_computing_that_do_not_go_together_are_refused(tables: dict[str, Any], message: str) -> None:
+    config = tiny_config("run", **tables)
+    with pytest.raises(LayoutError, match=message):
+        config.resolve_layout(tiny_model(), config.parallel.num_ranks())
+
+
+def test_activations_cannot_be_moved_off_a_cpu() -> None:
+    config = tiny_config("run", recompute={"offload": True})
+    with pytest.raises(LaunchError, match=r"this run is on a CPU, where they are already; set offload = false"):
+        choose_executor(config, tiny_model(), ParallelLayout(), "cpu")
+    assert choose_executor(config, tiny_model(), ParallelLayout(), "cuda").backend == "torch"
+
+
+def test_a_recipe_of_transformer_engine_leaves_auto_no_choice() -> None:
+    config = tiny_config("run", kernels={"backend": "auto"}, precision={"compute": "bf16", "linear": "te:current"})
+    with pytest.raises(LaunchError, match="runs on NVIDIA GPUs"):
+        choose_executor(config, tiny_model(), ParallelLayout(), "cpu")
 
 
 @pytest.mark.parametrize(
