@@ -24,10 +24,11 @@ from pretrain.schedules import Schedule, schedule_named, schedules
 from pretrain.simulate import simulate
 from tests.helpers.ranks import run_ranks
 from workbench.models.batch import Batch
-from workbench.models.build import BuiltStage, StageOptions, build_stage, initialise
+from workbench.models.build import BuiltStage, build_stage, initialise
 from workbench.parallel.data import DataParallel
 from workbench.parallel.gemm import Gemm
 from workbench.parallel.mesh import Mesh
+from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout, virtual_stage
 from workbench.spec.model import ModelConfig
 

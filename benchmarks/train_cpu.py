@@ -30,9 +30,10 @@ from _train_ranks import measure as on_ranks
 from tests.helpers import megatron
 from tests.helpers.ranks import RankPool
 from workbench.models.batch import Batch
-from workbench.models.build import StageOptions, build_stage, initialise
+from workbench.models.build import build_stage, initialise
 from workbench.models.state import stored_boxes
 from workbench.parallel.mesh import Mesh
+from workbench.spec.execution import StageOptions
 from workbench.spec.model import ModelConfig
 
 THREADS = 2

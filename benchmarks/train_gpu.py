@@ -1,6 +1,6 @@
 """Tokens per second, MFU and peak memory of training steps on one GPU, against transformers with torch.compile.
 
-python benchmarks/train_gpu.py [--quick] [--json] [--sizes 1b,3b,6b] [--lengths 4096,8192] [--contenders engine-bf16,...]
+python benchmarks/train_gpu.py [--quick] [--json] [--sizes 1b,3b,6b] [--lengths 4096,8192] [--contenders NAME,...]
 
 Llama-shaped models of about 1, 3 and 6 billion parameters, batches of 8192 tokens, fused AdamW over fp32 masters. Each
 contender runs in a process of its own, so that none inherits another's memory, and says what its first losses were.
@@ -19,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -46,7 +47,6 @@ SIZES: dict[str, dict[str, Any]] = {
     "toy": {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2,
             "num_attention_heads": 4, **LLAMA, "num_key_value_heads": 2},
 }  # fmt: skip
-CHUNKED = {"loss": {"chunk_tokens": 1024}}
 CONTENDERS: dict[str, dict[str, dict[str, Any]]] = {
     "engine-bf16": {},
     "engine-bf16-compiled": {"kernels": {"compile": True}},
@@ -74,7 +74,19 @@ class Found:
     failed: str = ""
 
 
-def engine_step(size: str, length: int, tables: dict[str, dict[str, Any]], folder: str) -> Callable[[], float]:
+class NoData:
+    """An objective without data: steps are made from rows that never change."""
+
+    evaluations = ()
+    identity: Mapping[str, Any] = MappingProxyType({})
+
+    def train_rows(self, *_: Any, **__: Any) -> list[Any]:
+        return []
+
+
+def engine_step(
+    size: str, length: int, tables: dict[str, dict[str, Any]], recompute: str, folder: str
+) -> Callable[[], float]:
     """A training step of the engine as `wb pretrain` runs it, on random tokens."""
     from pretrain.config import EngineConfig
     from pretrain.objective import Rows
@@ -91,6 +103,8 @@ def engine_step(size: str, length: int, tables: dict[str, dict[str, Any]], folde
         "batch": {"global_size": rows.shape[0], "micro_size": rows.shape[0], "seq_len": length},
         "run": {"dir": folder, "steps": 1},
         "precision": {"compute": "bf16"},
+        "recompute": {"mode": recompute},
+        "kernels": {"loss_chunk_tokens": 1024},
     }
     for table, keys in tables.items():
         values[table] = {**values.get(table, {}), **keys}
@@ -98,15 +112,8 @@ def engine_step(size: str, length: int, tables: dict[str, dict[str, Any]], folde
     mesh = Mesh.single(choose_device())
     config.resolve_layout(model, 1)
 
-    class Nothing:
-        evaluations = ()
-        identity: dict[str, Any] = {}
-
-        def train_rows(self, *_: Any, **__: Any) -> list[Rows]:
-            return []
-
     subject = Subject(model, fill=lambda parameters: initialise(parameters, model, seed=1))
-    trainer = Trainer(config, subject, Nothing(), mesh)
+    trainer = Trainer(config, subject, NoData(), mesh)
     microbatch = Rows(rows[:, :-1].copy(), rows[:, 1:].copy(), np.arange(rows.shape[0]))
 
     def step() -> float:
@@ -185,8 +192,7 @@ def measure(contender: str, size: str, length: int, *, steps: int) -> Found:
                 if contender.startswith("transformers"):
                     step = transformers_step(size, length, recompute=recompute == "full")
                 else:
-                    tables = {**CHUNKED, **CONTENDERS[contender], "recompute": {"mode": recompute}}
-                    step = engine_step(size, length, tables, folder)
+                    step = engine_step(size, length, CONTENDERS[contender], recompute, folder)
                 return _timed(contender, size, length, step, recompute, steps=steps)
         except torch.OutOfMemoryError as error:
             failed = str(error).splitlines()[0]

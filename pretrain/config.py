@@ -12,6 +12,7 @@ from pretrain.lr import Curve, CurveName
 from pretrain.schedules import schedule_named
 from workbench.config import Config
 from workbench.errors import LayoutError
+from workbench.spec.execution import Backend, LinearPrecision, Recompute, StageOptions, execution_faults
 from workbench.spec.layout import ParallelLayout, Sharding
 from workbench.spec.model import ModelConfig
 
@@ -160,6 +161,11 @@ class PrecisionTable(Config):
     compute: Literal["fp32", "bf16", "fp16"] = Field(
         default="fp32", description="Format of activations and matrix products."
     )
+    linear: LinearPrecision = Field(
+        default="compute",
+        description="Format of the products in the layers' linear layers: that of compute; fp8 with a scale a tensor "
+        "or a row; or a recipe of Transformer Engine. The head stays in compute.",
+    )
     grad_reduce: Literal["fp32", "bf16"] = Field(
         default="fp32", description="Format in which replicas sum their gradients; bf16 halves what they send."
     )
@@ -197,7 +203,27 @@ class PrecisionTable(Config):
 class KernelsTable(Config):
     """Who executes the layers."""
 
+    backend: Literal["auto", "torch", "te"] = Field(
+        default="torch", description="torch, Transformer Engine (te), or te where it can run and else torch (auto)."
+    )
     compile: bool = Field(default=False, description="Compile each layer with torch.compile.")
+    loss_chunk_tokens: int = Field(
+        default=0,
+        ge=0,
+        description="Tokens whose logits exist at once in the loss of a microbatch; 0: all of them.",
+    )
+
+
+class RecomputeTable(Config):
+    """Time for memory: what backward computes again instead of keeping it."""
+
+    mode: Recompute = Field(
+        default="none",
+        description="selective: the cores of attention and MLP, without linear layers; full: whole layers.",
+    )
+    offload: bool = Field(
+        default=False, description="What the layers keep for backward waits in the host's memory (on GPUs)."
+    )
 
 
 class CheckpointTable(Config):
@@ -259,6 +285,7 @@ class EngineConfig(Config):
     optim: OptimTable = OptimTable()
     precision: PrecisionTable = PrecisionTable()
     kernels: KernelsTable = KernelsTable()
+    recompute: RecomputeTable = RecomputeTable()
     checkpoint: CheckpointTable = CheckpointTable()
     eval: EvalTable = EvalTable()
     log: LogTable = LogTable()
@@ -276,29 +303,65 @@ class EngineConfig(Config):
             bounds.append(math.ceil(self.run.tokens / self.step_tokens))
         return min(bounds, default=None)
 
+    def stage_options(self, backend: Backend) -> StageOptions:
+        """How a stage is computed, by the backend that was chosen."""
+        return StageOptions(
+            compile_blocks=self.kernels.compile,
+            split_backward=schedule_named(self.parallel.schedule).splits_backward,
+            grad_reduce=self.precision.grad_reduce,
+            backend=backend,
+            linear=self.precision.linear,
+            recompute=self.recompute.mode,
+            offload=self.recompute.offload,
+            loss_chunk_tokens=self.kernels.loss_chunk_tokens,
+        )
+
+    @property
+    def asked_backend(self) -> Literal["auto", "torch", "te"]:
+        """The backend that is asked for; a recipe of Transformer Engine leaves no choice."""
+        is_open = self.kernels.backend == "auto"
+        return "te" if is_open and self.precision.linear.startswith("te:") else self.kernels.backend
+
+    def te_faults(self, model: ModelConfig, layout: ParallelLayout) -> list[str]:
+        """Why Transformer Engine could not execute this run."""
+        return execution_faults(self.stage_options("te"), model, layout)
+
     def resolve_layout(self, model: ModelConfig, num_ranks: int) -> ParallelLayout:
         """The layout over `num_ranks` ranks; one LayoutError with everything that does not fit model and batch."""
         layout = self.parallel.layout(num_ranks)
-        # Chunks that the schedule does not take are not worth being judged by how many layers they get.
-        shape_faults = self.parallel.schedule_faults() or layout.faults(model)
-        batch_faults = self.batch.faults(layout.dp)
-        if faults := [*shape_faults, *batch_faults, *self.compile_faults(), *self._precision_faults(layout)]:
+        options = self.stage_options("te" if self.asked_backend == "te" else "torch")
+        faults = [
+            # Chunks that the schedule does not take are not worth being judged by how many layers they get.
+            *(self.parallel.schedule_faults() or layout.faults(model)),
+            *self.batch.faults(layout.dp),
+            *execution_faults(options, model, layout),
+            *precision_faults(self.precision),
+            *self.precision.scale_faults(),
+            *self.precision.reduce_faults(layout, self.batch.num_microbatches(layout.dp)),
+        ]
+        if faults:
             raise LayoutError("; ".join(faults))
         return layout
 
-    def compile_faults(self) -> list[str]:
-        """Why the layers cannot be compiled, if that is asked for and they cannot."""
-        if self.kernels.compile and schedule_named(self.parallel.schedule).splits_backward:
-            return [
-                f"kernels.compile=true cannot run with schedule={self.parallel.schedule!r}, which computes the "
-                "gradients of weights apart, where a compiled layer computes them with the rest of its backward; set "
-                "kernels.compile = false, or use schedule 1f1b or interleaved"
-            ]
-        return []
 
-    def _precision_faults(self, layout: ParallelLayout) -> list[str]:
-        num_microbatches = self.batch.global_size // (self.batch.micro_size * layout.dp)
-        return [*self.precision.scale_faults(), *self.precision.reduce_faults(layout, num_microbatches)]
+def precision_faults(precision: PrecisionTable) -> list[str]:
+    """Why the formats do not go together, if they do not."""
+    if precision.linear != "compute" and precision.compute != "bf16":
+        return [
+            f"precision.linear={precision.linear!r} gives its results in bf16, but precision.compute="
+            f"{precision.compute!r}; set compute = 'bf16'"
+        ]
+    return []
+
+
+def device_faults(config: EngineConfig, device: str) -> list[str]:
+    """Why the run cannot be computed on a device ("cpu", "cuda"), if it cannot."""
+    if config.recompute.offload and device == "cpu":
+        return [
+            "recompute.offload=true moves activations from a GPU's memory to the host's, but this run is on a CPU, "
+            "where they are already; set offload = false"
+        ]
+    return []
 
 
 def length_faults(model: ModelConfig, seq_len: int) -> list[str]:

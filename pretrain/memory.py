@@ -6,8 +6,9 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from pretrain.config import BatchTable, EngineConfig, OptimTable
+from pretrain.config import EngineConfig, OptimTable
 from pretrain.simulate import peak_in_flight, simulate_step
+from workbench.spec.execution import Recompute
 from workbench.spec.geometry import ParameterSpec, Place
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -47,8 +48,8 @@ def estimate_memory(
     model: ModelConfig, layout: ParallelLayout, config: EngineConfig, *, on_cpu: bool = True
 ) -> tuple[StageMemory, ...]:
     """One estimate a stage. Parameters, gradients and moments are counted; activations follow from what each layer
-    keeps for its backward, times what the schedule keeps in flight."""
-    batch, compute = config.batch, FORMAT_BYTES[config.precision.compute]
+    keeps for its backward, times what the schedule keeps in flight. What waits in the host's memory
+    (`recompute.offload`) is not counted."""
     played = simulate_step(config, layout)
     # In stages: a chunk is a part of one, and of chunks that differ the average is good enough.
     in_flight = [chunks / layout.vpp for chunks in played.peak_in_flight]
@@ -60,21 +61,18 @@ def estimate_memory(
         local, kept = _elements(specs, layout.tp), _elements(specs, layout.tp, layout.shard_degree)
         moments = _moment_bytes(specs, layout, config.optim)
         offloads = config.optim.offload and not on_cpu
-        layer = (
-            _layer_activations(model, layout, batch, on_cpu=on_cpu)
-            * compute
-            * len(layout.layers(model.num_hidden_layers, stage))
-        )
-        logits = _logits_bytes(model, layout, batch, compute, scored) if stage == layout.last_stage else 0
+        layers = len(layout.layers(model.num_hidden_layers, stage)) * in_flight[stage]
+        activations, of_one = _layers_activations(model, layout, config, layers, on_cpu=on_cpu)
+        logits = _logits_bytes(model, layout, config, scored) if stage == layout.last_stage else 0
         found.append(
             StageMemory(
                 stage=stage,
                 num_parameters=local,
                 parameters=kept * MASTER_BYTES,
-                working=_working_bytes(specs, layout, compute, in_flight[stage]),
+                working=_working_bytes(specs, layout, config, in_flight[stage]),
                 gradients=(local if layout.shard in ("none", "zero1") else kept) * GRADIENT_BYTES,
                 optimizer=0 if offloads else moments,
-                activations=math.ceil(layer * in_flight[stage]) + logits,
+                activations=activations + max(of_one, logits),
                 host=moments if offloads else 0,
             )
         )
@@ -96,16 +94,17 @@ def _groups(specs: Sequence[ParameterSpec], tp: int) -> tuple[list[int], int]:
     return list(layers.values()), _elements([spec for spec in specs if not isinstance(spec.places[0], int)], tp)
 
 
-def _working_bytes(specs: Sequence[ParameterSpec], layout: ParallelLayout, compute: int, in_flight: float) -> int:
-    """Whole parameters that a step computes with besides those at rest, and the buffers in which gradients are summed.
-
-    compute: bytes of an element of the compute type.
-    """
-    whole = _elements(specs, layout.tp)
-    if layout.replicas == 1:
-        # A layer casts its weights and keeps the copy until the backward of the microbatch is done.
-        return math.ceil(whole * compute * in_flight) if compute < MASTER_BYTES else 0
+def _working_bytes(
+    specs: Sequence[ParameterSpec], layout: ParallelLayout, config: EngineConfig, in_flight: float
+) -> int:
+    """Whole parameters that a step computes with besides those at rest, and buffers in which gradients are summed."""
+    whole, compute = _elements(specs, layout.tp), FORMAT_BYTES[config.precision.compute]
     layers, rest = _groups(specs, layout.tp)
+    if layout.replicas == 1:
+        # A layer casts its weights and keeps the copy until the backward of the microbatch is done; one that is
+        # computed again only as long as the rest of it.
+        copies = in_flight / (max(len(layers), 1) if config.recompute.mode == "full" else 1)
+        return math.ceil(whole * compute * copies) if compute < MASTER_BYTES else 0
     # Under zero3 a layer is gathered while its neighbour is still computed with.
     gathered = rest + sum(sorted(layers)[-2:]) if layout.shard == "zero3" else whole
     return gathered * compute + max(*layers, rest) * GRADIENT_BYTES
@@ -118,20 +117,45 @@ def _moment_bytes(specs: Sequence[ParameterSpec], layout: ParallelLayout, optim:
     return (2 * two - one) * FORMAT_BYTES[optim.moments]
 
 
-def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, *, on_cpu: bool) -> int:
-    """Elements that a layer keeps for the backward of one microbatch.
+def _layers_activations(
+    model: ModelConfig, layout: ParallelLayout, config: EngineConfig, num_layers: float, *, on_cpu: bool
+) -> tuple[int, int]:
+    """Bytes that `num_layers` layers keep, those in flight counted apiece, and what backward of one needs besides."""
 
-    Whole on every rank: inputs and outputs of the two norms, and the residual between. Cut over tp: query, key and
-    value, query and key after the rotation, the output of attention, and of the MLP up, (gate,) activation and product.
+    def layer(mode: Recompute) -> int:
+        elements = _layer_activations(model, layout, config, on_cpu=on_cpu, recompute=mode)
+        return elements * FORMAT_BYTES[config.precision.compute]
+
+    working = layer("none") * 5 // 4  # all of one layer, and gradients of a part of it
+    if config.recompute.offload:
+        return 0, working
+    mode = config.recompute.mode
+    return math.ceil(num_layers * layer(mode)), 0 if mode == "none" else working
+
+
+def _layer_activations(
+    model: ModelConfig, layout: ParallelLayout, config: EngineConfig, *, on_cpu: bool, recompute: Recompute
+) -> int:
+    """Elements that a layer keeps for the backward of one microbatch: its input, if it is computed again whole.
+
+    Whole on every rank: inputs and outputs of the two norms, and of an RMSNorm the value before its weight and the
+    input in fp32, which counts twice in bf16. Cut over tp: query, key and value, query and key after the rotation, the
+    output of attention, and of the MLP up, (gate,) activation and product. Selective recompute keeps neither scores nor
+    the activation of a gated MLP.
     """
+    batch = config.batch
+    if recompute == "full":
+        return batch.micro_size * batch.seq_len * model.hidden_size
     heads = model.num_attention_heads * model.head_dim
     kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
-    whole = 5 * model.hidden_size
-    mlp = (4 if model.gated_mlp else 2) * model.intermediate_size
+    norm = 2 if model.norm == "layernorm" else 3 if config.precision.compute == "fp32" else 4
+    whole = 2 * norm * model.hidden_size
+    gated = 3 if recompute == "selective" else 4
+    mlp = (gated if model.gated_mlp else 2) * model.intermediate_size
     attention = 2 * heads + 2 * kv_heads
     if model.position_embedding == "rope":
         attention += heads + kv_heads
-    if on_cpu and batch.seq_len in SCORED_TOKENS:
+    if on_cpu and batch.seq_len in SCORED_TOKENS and recompute == "none":
         # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
         # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.
         attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
@@ -139,10 +163,18 @@ def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchT
     return batch.micro_size * batch.seq_len * (whole + cut // layout.tp)
 
 
-def _logits_bytes(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, compute: int, scored: int) -> int:
+def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, scored: int) -> int:
     """The logits of one microbatch, their softmax and their gradient; the softmax, or the gradient that waits for the
-    weight's, of the other ones of `scored` that are held at once. A sequence head has next to none."""
+    weight's, of the other ones of `scored` that are held at once. A sequence head has next to none.
+
+    In chunks they are few, but the gradient of the head's weight is kept with each microbatch that is held.
+    """
     if model.num_labels:
         return 0
     rows = -(-model.vocab_size // layout.tp)
-    return batch.micro_size * batch.seq_len * rows * (compute + (scored + 1) * MASTER_BYTES)
+    tokens, chunk = config.batch.micro_size * config.batch.seq_len, config.kernels.loss_chunk_tokens
+    compute = FORMAT_BYTES[config.precision.compute]
+    if not chunk:
+        return tokens * rows * (compute + (scored + 1) * MASTER_BYTES)
+    of_chunk = min(chunk, tokens) * rows * (compute + 2 * MASTER_BYTES)
+    return of_chunk + rows * model.hidden_size * MASTER_BYTES * scored

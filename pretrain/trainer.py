@@ -14,6 +14,7 @@ import torch
 from pretrain.checkpointing import Contents, load_training, save
 from pretrain.config import EngineConfig
 from pretrain.evaluation import evaluate
+from pretrain.execution import choose_executor
 from pretrain.flops import find_peak, flops_per_token
 from pretrain.interrupt import StopSignal
 from pretrain.loss_scale import LossScale
@@ -28,7 +29,7 @@ from workbench.checkpoint.manifest import TrainingState
 from workbench.checkpoint.reader import open_native
 from workbench.checkpoint.store import CHECKPOINTS, Store
 from workbench.errors import WorkbenchError
-from workbench.models.build import StageOptions, build_stage
+from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.determinism import make_deterministic
 from workbench.parallel.live import LiveParameter
@@ -120,17 +121,14 @@ class Trainer:
             make_deterministic()
         compute = DTYPES[config.precision.compute] if dtype == torch.float32 else dtype
         schedule = schedule_named(config.parallel.schedule)
+        self._choice = choose_executor(config, subject.model, mesh.layout, mesh.device.type)
         self.built = build_stage(
             subject.model,
             mesh,
             dtype=dtype,
             compute_dtype=compute,
             adapt=subject.adapt,
-            options=StageOptions(
-                compile_blocks=config.kernels.compile,
-                split_backward=schedule.splits_backward,
-                reduce_dtype=torch.bfloat16 if config.precision.grad_reduce == "bf16" else None,
-            ),
+            options=config.stage_options(self._choice.backend),
         )
         self.optimizer = Optimizer(
             self.built.parameters, mesh, config.optim, compute_dtype=compute, seed=config.run.seed
@@ -341,6 +339,8 @@ class Trainer:
             "steps": self.budget.horizon,
             "peak": None if self._peak is None else self._peak.source,
             "device": self.mesh.device.type,
+            "backend": self._choice.backend,
+            "backend_reason": self._choice.reason,
         }
 
 

@@ -175,3 +175,19 @@ def test_ctrl_c_saves_marks_the_run_and_tells_how_to_go_on(ranks: int, config: P
     assert f"saved at step {step}; run the same command again to go on" in told
     assert run.status() is Status.INTERRUPTED
     assert len(Store(run.checkpoints).steps()) == 1
+
+
+def test_auto_says_which_backend_it_took_and_why(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["pretrain", str(config), "kernels.backend=auto", "--dry-run"]) == 0
+    assert (
+        "kernels    torch (Transformer Engine runs on NVIDIA GPUs, and this run is on a CPU" in capsys.readouterr().out
+    )
+
+
+def test_a_backend_that_is_not_there_is_refused_before_anything_starts(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["pretrain", str(config), "kernels.backend=te"]) == 6
+    error = capsys.readouterr().err
+    assert "kernels.backend='te': Transformer Engine runs on NVIDIA GPUs" in error and "backend = 'torch'" in error
+    assert not (tmp_path / "run").exists()

@@ -15,11 +15,12 @@ from pretrain.schedules import schedule_named
 from tests.helpers.parity import Boxes, boxes_of, largest_difference
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import VOCAB, tiny_model
-from workbench.models.build import BuiltStage, StageOptions, build_stage, initialise
+from workbench.models.build import BuiltStage, build_stage, initialise
 from workbench.parallel.gradients import complete_gradients, gradient_norm
 from workbench.parallel.initial import normal
 from workbench.parallel.live import LiveParameter, shard_views
 from workbench.parallel.mesh import Mesh
+from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import LoraSpec
 from workbench.spec.model import ModelConfig

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -12,13 +12,14 @@ from pretrain.optimizer import Optimizer
 from pretrain.pipeline import Pipeline
 from pretrain.schedules import schedule_named
 from workbench.models.batch import Batch
-from workbench.models.build import StageOptions, build_stage, initialise
+from workbench.models.build import build_stage, initialise
 from workbench.parallel.dropout import DropoutKey
 from workbench.parallel.gradients import complete_gradients, gradient_norm
 from workbench.parallel.initial import normal
 from workbench.parallel.live import LiveParameter, shard_views
 from workbench.parallel.loss import IGNORE
 from workbench.parallel.mesh import Mesh
+from workbench.spec.execution import StageOptions
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -46,11 +47,12 @@ def train_three_steps(
     micro_size: int,
     samples: int = SAMPLES,
     optim: OptimTable = ADAMW,
+    options: StageOptions | None = None,
 ) -> Observed:
     """What this rank saw of three steps in float64 on `samples` rows of data that depend on the step alone."""
     mesh = Mesh.create(layout, torch.device("cpu"))
     rule = schedule_named(schedule)
-    options = StageOptions(split_backward=rule.splits_backward)
+    options = replace(options or StageOptions(), split_backward=rule.splits_backward)
     built = build_stage(model, mesh, dtype=torch.float64, options=options)
     initialise(built.parameters, model, seed=7)
     perturb(built.parameters)

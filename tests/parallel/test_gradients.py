@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,11 +14,12 @@ from tests.helpers.models import biased_model, gated_model
 from tests.helpers.parity import boxes_of, largest_difference, train_three_steps
 from tests.helpers.ranks import run_ranks
 from workbench.models.batch import Batch
-from workbench.models.build import StageOptions, build_stage, initialise
+from workbench.models.build import build_stage, initialise
 from workbench.parallel.gradients import clip_gradients, complete_gradients, gradient_norm
 from workbench.parallel.live import shard_views
 from workbench.parallel.loss import IGNORE
 from workbench.parallel.mesh import Mesh
+from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import num_parameters
@@ -119,10 +120,10 @@ def test_accumulated_gradients_are_of_the_mean_over_labels_and_no_mean_of_means(
         assert largest_difference(gradients, of_means) > 0.1
 
 
-def reduced_in(dtype: torch.dtype | None) -> Any:
-    """The gradients of two replicas, summed in `dtype`."""
+def reduced_in(kind: Literal["fp32", "bf16"]) -> Any:
+    """The gradients of two replicas, summed in `kind`."""
     model, mesh = MODELS["tied"], Mesh.create(ParallelLayout(dp=2, shard="zero2"), torch.device("cpu"))
-    built = build_stage(model, mesh, options=StageOptions(reduce_dtype=dtype))
+    built = build_stage(model, mesh, options=StageOptions(grad_reduce=kind))
     initialise(built.parameters, model, seed=7)
     batches, count = uneven_batches()
     Pipeline(built, mesh, schedule_named("gpipe")).train([batches[mesh.dp.rank]], torch.tensor(1.0 / count))
@@ -130,7 +131,7 @@ def reduced_in(dtype: torch.dtype | None) -> Any:
 
 
 def test_gradients_summed_in_bf16_differ_by_its_rounding_and_accumulate_in_fp32() -> None:
-    exact, rounded = run_ranks(2, reduced_in, None), run_ranks(2, reduced_in, torch.bfloat16)
+    exact, rounded = run_ranks(2, reduced_in, "fp32"), run_ranks(2, reduced_in, "bf16")
     for there, here in zip(rounded, exact, strict=True):
         for (name, box, values), (_, _, expected) in zip(there, here, strict=True):
             assert values.dtype == torch.float32

@@ -9,10 +9,12 @@ import pytest
 from pydantic import ValidationError
 
 from pretrain.config import EngineConfig, ParallelTable, PretrainConfig
+from pretrain.execution import choose_executor
 from pretrain.presets import PRESETS
 from pretrain.schedules import schedules
 from tests.pretrain.models import tiny_config, tiny_model
-from workbench.errors import LayoutError
+from workbench.errors import LaunchError, LayoutError
+from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 VALUES: dict[str, Any] = {
@@ -123,7 +125,7 @@ def test_layout_and_batch_faults_come_in_one_message() -> None:
             {"schedule": "interleaved", "vpp": 3, "pp": 1},
             "num_hidden_layers=4 cannot be split evenly over pp=1 x vpp=3; use a pp x vpp that divides 4 (1, 2, 4)",
         ),
-        ({"schedule": "zb_h1"}, "kernels.compile=true cannot run with schedule='zb_h1'"),
+        ({"schedule": "zb_h1"}, "kernels.compile=true and a schedule that splits the backward"),
     ],
 )
 def test_a_schedule_that_cannot_run_is_refused_before_any_rank_starts(parallel: dict[str, Any], message: str) -> None:
@@ -141,6 +143,48 @@ def test_the_description_of_the_schedule_names_every_schedule() -> None:
         vpp = "any vpp" if schedule.num_chunks is None else f"vpp = {schedule.num_chunks}"
         group = next(part for part in described.split(";") if name in part.replace(",", " ").replace(".", " ").split())
         assert vpp in group
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"precision": {"linear": "fp8_rowwise"}}, r"gives its results in bf16, but precision.compute='fp32'"),
+        (
+            {"precision": {"compute": "bf16", "linear": "fp8_tensorwise"}, "parallel": {"tp": 2}},
+            r"multiples of 16, but on each of tp=2 ranks .*layers\.\*\.mlp\.down_proj 32 x 24",
+        ),
+        ({"kernels": {"backend": "te", "compile": True}}, "its kernels are closed to torch.compile"),
+        (
+            {"precision": {"compute": "bf16", "linear": "te:delayed"}, "recompute": {"mode": "full"}},
+            "needs kernels.backend = 'te', not 'torch'",
+        ),
+        (
+            {
+                "kernels": {"backend": "auto"},
+                "precision": {"compute": "bf16", "linear": "te:delayed"},
+                "recompute": {"mode": "full"},
+            },
+            "would count its largest values twice",
+        ),
+    ],
+)
+def test_ways_of_computing_that_do_not_go_together_are_refused(tables: dict[str, Any], message: str) -> None:
+    config = tiny_config("run", **tables)
+    with pytest.raises(LayoutError, match=message):
+        config.resolve_layout(tiny_model(), config.parallel.num_ranks())
+
+
+def test_activations_cannot_be_moved_off_a_cpu() -> None:
+    config = tiny_config("run", recompute={"offload": True})
+    with pytest.raises(LaunchError, match=r"this run is on a CPU, where they are already; set offload = false"):
+        choose_executor(config, tiny_model(), ParallelLayout(), "cpu")
+    assert choose_executor(config, tiny_model(), ParallelLayout(), "cuda").backend == "torch"
+
+
+def test_a_recipe_of_transformer_engine_leaves_auto_no_choice() -> None:
+    config = tiny_config("run", kernels={"backend": "auto"}, precision={"compute": "bf16", "linear": "te:current"})
+    with pytest.raises(LaunchError, match="runs on NVIDIA GPUs"):
+        choose_executor(config, tiny_model(), ParallelLayout(), "cpu")
 
 
 @pytest.mark.parametrize(

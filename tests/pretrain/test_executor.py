@@ -16,8 +16,9 @@ from tests.helpers.models import biased_model, gated_model
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import mesh_of
 from workbench.models.batch import Batch
-from workbench.models.build import StageOptions, build_stage, initialise
+from workbench.models.build import build_stage, initialise
 from workbench.parallel.live import shard_views
+from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 

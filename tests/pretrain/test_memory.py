@@ -6,9 +6,19 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from pretrain.config import BatchTable, EngineConfig, OptimTable, ParallelTable, PrecisionTable, RunTable
+from pretrain.config import (
+    BatchTable,
+    EngineConfig,
+    KernelsTable,
+    OptimTable,
+    ParallelTable,
+    PrecisionTable,
+    RecomputeTable,
+    RunTable,
+)
 from pretrain.memory import SCORED_TOKENS, estimate_memory
 from pretrain.optimizer import Optimizer
+from tests.helpers.allocations import Allocations
 from tests.helpers.models import biased_model, gated_model
 from tests.helpers.ranks import run_ranks
 from workbench.models import blockwise
@@ -57,6 +67,37 @@ def test_one_process_keeps_about_what_is_estimated(make, compute):
     assert found.num_parameters == sum(parameter.numel() for parameter in built.module.parameters())
     estimated = found.activations + found.working
     assert real <= estimated <= 1.6 * real
+
+
+@pytest.mark.parametrize("make", [gated_model, biased_model])
+@pytest.mark.parametrize("compute", ["fp32", "bf16"])
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize("chunk", [0, 32])
+def test_the_peak_of_a_step_is_about_what_is_estimated_for_each_way_of_saving(make, compute, mode, chunk):
+    """At least it and at most half more: temporary tensors of backward are only guessed."""
+    model = make(**LARGER, num_hidden_layers=8)
+    update = {"recompute": RecomputeTable(mode=mode), "kernels": KernelsTable(loss_chunk_tokens=chunk)}
+    asked = config(compute).model_copy(update=update)
+    built = build_stage(model, Mesh.single(), compute_dtype=DTYPES[compute], options=asked.stage_options("torch"))
+    initialise(built.parameters, model, seed=1)
+    for parameter in built.parameters:
+        parameter.require_grad()
+    ids = torch.zeros(2, 128, dtype=torch.int64)
+    with Allocations() as seen:
+        built.module(None, Batch(input_ids=ids, labels=ids)).backward()
+    (found,) = estimate_memory(model, ParallelLayout(), asked)
+    estimated = found.activations + found.parameters - 4 * found.num_parameters
+    assert seen.peak_bytes <= estimated <= 1.5 * seen.peak_bytes
+
+
+def test_recompute_and_offload_leave_one_layer_and_what_is_kept():
+    model = gated_model(**LARGER, num_hidden_layers=32)
+    (none,), (selective,), (full,), (offloaded,) = (
+        estimate_memory(model, ParallelLayout(), config().model_copy(update={"recompute": RecomputeTable(**table)}))
+        for table in ({}, {"mode": "selective"}, {"mode": "full"}, {"offload": True})
+    )
+    assert offloaded.activations < full.activations < selective.activations / 4 < none.activations / 4
+    assert none.optimizer == offloaded.optimizer
 
 
 def test_scores_count_at_the_lengths_at_which_a_cpu_keeps_them():

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from functools import cache
 from itertools import product
+from typing import Any
 
 import pytest
 
 from tests.helpers.models import biased_model, gated_model
-from tests.helpers.parity import ADAMW, Observed, assert_observed, train_three_steps
+from tests.helpers.parity import ADAMW, SAMPLES, Observed, assert_observed, train_three_steps
 from tests.helpers.ranks import run_ranks
+from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
@@ -88,6 +90,23 @@ def test_dropout_is_the_same_at_every_layout(make: type, degrees: dict[str, int]
     layout = ParallelLayout(**degrees)
     reference = train_three_steps(model, ParallelLayout(), "gpipe", 4)
     assert_observed(run_ranks(layout.world_size, train_three_steps, model, layout, "1f1b", 1), reference)
+
+
+@pytest.mark.parametrize(
+    ("degrees", "options"),
+    [
+        ({"tp": 2}, StageOptions(recompute="selective", loss_chunk_tokens=5)),
+        ({"tp": 2, "pp": 2}, StageOptions(recompute="full")),
+        ({"pp": 2}, StageOptions(recompute="full", offload=True, loss_chunk_tokens=16)),
+        ({"dp": 2, "shard": "zero3"}, StageOptions(recompute="full", loss_chunk_tokens=7)),
+        ({"tp": 2, "dp": 2, "shard": "zero3"}, StageOptions(recompute="selective", offload=True)),
+    ],
+)
+@pytest.mark.parametrize("name", ["gated-tied", "biased-untied"])
+def test_saving_memory_changes_nothing_at_any_layout(name: str, degrees: dict[str, Any], options: StageOptions) -> None:
+    layout = ParallelLayout.model_validate(degrees)
+    observed = run_ranks(layout.world_size, train_three_steps, MODELS[name], layout, "1f1b", 1, SAMPLES, ADAMW, options)
+    assert_observed(observed, _reference(name))
 
 
 def _assert_equal(name: str, model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int) -> None:

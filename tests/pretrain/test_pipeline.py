@@ -17,8 +17,9 @@ from pretrain.schedules import schedule_named
 from pretrain.step import agree, train_step
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import HeldOut, Noise, mesh_of, tiny_model
-from workbench.models.build import StageOptions, build_stage, initialise
+from workbench.models.build import build_stage, initialise
 from workbench.models.state import stored_boxes
+from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
 
 Found = dict[str, Any]

@@ -19,9 +19,10 @@ from tests.helpers.parity import perturb
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import mesh_of
 from workbench.models.batch import Batch
-from workbench.models.build import BuiltStage, StageOptions, build_stage, initialise
+from workbench.models.build import BuiltStage, build_stage, initialise
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.mesh import Mesh
+from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 

@@ -270,3 +270,19 @@ def test_resume_is_refused_where_it_was_ruled_out(
 def test_a_diverged_run_stops_with_its_step_and_the_rate(tmp_path: Path) -> None:
     with pytest.raises(WorkbenchError, match=r"step \d+: the loss is .*diverged.*optim.lr=1e\+38"):
         train(str(tmp_path), {}, optim={"lr": 1e38, "clip": 0.0, "warmup": 0, "weight_decay": 0.0})
+
+
+@pytest.mark.parametrize("layout", [{}, {"tp": 2, "pp": 2}], ids=str)
+def test_a_run_that_saves_memory_is_the_run_that_does_not(layout: dict[str, Any], tmp_path: Path) -> None:
+    """Losses of fp32 in another order of sums, and the evaluation in chunks as well: equal to 1e-5."""
+    world = ParallelLayout(**layout).world_size
+    plain, saving = (
+        run_ranks(world, train_saving, str(tmp_path / mode), layout, mode, chunk)[0]
+        for mode, chunk in (("none", 0), ("full", 5))
+    )
+    assert [loss for _, loss in saving["losses"]] == pytest.approx([loss for _, loss in plain["losses"]], rel=1e-5)
+    assert saving["result"].metrics["valid/loss"] == pytest.approx(plain["result"].metrics["valid/loss"], rel=1e-5)
+
+
+def train_saving(folder: str, layout: dict[str, Any], mode: str, chunk: int) -> dict[str, Any]:
+    return train(folder, layout, recompute={"mode": mode}, kernels={"loss_chunk_tokens": chunk, "backend": "auto"})

@@ -66,12 +66,15 @@ def find_ranks(config: EngineConfig, nproc: int | None) -> Ranks:
 
 def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> dict[str, Any]:
     """What is known of a run before it starts."""
+    from pretrain.execution import choose_executor
     from pretrain.memory import estimate_memory
     from pretrain.simulate import simulate_step
     from workbench.parallel.launch import choose_device
     from workbench.spec.schema import num_parameters
 
-    stages = estimate_memory(model, layout, config, on_cpu=choose_device().type == "cpu")
+    device = choose_device().type
+    stages = estimate_memory(model, layout, config, on_cpu=device == "cpu")
+    choice = choose_executor(config, model, layout, device)
     worst = max(stages, key=lambda stage: stage.total)
     return {
         "run": config.run.dir,
@@ -85,6 +88,9 @@ def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout)
         "memory_bytes": worst.total,
         "state_bytes": worst.total - worst.activations,
         "precision": config.precision.compute,
+        "linear": config.precision.linear,
+        "backend": choice.backend,
+        "backend_reason": choice.reason,
     }
 
 
@@ -102,7 +108,10 @@ def say_plan(out: Output, facts: Mapping[str, Any], config: EngineConfig, model:
     ends = [f"{facts['steps']} steps"] if facts["steps"] is not None else []
     ends += [time_text(facts["seconds"])] if facts["seconds"] is not None else []
     out.say(f"model      {count_text(facts['parameters'])} parameters: {shape}")
-    out.say(f"layout     {spread} = {ranks}, {facts['precision']}{pipeline}")
+    linear = "" if facts["linear"] == "compute" else f" with {facts['linear']} in linear layers"
+    out.say(f"layout     {spread} = {ranks}, {facts['precision']}{linear}{pipeline}")
+    if config.kernels.backend != "torch":
+        out.say(f"kernels    {facts['backend']} ({facts['backend_reason']})")
     out.say(
         f"batch      {batch.global_size} x {batch.seq_len} = {count_text(facts['step_tokens'])} tokens a step, "
         f"in {micros} microbatch{'es' if micros > 1 else ''} of {batch.micro_size}"

@@ -92,6 +92,7 @@ def _finetuning(config: FinetuneConfig) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict[str, Any]:
     """Layout, sizes and memory: what every run has."""
+    from pretrain.execution import choose_executor
     from pretrain.memory import estimate_memory
     from pretrain.simulate import simulate_step
     from workbench.parallel.launch import choose_device
@@ -100,6 +101,7 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
     num_ranks = nproc or config.parallel.num_ranks()
     layout = config.resolve_layout(model, num_ranks)
     device = choose_device().type
+    choice = choose_executor(config, model, layout, device)
     stages = estimate_memory(model, layout, config, on_cpu=device == "cpu")
     worst = max(stages, key=lambda stage: stage.total)
     return {
@@ -115,6 +117,8 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
         "steps": config.planned_steps(),
         "seconds": config.run.seconds,
         "device": device,
+        "backend": choice.backend,
+        "backend_reason": choice.reason,
         "memory": {
             "worst_rank": {**asdict(worst), "total": worst.total},
             "all_ranks_bytes": sum(stage.total for stage in stages) * layout.tp * layout.replicas,

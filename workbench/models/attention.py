@@ -13,7 +13,9 @@ from torch import nn
 
 from workbench.models.batch import Batch
 from workbench.models.blockwise import attend_blockwise, suits
+from workbench.models.recompute import recomputed
 from workbench.models.rope import apply_rope
+from workbench.parallel.backends import Attend
 from workbench.parallel.dropout import dropout
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
@@ -48,7 +50,15 @@ class Attention(nn.Module):
         self.head_dim = model.head_dim
         self.layer = layer
         self.dropout = model.attention_dropout
+        self.recompute = False
+        self.core: Attend | None = None
         self.first_head = model.num_attention_heads // mesh.tp.size * mesh.tp.rank
+
+    @property
+    def local_heads(self) -> tuple[int, int]:
+        """Query heads and key/value heads on this rank."""
+        q_size, k_size, _ = self.qkv_proj.output_sizes
+        return q_size // self.head_dim, k_size // self.head_dim
 
     def forward(
         self,
@@ -63,7 +73,8 @@ class Attention(nn.Module):
         if rope is not None:
             qk = apply_rope(qk, rope)
         q_BTHd, k_BTKd = qk.split((q_size // self.head_dim, k_size // self.head_dim), dim=2)
-        return self.o_proj(self._attend(q_BTHd, k_BTKd, v_BTKd, batch, cache).flatten(2))
+        attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, k_BTKd, v_BTKd, batch, cache)
+        return self.o_proj(attended_BTHd.flatten(2))
 
     def _attend(
         self,
@@ -74,6 +85,9 @@ class Attention(nn.Module):
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
         """What each head sees, [B, T, H, d]."""
+        if self.core is not None and cache is None:
+            assert batch.documents is None, "this executor attends to all earlier tokens of a row"
+            return self.core(q_BTHd, k_BTKd, v_BTKd)
         drops = bool(self.dropout) and batch.dropout is not None
         if cache is None and not drops and suits(q_BTHd):
             return attend_blockwise(q_BTHd, k_BTKd, v_BTKd)

@@ -10,33 +10,25 @@ import torch
 from torch import nn
 
 from workbench.models.decoder import DecoderStage
+from workbench.models.norm import LayerNorm, RMSNorm
+from workbench.models.recompute import HostMemory
+from workbench.parallel.backends import NormKind, open_executor
 from workbench.parallel.data import DataParallel
 from workbench.parallel.gemm import Gemm
 from workbench.parallel.initial import normal, uniform
+from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.live import LiveParameter, live_parameters, shard_views
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
+from workbench.spec.execution import StageOptions
 from workbench.spec.geometry import Shard
 from workbench.spec.model import ModelConfig
 
 
 @dataclass(frozen=True)
-class StageOptions:
-    """How a stage computes what its model says.
-
-    compile_blocks: compile each layer with torch.compile. split_backward: backward leaves the products for the weights'
-    gradients in `BuiltStage.gemm.waiting`. reduce_dtype: in which replicas sum gradients; by default fp32 or wider.
-    """
-
-    compile_blocks: bool = False
-    split_backward: bool = False
-    reduce_dtype: torch.dtype | None = None
-
-
-@dataclass(frozen=True)
 class BuiltStage:
-    """A stage on its device, who multiplies in it, the handle of its data parallelism, and its parameters as local
-    tensors."""
+    """A stage on its device, who multiplies in its layers, the handle of its data parallelism, and its parameters as
+    local tensors."""
 
     module: DecoderStage
     gemm: Gemm
@@ -65,18 +57,39 @@ def build_stage(
         if adapt is not None:
             adapt(module)
         module.to(dtype)
-    gemm = Gemm()
-    gemm.waiting = [] if options.split_backward else None
-    for layer in module.modules():
-        if isinstance(layer, ParallelModule):
-            layer.gemm = gemm
+    gemm = _equip(module, options, mesh)
     blocks: list[nn.Module] = list(module.layers.values())
     if options.compile_blocks:
         for block in blocks:
             block.compile()
-    data_parallel = DataParallel(module, blocks, mesh, compute_dtype, reduce_dtype=options.reduce_dtype)
+    reduce_dtype = torch.bfloat16 if options.grad_reduce == "bf16" else None
+    data_parallel = DataParallel(module, blocks, mesh, compute_dtype, reduce_dtype=reduce_dtype)
     module.to_empty(device=mesh.device)
     return BuiltStage(module, gemm, data_parallel, live_parameters(module, mesh))
+
+
+def _equip(stage: DecoderStage, options: StageOptions, mesh: Mesh) -> Gemm:
+    """Gives every layer who executes it; returns who multiplies in the layers, with whom gradients of weights wait."""
+    executor = open_executor(options, mesh, stage.compute_dtype)
+    gemm = head = executor.head()
+    stage.loss_chunk_tokens, stage.region = options.loss_chunk_tokens, executor.region
+    for layer in stage.modules():
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+            layer.gemm = gemm = executor.linear(*layer.weight.shape)
+        elif isinstance(layer, ParallelModule):
+            layer.gemm = head
+        if isinstance(layer, RMSNorm | LayerNorm):
+            kind: NormKind = "rmsnorm" if isinstance(layer, RMSNorm) else "layernorm"
+            layer.normalise = executor.norm(kind, layer.weight.numel(), layer.eps)
+    host = HostMemory(pinned=mesh.device.type == "cuda")
+    for block in stage.layers.values():
+        block.recompute = options.recompute == "full"
+        block.self_attn.recompute = block.mlp.recompute = options.recompute == "selective"
+        if options.offload:
+            block.saving = host.saving
+        heads, kv_heads = block.self_attn.local_heads
+        block.self_attn.core = executor.attention(heads, kv_heads, stage.model.head_dim)
+    return gemm
 
 
 def initialise(parameters: list[LiveParameter], model: ModelConfig, *, seed: int) -> None:

@@ -5,7 +5,9 @@ Legend: B batch, T tokens, D hidden, V vocabulary (local, padded), N labels of a
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,10 @@ from workbench.models.attention import Attention, KeyValueCache
 from workbench.models.batch import Batch
 from workbench.models.mlp import MLP
 from workbench.models.norm import build_norm
+from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
+from workbench.parallel.chunked_loss import Chunking, chunked_loss, chunked_token_losses
+from workbench.parallel.collectives import copy_to
 from workbench.parallel.dropout import dropout
 from workbench.parallel.embedding import (
     ReplicatedEmbedding,
@@ -45,6 +50,8 @@ class Block(nn.Module):
         self.mlp = MLP(model, mesh, specs, layer)
         self.path = path
         self.dropout = model.hidden_dropout
+        self.recompute = False
+        self.saving: Callable[[], AbstractContextManager[Any]] = nullcontext
 
     def forward(
         self,
@@ -52,6 +59,16 @@ class Block(nn.Module):
         rope: tuple[torch.Tensor, torch.Tensor] | None,
         batch: Batch,
         cache: KeyValueCache | None = None,
+    ) -> torch.Tensor:
+        with self.saving():
+            return recomputed(self.recompute, self._transform, x_BTD, rope, batch, cache)
+
+    def _transform(
+        self,
+        x_BTD: torch.Tensor,
+        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        batch: Batch,
+        cache: KeyValueCache | None,
     ) -> torch.Tensor:
         attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, batch, cache)
         x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
@@ -71,6 +88,8 @@ class DecoderStage(nn.Module):
         super().__init__()
         specs = {spec.path: spec for spec in stage_specs(model, layout, stage)}
         self.model, self.mesh, self.compute_dtype = model, mesh, compute_dtype
+        self.loss_chunk_tokens = 0
+        self.region: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.virtual = tuple(virtual_stage(layout.placement, layout.pp, stage, chunk) for chunk in range(layout.vpp))
         self.num_virtual = layout.num_virtual
         self.chunks = layout.chunks(model.num_hidden_layers)[stage]
@@ -114,8 +133,9 @@ class DecoderStage(nn.Module):
         rope = None
         if self.model.position_embedding == "rope":
             rope = rope_table(self.model, positions_T, self.compute_dtype)
-        for index in self.chunks[chunk]:
-            hidden_BTD = self.layers[str(index)](hidden_BTD, rope, batch, cache)
+        with self.region():
+            for index in self.chunks[chunk]:
+                hidden_BTD = self.layers[str(index)](hidden_BTD, rope, batch, cache)
         if cache is not None:
             cache.length += tokens
         return self._finish(hidden_BTD, batch, output) if self.is_last(chunk) else hidden_BTD
@@ -139,6 +159,8 @@ class DecoderStage(nn.Module):
         if self.model.num_labels:
             logits_BN = self.score(_last_token(x_BTD, batch.lengths))
             return logits_BN if output == "logits" else _label_losses(logits_BN, batch, output)
+        if output != "logits" and self.loss_chunk_tokens:
+            return self._chunked_losses(x_BTD, batch, output)
         logits_BTV = self.embed_tokens.logits(x_BTD) if self.tied else self.lm_head(x_BTD)
         if output == "logits":
             return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
@@ -147,6 +169,15 @@ class DecoderStage(nn.Module):
             logits_BTV.flatten(0, 1), batch.labels.flatten(), self.mesh.tp, vocab_size=self.model.vocab_size
         )
         return losses_N.sum() if output == "loss" else losses_N.view(batch.labels.shape)
+
+    def _chunked_losses(self, x_BTD: torch.Tensor, batch: Batch, output: Output) -> torch.Tensor:
+        assert batch.labels is not None
+        x_ND = copy_to(x_BTD, self.mesh.tp).flatten(0, 1)
+        weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
+        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens)
+        if output == "loss":
+            return chunked_loss(x_ND, weight, batch.labels.flatten(), how)
+        return chunked_token_losses(x_ND, weight, batch.labels.flatten(), how).view(batch.labels.shape)
 
 
 def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: Batch, *site: str) -> torch.Tensor:

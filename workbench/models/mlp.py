@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from workbench.models.recompute import recomputed
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import ParameterSpec
@@ -25,12 +26,17 @@ class MLP(nn.Module):
         self.down_proj = RowParallelLinear(mesh, specs[f"{path}.down_proj.weight"], specs.get(f"{path}.down_proj.bias"))
         self.activation = model.hidden_act
         self.gated = model.gated_mlp
+        self.recompute = False
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(recomputed(self.recompute, self._activate, self.up_proj(x_BTD)))
+
+    def _activate(self, projected: torch.Tensor) -> torch.Tensor:
+        """[B, T, F] from what `up_proj` gives."""
         if not self.gated:
-            return self.down_proj(activate(self.up_proj(x_BTD), self.activation))
-        gate_BTF, up_BTF = self.up_proj(x_BTD).split(self.up_proj.output_sizes, dim=-1)
-        return self.down_proj(activate(gate_BTF, self.activation) * up_BTF)
+            return activate(projected, self.activation)
+        gate_BTF, up_BTF = projected.split(self.up_proj.output_sizes, dim=-1)
+        return activate(gate_BTF, self.activation) * up_BTF
 
 
 def activate(x: torch.Tensor, name: str) -> torch.Tensor:

@@ -5,6 +5,7 @@ Legend: N tokens, V vocabulary (local, padded).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,9 +15,10 @@ from workbench.parallel.mesh import Axis
 IGNORE = -100
 
 
-class _VocabParallelCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int) -> torch.Tensor:
+class VocabParallelSoftmax:
+    """Losses of tokens [N], and how to get the gradient of their logits. Communicates the maxima, then the sums."""
+
+    def __init__(self, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int) -> None:
         rows = logits_NV.shape[-1]
         first = rows * axis.rank
         valid = max(0, min(rows, vocab_size - first))
@@ -31,17 +33,29 @@ class _VocabParallelCrossEntropy(torch.autograd.Function):
         chosen_N = exp_NV.gather(-1, target_N).squeeze(-1).masked_fill(~mine_N, 0.0)
         exp_NV.exp_()
         sums_2N = axis.all_reduce(torch.stack((exp_NV.sum(dim=-1), chosen_N)))
-        ctx.save_for_backward(exp_NV, sums_2N[0], target_N, mine_N, counted_N)
+        self.losses_N = (sums_2N[0].log() - sums_2N[1]).masked_fill(~counted_N, 0.0)
+        self.tensors = (exp_NV, sums_2N[0], target_N, mine_N, counted_N)
+
+    @staticmethod
+    def gradient(tensors: Sequence[torch.Tensor], scale_N: torch.Tensor) -> torch.Tensor:
+        """The gradient of sum(scale * losses) with respect to the logits [N, V]; overwrites the first of `tensors`."""
+        exp_NV, sum_N, target_N, mine_N, counted_N = tensors
+        scale_N = scale_N.masked_fill(~counted_N, 0.0)
+        grad_NV = exp_NV.mul_((scale_N / sum_N).unsqueeze(-1))
+        return grad_NV.scatter_add_(-1, target_N, (-scale_N).masked_fill(~mine_N, 0.0).unsqueeze(-1))
+
+
+class _VocabParallelCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int) -> torch.Tensor:
+        softmax = VocabParallelSoftmax(logits_NV, labels_N, axis, vocab_size)
+        ctx.save_for_backward(*softmax.tensors)
         ctx.dtype = logits_NV.dtype
-        return (sums_2N[0].log() - sums_2N[1]).masked_fill(~counted_N, 0.0)
+        return softmax.losses_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        exp_NV, sum_N, target_N, mine_N, counted_N = ctx.saved_tensors
-        scale_N = grad_N.masked_fill(~counted_N, 0.0)
-        grad_NV = exp_NV.mul_((scale_N / sum_N).unsqueeze(-1))
-        grad_NV.scatter_add_(-1, target_N, (-scale_N).masked_fill(~mine_N, 0.0).unsqueeze(-1))
-        return grad_NV.to(ctx.dtype), None, None, None
+        return VocabParallelSoftmax.gradient(ctx.saved_tensors, grad_N).to(ctx.dtype), None, None, None
 
 
 def vocab_parallel_cross_entropy(

@@ -46,6 +46,11 @@ class Axis:
         self.size = len(self.ranks)
         self._group = group
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """The process group, for libraries that communicate themselves; may be None on an axis of size 1."""
+        return self._group
+
     def all_reduce(self, tensor: torch.Tensor, operation: Operation = "sum") -> torch.Tensor:
         """`tensor` itself, after it was reduced in place over the axis."""
         if self.size > 1:

@@ -1,0 +1,86 @@
+"""The loss of a vocabulary head without the logits of all tokens: they are made and used up a chunk at a time.
+
+The gradients with respect to hidden states and weight are computed with the losses, while a chunk's logits are there,
+so no product runs twice (arXiv:2410.10989, sec. 3.2). Backward only scales them. The price: from forward to backward
+the weight's gradient is kept, [V, D] in fp32 or wider.
+
+Legend: N tokens, C tokens of a chunk, D hidden, V vocabulary (local, padded).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from workbench.parallel.loss import VocabParallelSoftmax, accumulation_dtype
+from workbench.parallel.mesh import Axis
+
+
+@dataclass(frozen=True)
+class Chunking:
+    """How a head's loss is computed: over which axis its vocabulary is cut, its true size, tokens at a time."""
+
+    axis: Axis
+    vocab_size: int
+    tokens: int
+
+
+def chunked_loss(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, how: Chunking
+) -> torch.Tensor:
+    """The summed loss of all labels, a scalar in fp32 or wider, equal on all ranks of the axis.
+
+    The gradient of `hidden_ND` is this rank's part, to be summed over the axis. Communicates twice a chunk.
+    """
+    if not torch.is_grad_enabled():
+        return chunked_token_losses(hidden_ND, weight_VD, labels_N, how).sum()
+    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, how)
+
+
+@torch.no_grad()
+def chunked_token_losses(
+    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, how: Chunking
+) -> torch.Tensor:
+    """The loss of each label [N], 0 where ignored; without gradients."""
+    weight = weight_VD.to(hidden_ND.dtype)
+    pairs = zip(hidden_ND.split(how.tokens), labels_N.split(how.tokens), strict=True)
+    return torch.cat(
+        [VocabParallelSoftmax(F.linear(h, weight), labels, how.axis, how.vocab_size).losses_N for h, labels in pairs]
+    )
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, how: Chunking
+    ) -> torch.Tensor:
+        wide = accumulation_dtype(hidden_ND.dtype)
+        weight = weight_VD.to(hidden_ND.dtype)
+        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
+        grad_VD = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        total = torch.zeros((), dtype=wide, device=hidden_ND.device)
+        for start in range(0, len(labels_N), how.tokens):
+            rows = slice(start, start + how.tokens)
+            hidden_CD = hidden_ND[rows]
+            softmax = VocabParallelSoftmax(F.linear(hidden_CD, weight), labels_N[rows], how.axis, how.vocab_size)
+            total += softmax.losses_N.sum()
+            ones_C = torch.ones_like(softmax.losses_N)
+            grad_CV = VocabParallelSoftmax.gradient(softmax.tensors, ones_C).to(weight.dtype)
+            if grad_ND is not None:
+                torch.mm(grad_CV, weight, out=grad_ND[rows])
+            if grad_VD is not None and grad_VD.dtype == weight.dtype:
+                torch.addmm(grad_VD, grad_CV.t(), hidden_CD, out=grad_VD)
+            elif grad_VD is not None:
+                grad_VD += grad_CV.t() @ hidden_CD
+        ctx.save_for_backward(grad_ND, grad_VD)
+        ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
+        grad_ND, grad_VD = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
+        return grad_ND, None if grad_VD is None else grad_VD.to(ctx.weight_dtype), None, None

@@ -1,0 +1,124 @@
+"""How a stage computes what its model says, and what of it does not go together. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
+from workbench.spec.schema import layer_specs
+
+Backend = Literal["torch", "te"]
+LinearPrecision = Literal[
+    "compute", "fp8_tensorwise", "fp8_rowwise", "te:delayed", "te:current", "te:blockwise", "te:mxfp8"
+]
+Recompute = Literal["none", "selective", "full"]
+
+_FP8_MULTIPLE = 16  # torch._scaled_mm, and Transformer Engine's assert_dim_for_fp8_exec
+_MXFP8_MULTIPLE = 32  # a block shares a scale (Transformer Engine, get_align_size_for_quantization)
+
+
+@dataclass(frozen=True)
+class StageOptions:
+    """How a stage computes what its model says.
+
+    compile_blocks: compile each layer with torch.compile. split_backward: backward leaves the products for the weights'
+    gradients in `BuiltStage.gemm.waiting`. backend: who executes linear layers, norms and attention. linear: the format
+    of the products in the layers' linear layers. recompute: what backward computes again; offload: whether what it
+    keeps waits in the host's memory. loss_chunk_tokens: tokens whose logits exist at once; 0: all. grad_reduce: in
+    which replicas sum gradients.
+    """
+
+    compile_blocks: bool = False
+    split_backward: bool = False
+    backend: Backend = "torch"
+    linear: LinearPrecision = "compute"
+    recompute: Recompute = "none"
+    offload: bool = False
+    loss_chunk_tokens: int = 0
+    grad_reduce: Literal["fp32", "bf16"] = "fp32"
+
+    @property
+    def te_recipe(self) -> str | None:
+        """The name of Transformer Engine's fp8 recipe, if one is asked for."""
+        return self.linear.removeprefix("te:") if self.linear.startswith("te:") else None
+
+
+def execution_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
+    """Every reason why a stage cannot be computed in this way."""
+    return [
+        *compile_faults(options, model),
+        *fp8_size_faults(options, model, layout),
+        *te_faults(options, model, layout),
+    ]
+
+
+def compile_faults(options: StageOptions, model: ModelConfig) -> list[str]:
+    """Why layers cannot be compiled in this way, if they cannot."""
+    if not options.compile_blocks:
+        return []
+    found = []
+    if options.split_backward:
+        found.append(
+            "kernels.compile=true and a schedule that splits the backward: each waiting product would break the graph "
+            "of its layer; use another schedule (1f1b) or compile = false"
+        )
+    if options.backend == "te":
+        found.append("kernels.compile=true and kernels.backend='te': its kernels are closed to torch.compile; drop one")
+    if options.recompute == "full" and (model.attention_dropout or model.hidden_dropout):
+        found.append(
+            "kernels.compile=true and recompute.mode='full' with dropout in the layers: the seeds of dropout are made "
+            "outside of graphs, so no layer would be compiled; use recompute.mode = 'selective', compile = false or no "
+            "dropout"
+        )
+    return found
+
+
+def fp8_size_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
+    """The linear layers whose local sizes an fp8 product does not take."""
+    if options.linear == "compute" or layout.faults(model):
+        return []
+    multiple = _MXFP8_MULTIPLE if options.te_recipe == "mxfp8" else _FP8_MULTIPLE
+    found = []
+    for spec in layer_specs(model, 0):
+        outputs, *inputs = spec.local_shape(layout.tp)
+        if spec.role == "matrix" and any(size % multiple for size in (outputs, *inputs)):
+            name = spec.path.removesuffix(".weight").replace("layers.0", "layers.*")
+            found.append(f"{name} {outputs} x {inputs[0]}")
+    if not found:
+        return []
+    return [
+        f"precision.linear={options.linear!r} multiplies matrices whose sizes are multiples of {multiple}, but on each "
+        f"of tp={layout.tp} ranks {', '.join(found)} are not; use other sizes, a smaller tp or linear = 'compute'"
+    ]
+
+
+def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
+    """Why Transformer Engine cannot execute the stage, if it is asked to and cannot."""
+    if options.te_recipe is not None and options.backend != "te":
+        return [f"precision.linear={options.linear!r} needs kernels.backend = 'te', not {options.backend!r}"]
+    if options.backend != "te":
+        return []
+    found = []
+    if options.split_backward:
+        found.append(
+            "kernels.backend='te' computes both gradients of a layer at once; "
+            "use a schedule that does not split the backward (1f1b) or backend = 'torch'"
+        )
+    if model.attention_dropout:
+        found.append(
+            f"kernels.backend='te' and model.attention_dropout={model.attention_dropout:g}: its dropout depends on the "
+            "layout; use attention_dropout = 0 or backend = 'torch'"
+        )
+    if layout.cp > 1:
+        found.append(
+            f"kernels.backend='te' and cp={layout.cp}: its attention does not know how we deal out a sequence; "
+            "use cp = 1 or backend = 'torch'"
+        )
+    if options.te_recipe == "delayed" and options.recompute == "full":
+        found.append(
+            "precision.linear='te:delayed' and recompute.mode='full': computing a layer again would count its largest "
+            "values twice; use 'te:current' or recompute.mode = 'selective'"
+        )
+    return found
