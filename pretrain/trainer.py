@@ -242,11 +242,10 @@ class Trainer:
         return 0 if self.loss_scale is None else self.loss_scale.skipped_steps
 
     def _log(self, result: StepResult, lr: float) -> None:
-        row: dict[str, Any] = {"step": self.state.step, "lr": lr, "tokens": self.state.tokens}
+        losses = {} if result.skipped else self._losses(result)
+        row = {"step": self.state.step, **losses, "lr": lr, "tokens": self.state.tokens}
         if self.loss_scale is not None:
             row |= {"loss_scale": self.loss_scale.value, "skipped_steps": self.loss_scale.skipped_steps}
-        if not result.skipped:
-            row |= self._losses(result)
         self._watcher.measured({**row, "seconds": self.budget.spent, **self.meter.read()})
 
     def _losses(self, result: StepResult) -> dict[str, float]:

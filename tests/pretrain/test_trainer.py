@@ -92,6 +92,7 @@ MUON_BF16 = {"name": "muon", "moments": "bf16"}
         ({"dp": 2, "shard": "zero2"}, {}, "exp_avg_sq"),
         ({"dp": 2}, {}, "exp_avg_sq"),
         ({"tp": 2, "dp": 2, "shard": "zero1"}, MUON_BF16, "momentum"),
+        ({"dp": 4, "shard": "zero3", "shard_size": 2}, {"offload": True}, "exp_avg_sq"),
     ],
     ids=str,
 )

@@ -57,6 +57,9 @@ class DataParallel:
             wrapped.set_gradient_divide_factor(1.0)
             # Otherwise torch asks for a pre-multiplied sum in fp32, which gloo does not have.
             wrapped.set_force_sum_reduction_for_comms(True)
+            # What a copy has summed so far waits in one buffer a layer for the sum over copies, so each backward must
+            # bring gradients of the same parameters: zeros for those that it does not reach (another chunk's, say).
+            wrapped.set_reduce_scatter_unused_params(not one_copy and self._shard in ("zero2", "zero3"))
             self._stage = wrapped
 
     def before_backward(self, *, last: bool) -> None:
