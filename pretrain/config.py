@@ -27,7 +27,11 @@ class ParallelTable(Config):
     dp: int | Literal["auto"] = Field(
         default="auto", description="Copies of the model that split the batch; auto: as many as the ranks allow."
     )
-    schedule: str = Field(default="1f1b", description="Pipeline schedule: gpipe or 1f1b.")
+    schedule: str = Field(
+        default="1f1b",
+        description="Pipeline schedule: gpipe, 1f1b, zb_h1 (vpp = 1); interleaved, interleaved_zb (any vpp); zbv, "
+        "dualpipev (vpp = 2). `wb check` says how long it waits.",
+    )
     pp_layout: tuple[int, ...] | None = Field(
         default=None, description="Layers per virtual stage in the order of the network, when not even: [6, 8, 8, 6]."
     )
@@ -58,6 +62,10 @@ class ParallelTable(Config):
     def _known_schedule(cls, value: str) -> str:
         schedule_named(value)
         return value
+
+    def schedule_faults(self) -> list[str]:
+        """Why the schedule cannot run with this many chunks a stage, if it cannot."""
+        return schedule_named(self.schedule).faults(self.vpp)
 
     def num_ranks(self) -> int:
         """The ranks that this table asks for; dp = "auto" asks for one copy of the model."""
@@ -92,6 +100,10 @@ class BatchTable(Config):
     global_size: int = Field(default=32, gt=0, description="Sequences in a step, over all ranks.")
     micro_size: int = Field(default=4, gt=0, description="Sequences that a rank computes at once.")
     seq_len: int = Field(default=256, gt=0, description="Tokens in a sequence.")
+
+    def num_microbatches(self, dp: int) -> int:
+        """Microbatches that each of `dp` data-parallel ranks computes in a step."""
+        return max(self.global_size // (self.micro_size * dp), 1)
 
     def faults(self, dp: int) -> list[str]:
         """Why the batch cannot be dealt out over `dp` data-parallel ranks, if it cannot."""
@@ -247,6 +259,7 @@ class EngineConfig(Config):
         """How a stage is computed, by the backend that was chosen."""
         return StageOptions(
             compile_blocks=self.kernels.compile,
+            split_backward=schedule_named(self.parallel.schedule).splits_backward,
             backend=backend,
             linear=self.precision.linear,
             recompute=self.recompute.mode,
@@ -268,8 +281,9 @@ class EngineConfig(Config):
         """The layout over `num_ranks` ranks; one LayoutError with everything that does not fit model and batch."""
         layout = self.parallel.layout(num_ranks)
         options = self.stage_options("te" if self.asked_backend == "te" else "torch")
+        # Chunks that the schedule does not take are not worth being judged by how many layers they get.
         faults = [
-            *layout.faults(model),
+            *(self.parallel.schedule_faults() or layout.faults(model)),
             *self.batch.faults(layout.dp),
             *execution_faults(options, model, layout),
             *precision_faults(self.precision),

@@ -6,8 +6,7 @@ import math
 from dataclasses import dataclass
 
 from pretrain.config import EngineConfig
-from pretrain.schedules import schedule_named
-from pretrain.simulate import simulate
+from pretrain.simulate import peak_in_flight, simulate_step
 from workbench.spec.execution import Recompute
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -43,17 +42,22 @@ def estimate_memory(
     model: ModelConfig, layout: ParallelLayout, config: EngineConfig, *, on_cpu: bool = True
 ) -> tuple[StageMemory, ...]:
     """One estimate a stage. Parameters, gradients and moments are counted; activations follow from what each layer
-    keeps for its backward, times the microbatches that the schedule keeps in flight. What waits in the host's memory
+    keeps for its backward, times what the schedule keeps in flight. What waits in the host's memory
     (`recompute.offload`) is not counted."""
-    batch, compute = config.batch, COMPUTE_BYTES[config.precision.compute]
-    num_microbatches = max(batch.global_size // (batch.micro_size * layout.dp), 1)
-    in_flight = simulate(schedule_named(config.parallel.schedule), layout.pp, num_microbatches).peak_in_flight
+    compute = COMPUTE_BYTES[config.precision.compute]
+    played = simulate_step(config, layout)
+    # In stages: a chunk is a part of one, and of chunks that differ the average is good enough.
+    in_flight = [chunks / layout.vpp for chunks in played.peak_in_flight]
+    ends = [span.action for span in played.spans if span.stage == layout.last_stage]
+    scored = peak_in_flight(action for action in ends if action.chunk == layout.vpp - 1)
     found = []
     for stage in range(layout.pp):
         local = sum(math.prod(spec.local_shape(layout.tp)) for spec in stage_specs(model, layout, stage))
         kept = -(-local // layout.shard_degree)
         # A layer casts its weights to bf16 and keeps the copy until the backward of the microbatch is done.
-        copies = 0 if compute == MASTER_BYTES else local * compute * (1 if layout.replicas > 1 else in_flight[stage])
+        copies = 0
+        if compute != MASTER_BYTES:
+            copies = math.ceil(local * compute * (1 if layout.replicas > 1 else in_flight[stage]))
         if layout.shard in ("zero1", "zero2"):
             copies = local * compute
         num_layers = len(layout.layers(model.num_hidden_layers, stage))
@@ -62,7 +66,7 @@ def estimate_memory(
         kept_of_layers, working = _layers_activations(
             model, layout, config, num_layers * in_flight[stage], on_cpu=on_cpu
         )
-        logits = _logits_bytes(model, layout, config, in_flight[stage]) if stage == layout.last_stage else 0
+        logits = _logits_bytes(model, layout, config, scored) if stage == layout.last_stage else 0
         found.append(
             StageMemory(
                 stage=stage,
@@ -70,15 +74,15 @@ def estimate_memory(
                 parameters=kept * MASTER_BYTES + copies,
                 gradients=kept * GRADIENT_BYTES,
                 optimizer=kept * MOMENT_BYTES,
-                activations=kept_of_layers + max(working, logits),
+                activations=math.ceil(kept_of_layers) + max(working, logits),
             )
         )
     return tuple(found)
 
 
 def _layers_activations(
-    model: ModelConfig, layout: ParallelLayout, config: EngineConfig, num_layers: int, *, on_cpu: bool
-) -> tuple[int, int]:
+    model: ModelConfig, layout: ParallelLayout, config: EngineConfig, num_layers: float, *, on_cpu: bool
+) -> tuple[float, int]:
     """Bytes that `num_layers` layers keep, those in flight counted apiece, and what backward of one needs besides."""
 
     def layer(mode: Recompute) -> int:
@@ -122,16 +126,18 @@ def _layer_activations(
     return batch.micro_size * batch.seq_len * (whole + cut // layout.tp)
 
 
-def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, in_flight: int) -> int:
-    """The logits of one microbatch, their softmax and their gradient; a sequence head has next to none.
+def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, scored: int) -> int:
+    """The logits of one microbatch, their softmax and their gradient; the softmax, or the gradient that waits for the
+    weight's, of the other ones of `scored` that are held at once. A sequence head has next to none.
 
-    In chunks they are few, but the gradient of the head's weight is kept with each microbatch in flight.
+    In chunks they are few, but the gradient of the head's weight is kept with each of `scored`.
     """
     if model.num_labels:
         return 0
     rows = -(-model.vocab_size // layout.tp)
     tokens, chunk = config.batch.micro_size * config.batch.seq_len, config.kernels.loss_chunk_tokens
-    logit_bytes = COMPUTE_BYTES[config.precision.compute] + 2 * MASTER_BYTES
+    compute = COMPUTE_BYTES[config.precision.compute]
     if not chunk:
-        return tokens * rows * logit_bytes
-    return min(chunk, tokens) * rows * logit_bytes + rows * model.hidden_size * MASTER_BYTES * in_flight
+        return tokens * rows * (compute + (scored + 1) * MASTER_BYTES)
+    logits = min(chunk, tokens) * rows * (compute + 2 * MASTER_BYTES)
+    return logits + rows * model.hidden_size * MASTER_BYTES * scored

@@ -11,20 +11,24 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pretrain.schedules import Action, Schedule
+from pretrain.schedules import Action, Schedule, forward_turns
+from pretrain.simulate import Result, neighbours, result
 from workbench.models.batch import Batch
 from workbench.models.build import BuiltStage
-from workbench.models.decoder import Output
-from workbench.parallel.mesh import Mesh, Work
+from workbench.models.decoder import DecoderStage, Output
+from workbench.parallel.gemm import WaitingProduct
+from workbench.parallel.loss import accumulation_dtype
+from workbench.parallel.mesh import Mesh, Message, Work
 
 
 @dataclass(frozen=True)
 class _Held:
-    """What a forward leaves for its backward."""
+    """What a forward leaves for its backward: not its output, which only the next stage needs, but where that ends."""
 
     received: torch.Tensor | None
-    result: torch.Tensor
+    end: GradientEdge
     sent: Work | None
 
 
@@ -32,33 +36,38 @@ class Pipeline:
     """One stage of a pipeline and the links to its neighbours. Hidden states travel in the stage's compute type."""
 
     def __init__(self, built: BuiltStage, mesh: Mesh, schedule: Schedule) -> None:
-        self.stage, self.data_parallel = built.module, built.data_parallel
+        self.built, self.stage = built, built.module
         self.mesh, self.schedule = mesh, schedule
 
     def train(self, batches: Sequence[Batch], scale: torch.Tensor) -> torch.Tensor:
-        """The summed loss of `batches` on the last stage, zero elsewhere; adds its gradient times `scale` to the stage.
+        """The summed loss of `batches` where the network ends, zero elsewhere; adds its gradient times `scale` to the
+        stage.
 
         Communicates on the pipeline axis, and inside the stage on the tensor and data axes.
         """
-        actions = self.schedule.actions(self.mesh.pp.rank, self.mesh.pp.size, len(batches))
+        layout = self.mesh.layout
+        assert not self.schedule.faults(layout.vpp) and self.schedule.placement == layout.placement, self.schedule
+        actions = self.schedule.actions(self.mesh.pp.rank, layout.pp, len(batches), layout.vpp)
         run = _Training(self, batches, scale, actions)
+        compute = {"F": run.forward, "B": run.backward, "I": run.backward, "W": run.weights}
         for action in actions:
-            run.forward(action) if action.kind == "F" else run.backward(action)
+            compute[action.kind](action)
         run.links.finish()
         return run.loss
 
     @torch.no_grad()
     def evaluate(self, batches: Sequence[Batch], output: Output, take: Callable[[Batch, torch.Tensor], None]) -> None:
-        """Runs every batch forward and, on the last stage, hands each output to `take` as soon as it is there."""
-        stage = self.stage
-        actions = [Action("F", m) for m in range(len(batches))]
-        links = _Links(self.mesh, stage.compute_dtype, self.hidden_shapes(batches), actions)
-        for batch, action in zip(batches, actions, strict=True):
-            result = stage(None if stage.is_first() else links.receive(action), batch, output)
-            if stage.is_last():
-                take(batch, result)
+        """Runs every batch forward and, where the network ends, hands each output to `take` as soon as it is there."""
+        layout = self.mesh.layout
+        actions = [Action("F", *turn) for turn in forward_turns(layout.pp, len(batches), layout.vpp)]
+        links = _Links(self.mesh, self.stage, self.hidden_shapes(batches), actions)
+        for action in actions:
+            batch = batches[action.microbatch]
+            found = self.stage(links.receive(action), batch, output, chunk=action.chunk)
+            if self.stage.is_last(action.chunk):
+                take(batch, found)
             else:
-                links.send(action, result)
+                links.send(action, found)
         links.finish()
 
     def hidden_shapes(self, batches: Sequence[Batch]) -> list[tuple[int, int, int]]:
@@ -73,60 +82,84 @@ class _Training:
     def __init__(
         self, pipeline: Pipeline, batches: Sequence[Batch], scale: torch.Tensor, actions: Sequence[Action]
     ) -> None:
-        self._stage, self._data_parallel = pipeline.stage, pipeline.data_parallel
-        self._batches, self._scale = batches, scale
-        self.links = _Links(pipeline.mesh, self._stage.compute_dtype, pipeline.hidden_shapes(batches), actions)
-        self._held: dict[int, _Held] = {}
-        self._last_backward = [action for action in actions if action.kind == "B"][-1]
+        self._stage, self._gemm = pipeline.stage, pipeline.built.gemm
+        self._data_parallel = pipeline.built.data_parallel
+        self._batches, self._scale = batches, scale.to(accumulation_dtype(self._stage.compute_dtype))
+        self.links = _Links(pipeline.mesh, self._stage, pipeline.hidden_shapes(batches), actions)
+        self._held: dict[tuple[int, int], _Held] = {}
+        self._waiting: dict[tuple[int, int], list[WaitingProduct]] = {}
+        self._last = actions[-1]
+        # Then no backward of autograd is the one after which all gradients of this rank are there.
+        self._reduces_apart = self._gemm.waiting is not None or pipeline.mesh.layout.vpp > 1
         # In float64, so that the reported sum does not depend on how the step was cut into microbatches.
         self.loss = torch.zeros((), dtype=torch.float64, device=pipeline.mesh.device)
 
     def forward(self, action: Action) -> None:
-        received = None
-        if not self._stage.is_first():
-            received = self.links.receive(action).requires_grad_()
-        result = self._stage(received, self._batches[action.microbatch], "loss")
-        sent = None
-        if self._stage.is_last():
-            self.loss += result.detach()
+        received, sent = self.links.receive(action), None
+        if received is not None:
+            received.requires_grad_()
+        found = self._stage(received, self._batches[action.microbatch], "loss", chunk=action.chunk)
+        if self._stage.is_last(action.chunk):
+            self.loss += found.detach()
         else:
-            sent = self.links.send(action, result.detach())
-        self._held[action.microbatch] = _Held(received, result, sent)
+            sent = self.links.send(action, found.detach())
+        self._held[action.microbatch, action.chunk] = _Held(received, get_gradient_edge(found), sent)
 
     def backward(self, action: Action) -> None:
-        held = self._held.pop(action.microbatch)
-        if self._stage.is_last():
-            gradient = self._scale.to(held.result.dtype)
-        else:
-            gradient = self.links.receive(action)
-            if held.sent is not None:
-                # Its gradient has come back, so the activation has arrived: this does not wait, it frees the buffer.
-                self.links.release(held.sent)
-        self._data_parallel.before_backward(last=action is self._last_backward)
-        torch.autograd.backward(held.result, gradient)
+        """The whole backward, or only the half that the stage before this one waits for."""
+        at = (action.microbatch, action.chunk)
+        held = self._held.pop(at)
+        gradient = self.links.receive(action)
+        if gradient is None:
+            gradient = self._scale
+        elif held.sent is not None:
+            # Its gradient has come back, so the activation has arrived: this does not wait, it frees the buffer.
+            self.links.release(held.sent)
+        self._data_parallel.before_backward(last=action is self._last and not self._reduces_apart)
+        torch.autograd.backward(held.end, gradient)
         if held.received is not None:
             assert held.received.grad is not None
             self.links.send(action, held.received.grad)
+        if self._gemm.waiting is not None:
+            self._waiting[at], self._gemm.waiting = self._gemm.waiting, []
+        if action.kind == "B":
+            self.weights(action)
+
+    def weights(self, action: Action) -> None:
+        """The gradients of weights that a backward has left to compute; each frees its activation."""
+        products = self._waiting.pop((action.microbatch, action.chunk), [])
+        while products:
+            products.pop().add()
+        if self._reduces_apart:
+            self._data_parallel.after_backward(last=action is self._last)
 
 
 class _Links:
     """Sends and receives of one pass, derived from its actions.
 
     One receive is always posted ahead of the action that needs it. Sends never block: their buffers are kept until
-    they are done.
+    they are done. Between two chunks of this stage nothing is sent: the one hands its tensor to the other.
     """
 
     def __init__(
-        self, mesh: Mesh, dtype: torch.dtype, shapes: Sequence[tuple[int, int, int]], actions: Iterable[Action]
+        self, mesh: Mesh, stage: DecoderStage, shapes: Sequence[tuple[int, int, int]], actions: Iterable[Action]
     ) -> None:
-        self._mesh, self._dtype, self._shapes = mesh, dtype, shapes
-        self._awaited = deque(action for action in actions if self._source(action) is not None)
+        self._mesh, self._stage, self._shapes = mesh, stage, shapes
+        self._awaited = deque(action for action in actions if self._source(action) not in (None, mesh.pp.rank))
         self._posted: deque[tuple[Action, torch.Tensor, Work]] = deque()
         self._sending: list[tuple[Work, torch.Tensor]] = []
+        self._handed: dict[Result, torch.Tensor] = {}
         self._post()
 
-    def receive(self, action: Action) -> torch.Tensor:
-        """What the neighbour sent for `action`; then posts the next receive."""
+    def receive(self, action: Action) -> torch.Tensor | None:
+        """What the neighbour made for `action`, None at the end of the network; then posts the next receive."""
+        source = self._source(action)
+        if source is None:
+            return None
+        if source == self._mesh.pp.rank:
+            virtual = self._stage.virtual[action.chunk]
+            kind, microbatch, _ = result(action, virtual)
+            return self._handed.pop((kind, microbatch, neighbours(action, virtual)[0]))
         expected, buffer, work = self._posted.popleft()
         assert expected == action, f"{action} runs, but the next message is for {expected}"
         work.wait()
@@ -135,9 +168,14 @@ class _Links:
 
     def send(self, action: Action, tensor: torch.Tensor) -> Work | None:
         """Starts to send the result of `action` to the stage that needs it."""
-        target = self._mesh.pp.rank + (1 if action.kind == "F" else -1)
-        tensor = tensor.to(self._dtype).contiguous()
-        work = self._mesh.pp.isend(tensor, target, action.kind)
+        virtual = self._stage.virtual[action.chunk]
+        target = self._home(neighbours(action, virtual)[1])
+        assert target is not None, f"{action} ends the network"
+        if target == self._mesh.pp.rank:
+            self._handed[result(action, virtual)] = tensor
+            return None
+        tensor = tensor.to(self._stage.compute_dtype).contiguous()
+        work = self._mesh.pp.isend(tensor, target, _message(action))
         self._sending = [(other, kept) for other, kept in self._sending if not other.is_completed()]
         self._sending.append((work, tensor))
         return work
@@ -152,19 +190,29 @@ class _Links:
 
     def finish(self) -> None:
         """Returns when all that was sent has left and nothing is awaited."""
-        assert not self._posted and not self._awaited, "messages were awaited that no action took"
+        assert not (self._posted or self._awaited or self._handed), "messages were awaited that no action took"
         for work, _ in self._sending:
             work.wait()
         self._sending.clear()
 
     def _source(self, action: Action) -> int | None:
-        source = self._mesh.pp.rank - (1 if action.kind == "F" else -1)
-        return source if 0 <= source < self._mesh.pp.size else None
+        """The stage that makes what `action` receives, if it receives anything."""
+        return None if action.kind == "W" else self._home(neighbours(action, self._stage.virtual[action.chunk])[0])
+
+    def _home(self, virtual: int) -> int | None:
+        """The stage of a virtual stage; None beyond either end of the network."""
+        layout = self._mesh.layout
+        return layout.home(virtual)[0] if 0 <= virtual < layout.num_virtual else None
 
     def _post(self) -> None:
         if self._awaited:
             action = self._awaited.popleft()
             source = self._source(action)
             assert source is not None
-            buffer = torch.empty(self._shapes[action.microbatch], dtype=self._dtype, device=self._mesh.device)
-            self._posted.append((action, buffer, self._mesh.pp.irecv(buffer, source, action.kind)))
+            shape, device = self._shapes[action.microbatch], self._mesh.device
+            buffer = torch.empty(shape, dtype=self._stage.compute_dtype, device=device)
+            self._posted.append((action, buffer, self._mesh.pp.irecv(buffer, source, _message(action))))
+
+
+def _message(action: Action) -> Message:
+    return "F" if action.kind == "F" else "B"

@@ -32,7 +32,7 @@ class StepResult:
 
     def mean_loss(self, mesh: Mesh) -> float:
         """The loss per label over the whole step; communicates over the world."""
-        # Tensor ranks hold copies of the same loss, and stages before the last hold zero.
+        # Tensor ranks hold copies of the same loss, and stages where the network does not end hold zero.
         part = self.loss_sum if mesh.tp.rank == 0 else torch.zeros_like(self.loss_sum)
         return mesh.world.all_reduce(part.clone()).item() / max(self.num_labels, 1)
 

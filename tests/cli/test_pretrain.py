@@ -98,6 +98,10 @@ def test_a_pipeline_says_how_long_it_waits(config: Path, capsys: pytest.CaptureF
     assert main(["pretrain", str(config), "parallel.pp=2", "--dry-run"]) == 0
     # Two stages and two microbatches: (S - 1) / (M + S - 1) of the time.
     assert "tp 1 x pp 2 x dp 1 = 2 ranks, fp32, 1f1b waits 33% of the time" in capsys.readouterr().out
+    vee = ["parallel.pp=2", "parallel.vpp=2", "parallel.schedule=zbv", "batch.micro_size=1"]
+    assert main(["pretrain", str(config), *vee, "--dry-run"]) == 0
+    # Of the 6 x 4 computations of a stage, the last one waits for the first forward of the other to end.
+    assert "zbv in 2 chunks waits 4% of the time" in capsys.readouterr().out
 
 
 def test_another_seed_in_the_same_folder_is_refused_and_the_run_is_marked_failed(

@@ -26,6 +26,7 @@ from workbench.cli.main import main
 from workbench.errors import CheckpointError, ConfigError, VerificationError
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import AdapterRecord, LoraSpec, adapter_tensors
+from workbench.spec.schema import stored_shards
 
 MODELS = {
     "tied, two KV heads": tiny_model(),
@@ -40,6 +41,8 @@ LAYOUTS = [
     ParallelLayout(pp=4),
     ParallelLayout(tp=4, pp=3, pp_layout=(1, 2, 1), vocab_multiple=16),
     ParallelLayout(tp=2, pp=2, pp_layout=(3, 1), vocab_multiple=1),
+    ParallelLayout(tp=2, pp=2, vpp=2),
+    ParallelLayout(pp=2, vpp=2, placement="vee", pp_layout=(1, 1, 1, 1)),
 ]
 
 
@@ -184,10 +187,16 @@ def test_two_writers_of_one_destination_do_not_disturb_each_other(source, tmp_pa
     assert not (tmp_path / "x.partial").exists()
 
 
+def same_values(first: Path, second: Path) -> bool:
+    ours, theirs = read_all(first), read_all(second)
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
 REFUSED = {
+    "chunks without layers": (["--vpp", "4"], 3, "num_hidden_layers=4 are fewer than pp=2 x vpp=4 stages"),
     "a layout that does not divide": (["--tp", "3"], 3, "num_attention_heads=4 cannot be split over tp=3"),
     "stages that do not add up": (["--pp-layout", "1,1"], 3, "pp_layout adds up to 2 layers, but num_hidden_layers=4"),
-    "stages of another number": (["--pp", "3", "--pp-layout", "2,2"], 3, "pp_layout has 2 stages, but pp=3"),
+    "stages of another number": (["--pp", "3", "--pp-layout", "2,2"], 3, "pp_layout has 2 entries, but pp=3 needs 3"),
     "more stages than layers": (["--pp", "8"], 3, "num_hidden_layers=4 are fewer than pp=8"),
     "words for stages": (["--pp-layout", "a,b"], 2, "--pp-layout 'a,b'"),
     "a degree of nothing": (["--tp", "0"], 2, "--tp 0"),
@@ -204,6 +213,20 @@ def test_reshard_refuses_with_its_exit_code_and_writes_nothing(source, tmp_path,
     assert main(["reshard", str(source), str(tmp_path / "x"), *words]) == code
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("x*"))
+
+
+def test_chunks_of_a_stage_are_laid_out_as_asked_and_kept_until_then(source, tmp_path, capsys):
+    assert main(["reshard", str(source), str(tmp_path / "looped"), "--vpp", "2", "--pp-layout", "1,1,1,1"]) == 0
+    found = open_checkpoint(tmp_path / "looped").layout
+    assert (found.pp, found.vpp, found.placement) == (2, 2, "loop")
+    assert main(["reshard", str(tmp_path / "looped"), str(tmp_path / "kept"), "--tp", "1"]) == 0
+    assert "tp=2 pp=2 vpp=2 pp_layout=1,1,1,1" in capsys.readouterr().out
+    found = open_checkpoint(tmp_path / "kept").layout
+    assert (found.tp, found.vpp, found.pp_layout) == (1, 2, (1, 1, 1, 1))
+    names = {box.name for box in stored_shards(tiny_model(), found)[0, 0]}
+    assert "layers.2.mlp.down_proj.weight" in names and "layers.1.mlp.down_proj.weight" not in names
+    assert main(["reshard", str(tmp_path / "kept"), str(tmp_path / "flat"), "--vpp", "1"]) == 0
+    assert same_values(tmp_path / "flat", source)
 
 
 def test_a_missing_foreign_and_existing_path_have_their_exit_codes(source, tmp_path, capsys):

@@ -15,7 +15,7 @@ from pretrain.schedules import schedule_named
 from tests.helpers.parity import Boxes, boxes_of, largest_difference
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import VOCAB, tiny_model
-from workbench.models.build import BuiltStage, build_stage, initialise
+from workbench.models.build import BuiltStage, StageOptions, build_stage, initialise
 from workbench.parallel.gradients import complete_gradients, gradient_norm
 from workbench.parallel.initial import normal
 from workbench.parallel.live import LiveParameter, shard_views
@@ -48,7 +48,8 @@ def examples(model: ModelConfig, step: int) -> list[Example]:
 def built_with_adapter(model: ModelConfig, lora: LoraSpec | None, mesh: Mesh) -> BuiltStage:
     """A stage with trained-looking adapters: B is not zero."""
     adapt = None if lora is None else lambda stage: attach(stage, lora)
-    built = build_stage(model, mesh, dtype=torch.float64, adapt=adapt)
+    options = StageOptions(split_backward=mesh.layout.placement == "vee")
+    built = build_stage(model, mesh, dtype=torch.float64, adapt=adapt, options=options)
     initialise(built.parameters, model, seed=7)
     if lora is not None:
         train_b(built.parameters)
@@ -80,7 +81,7 @@ def observe(model: ModelConfig, lora: LoraSpec | None, layout: ParallelLayout) -
     mesh = Mesh.create(layout, torch.device("cpu"))
     built = built_with_adapter(model, lora, mesh)
     trainable = [parameter for parameter in built.parameters if parameter.trainable]
-    pipeline = Pipeline(built, mesh, schedule_named("1f1b"))
+    pipeline = Pipeline(built, mesh, schedule_named("zbv" if layout.placement == "vee" else "1f1b"))
     numbers = [backward(pipeline, model, 0)]
     complete_gradients(trainable, mesh)
     numbers.append(float(gradient_norm(built.parameters, mesh)))
@@ -108,6 +109,8 @@ CASES = [
     (ParallelLayout(tp=2, dp=2, shard="zero2"), LoraSpec(r=5), {}),
     (ParallelLayout(pp=2), LoraSpec(r=3), {"num_labels": 3}),
     (ParallelLayout(tp=2, pp=2), LoraSpec(r=3), {"tie_word_embeddings": False}),
+    (ParallelLayout(pp=2, vpp=2, placement="vee"), LoraSpec(r=3), {}),
+    (ParallelLayout(pp=2, vpp=2, dp=2, placement="vee", shard="zero3"), LoraSpec(r=3), {"num_labels": 3}),
     (ParallelLayout(tp=2, dp=2), None, {"num_labels": 3}),
     (ParallelLayout(tp=2, pp=2), None, {}),
 ]

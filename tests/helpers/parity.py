@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 from pretrain.config import OptimTable
@@ -23,6 +24,7 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 STEPS, SAMPLES, TOKENS = 3, 4, 12
+TOLERANCE = 1e-10
 Boxes = list[tuple[str, Box, torch.Tensor]]
 
 
@@ -41,10 +43,12 @@ def train_three_steps(
 ) -> Observed:
     """What this rank saw of three AdamW steps in float64 on data that depends on the step alone."""
     mesh = Mesh.create(layout, torch.device("cpu"))
+    rule = schedule_named(schedule)
+    options = replace(options or StageOptions(), split_backward=rule.splits_backward)
     built = build_stage(model, mesh, dtype=torch.float64, options=options)
     initialise(built.parameters, model, seed=7)
     perturb(built.parameters)
-    pipeline = Pipeline(built, mesh, schedule_named(schedule))
+    pipeline = Pipeline(built, mesh, rule)
     seen = Observed()
     _train(pipeline, model, 0, micro_size)
     complete_gradients(built.parameters, mesh)
@@ -89,6 +93,18 @@ def largest_difference(boxes: Boxes, reference: dict[str, torch.Tensor]) -> floa
         float((reference[name][box.slices] - values).abs().max()) / max(float(reference[name].abs().max()), floor)
         for name, box, values in boxes
     )
+
+
+def assert_observed(observed: list[Observed], reference: Observed) -> None:
+    """Fails unless every rank saw what one process saw, and together they hold everything."""
+    gradients = {name: values for name, _, values in reference.gradients}
+    weights = {name: values for name, _, values in reference.weights}
+    for rank, seen in enumerate(observed):
+        assert seen.losses == pytest.approx(reference.losses, rel=TOLERANCE), f"losses on rank {rank}"
+        assert seen.norms == pytest.approx(reference.norms, rel=TOLERANCE), f"norms on rank {rank}"
+        assert largest_difference(seen.gradients, gradients) < TOLERANCE, f"gradients on rank {rank}"
+        assert largest_difference(seen.weights, weights) < TOLERANCE, f"weights on rank {rank}"
+    assert {name for seen in observed for name, _, _ in seen.weights} == set(weights)
 
 
 def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int) -> float:

@@ -10,6 +10,7 @@ from pydantic import ValidationError
 from pretrain.config import EngineConfig, ParallelTable, PretrainConfig
 from pretrain.execution import choose_executor
 from pretrain.presets import PRESETS
+from pretrain.schedules import schedules
 from tests.pretrain.models import tiny_config, tiny_model
 from workbench.errors import LaunchError, LayoutError
 from workbench.spec.layout import ParallelLayout
@@ -36,7 +37,10 @@ def config_with(**tables: dict[str, Any]) -> PretrainConfig:
             "batch.global_size=20 is not a multiple of dp=2 x batch.micro_size=8; use 16",
         ),
         ({"parallel": {"dp": 0}}, "must be at least 1 or 'auto', not 0"),
-        ({"parallel": {"schedule": "zigzag"}}, "no schedule is called 'zigzag'; there are 1f1b, gpipe"),
+        (
+            {"parallel": {"schedule": "zigzag"}},
+            "no schedule is called 'zigzag'; there are 1f1b, dualpipev, gpipe, interleaved",
+        ),
         ({"optim": {"lr": 1e-4, "min_lr": 1e-3}}, "min_lr=0.001 is above lr=0.0001"),
         ({"optim": {"betas": [0.9, 1.0]}}, "each must be at least 0 and below 1"),
         ({"optim": {"warmup": 101}}, "optim.warmup=101 is longer than the run of 100 steps"),
@@ -110,6 +114,36 @@ def test_a_recipe_of_transformer_engine_leaves_auto_no_choice() -> None:
     config = tiny_config("run", kernels={"backend": "auto"}, precision={"compute": "bf16", "linear": "te:current"})
     with pytest.raises(LaunchError, match="runs on NVIDIA GPUs"):
         choose_executor(config, tiny_model(), ParallelLayout(), "cpu")
+
+
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        ({"schedule": "1f1b", "vpp": 2}, "schedule='1f1b' gives each stage 1 chunk of layers, not vpp=2; use vpp = 1"),
+        ({"schedule": "zbv"}, "schedule='zbv' gives each stage 2 chunks of layers, not vpp=1; use vpp = 2"),
+        ({"schedule": "dualpipev", "vpp": 4}, "'dualpipev' gives each stage 2 chunks of layers, not vpp=4"),
+        (
+            {"schedule": "interleaved", "vpp": 3, "pp": 1},
+            "num_hidden_layers=4 cannot be split evenly over pp=1 x vpp=3; use a pp x vpp that divides 4 (1, 2, 4)",
+        ),
+        ({"schedule": "zb_h1"}, "kernels.compile=true and a schedule that splits the backward"),
+    ],
+)
+def test_a_schedule_that_cannot_run_is_refused_before_any_rank_starts(parallel: dict[str, Any], message: str) -> None:
+    config = tiny_config("run", parallel={"pp": 2, **parallel}, kernels={"compile": True})
+    with pytest.raises(LayoutError) as caught:
+        config.resolve_layout(tiny_model(), config.parallel.num_ranks())
+    assert message in str(caught.value)
+    assert "placement" not in str(caught.value)
+
+
+def test_the_description_of_the_schedule_names_every_schedule() -> None:
+    described = ParallelTable.model_fields["schedule"].description
+    assert described is not None
+    for name, schedule in schedules().items():
+        vpp = "any vpp" if schedule.num_chunks is None else f"vpp = {schedule.num_chunks}"
+        group = next(part for part in described.split(";") if name in part.replace(",", " ").replace(".", " ").split())
+        assert vpp in group
 
 
 @pytest.mark.parametrize(

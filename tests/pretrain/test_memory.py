@@ -128,3 +128,20 @@ def test_sharding_divides_the_state_and_not_the_activations():
     assert cut.optimizer == pytest.approx(whole.optimizer / 4, rel=0.01)
     assert cut.gradients == pytest.approx(whole.gradients / 4, rel=0.01)
     assert cut.activations == whole.activations
+
+
+def test_chunks_count_as_parts_of_a_stage():
+    model = gated_model(**LARGER, num_hidden_layers=8)
+    one = estimate_memory(model, ParallelLayout(pp=2), config(schedule="1f1b"))
+    vee = estimate_memory(model, ParallelLayout(pp=2, vpp=2, placement="vee"), config(schedule="zbv", vpp=2))
+    looped = estimate_memory(model, ParallelLayout(pp=2, vpp=2), config(schedule="interleaved", vpp=2))
+    assert vee[1].activations == one[0].activations  # 4 chunks are 2 stages of 4 layers
+    assert looped[0].activations == one[0].activations * 5 / 4  # 5 chunks
+
+
+def test_gpipe_keeps_the_softmax_of_every_microbatch():
+    model, layout = gated_model(**LARGER), ParallelLayout(pp=2)
+    flushed = estimate_memory(model, layout, config(schedule="gpipe"))[1].activations
+    eager = estimate_memory(model, layout, config(schedule="1f1b"))[1].activations
+    layers = estimate_memory(model, layout, config(schedule="gpipe"))[0].activations
+    assert flushed - layers > eager - layers / 4

@@ -17,7 +17,7 @@ from pretrain.schedules import schedule_named
 from pretrain.step import agree, train_step
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import HeldOut, Noise, mesh_of, tiny_model
-from workbench.models.build import build_stage, initialise
+from workbench.models.build import StageOptions, build_stage, initialise
 from workbench.models.state import stored_boxes
 from workbench.spec.layout import ParallelLayout
 
@@ -29,12 +29,14 @@ def train_three_steps(
     layout_values: dict[str, Any], schedule: str, micro_size: int = 2, changes: dict[str, Any] | None = None
 ) -> Found:
     """Losses, norms and evaluation of three fp64 steps, and this rank's boxes of the weights and moments after them."""
-    mesh = mesh_of(ParallelLayout(**layout_values))
+    rule = schedule_named(schedule)
+    mesh = mesh_of(ParallelLayout(**{**layout_values, "placement": rule.placement}))
     model = tiny_model(**(changes or {}))
-    built = build_stage(model, mesh, dtype=torch.float64)
+    options = StageOptions(split_backward=rule.splits_backward)
+    built = build_stage(model, mesh, dtype=torch.float64, options=options)
     initialise(built.parameters, model, seed=5)
     optimizer = Optimizer(built.parameters, mesh, OPTIM)
-    pipeline = Pipeline(built, mesh, schedule_named(schedule))
+    pipeline = Pipeline(built, mesh, rule)
     objective, share = Noise(), Share(micro_size, mesh.dp.rank, mesh.dp.size)
     losses, norms = [], []
     for step in range(3):
@@ -128,6 +130,24 @@ def test_two_ranks_train_like_one_process(layout: dict[str, Any], schedule: str)
 )
 def test_four_ranks_train_like_one_process(layout: dict[str, Any]) -> None:
     assert_same(run_ranks(4, train_three_steps, layout, "1f1b"), reference())
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(
+    ("layout", "schedule"),
+    [
+        ({"pp": 2}, "zb_h1"),
+        ({"pp": 2, "vpp": 2}, "interleaved"),
+        ({"pp": 2, "vpp": 2}, "interleaved_zb"),
+        ({"pp": 2, "vpp": 2}, "zbv"),
+        ({"pp": 2, "vpp": 2}, "dualpipev"),
+        ({"pp": 2, "vpp": 2, "dp": 2, "shard": "zero2"}, "zbv"),
+    ],
+    ids=str,
+)
+def test_every_schedule_trains_and_scores_like_one_process(layout: dict[str, Any], schedule: str) -> None:
+    """The end of the network lies on the first stage for some, and the score is taken there."""
+    assert_same(run_ranks(2 * layout.get("dp", 1), train_three_steps, layout, schedule), reference())
 
 
 @pytest.mark.parity

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from pretrain.engine import Trainer
+from pretrain.schedules import schedule_named
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import Noise, mesh_of, tiny_config, tiny_model, tiny_subject
 from workbench.checkpoint.manifest import read_manifest
@@ -53,6 +54,7 @@ def train(folder: str, layout: dict[str, Any], *, die_after: int = 0, **tables: 
     """One run on this rank: what it recorded, its result, and the samples it asked for."""
     recorder, objective = Recorder(), Noise(held_out=6)
     config = tiny_config(folder, **tables)
+    layout = {"placement": schedule_named(config.parallel.schedule).placement, **layout}
     trainer = Trainer(
         config, tiny_subject(tiny_model(**MODEL)), objective, mesh_of(ParallelLayout(**layout)), watcher=recorder
     )
@@ -93,17 +95,26 @@ def test_six_steps_equal_four_steps_a_crash_and_a_resume_bit_for_bit(layout: dic
     assert any(name.startswith("optim.exp_avg_sq/") for name in fingerprints(tmp_path / "whole", 6))
 
 
-def train_with(folder: str, layout: dict[str, Any], die_after: int) -> dict[str, Any]:
-    return train(folder, layout, die_after=die_after, checkpoint={"every": 3})
+def train_with(folder: str, layout: dict[str, Any], die_after: int, schedule: str = "1f1b") -> dict[str, Any]:
+    return train(folder, layout, die_after=die_after, checkpoint={"every": 3}, parallel={"schedule": schedule})
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"tp": 2, "dp": 2, "shard": "zero3"}], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "schedule"),
+    [
+        ({"tp": 2, "pp": 2}, "1f1b"),
+        ({"tp": 2, "dp": 2, "shard": "zero3"}, "1f1b"),
+        ({"dp": 2, "pp": 2, "vpp": 2}, "zbv"),
+        ({"dp": 2, "pp": 2, "vpp": 2, "shard": "zero3"}, "interleaved_zb"),
+    ],
+    ids=str,
+)
 def test_a_run_resumed_at_another_layout_sees_the_same_data_and_loses_alike(
-    layout: dict[str, Any], tmp_path: Path
+    layout: dict[str, Any], schedule: str, tmp_path: Path
 ) -> None:
     whole = train(str(tmp_path / "whole"), {})
     train(str(tmp_path / "moved"), {}, die_after=3, checkpoint={"every": 3})
-    moved = run_ranks(4, train_with, str(tmp_path / "moved"), layout, 0)
+    moved = run_ranks(4, train_with, str(tmp_path / "moved"), layout, 0, schedule)
     assert [step for step, _ in moved[0]["losses"]] == [4, 5, 6]
     for (_, loss), (_, expected) in zip(moved[0]["losses"], whole["losses"][3:], strict=True):
         assert loss == pytest.approx(expected, rel=1e-5)

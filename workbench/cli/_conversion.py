@@ -41,6 +41,7 @@ def new_layout(
     *,
     tp: int | None = None,
     pp: int | None = None,
+    vpp: int | None = None,
     pp_layout: str = "",
     vocab_multiple: int | None = None,
 ) -> ParallelLayout:
@@ -51,14 +52,17 @@ def new_layout(
 
     old = opened.layout or ParallelLayout()
     stages = parse_stages(pp_layout)
-    new_pp = pp if pp is not None else len(stages) if stages else old.pp
-    if stages is None and new_pp == old.pp:
+    new_vpp = old.vpp if vpp is None else vpp
+    new_pp = pp if pp is not None else max(len(stages) // max(new_vpp, 1), 1) if stages else old.pp
+    if stages is None and (new_pp, new_vpp) == (old.pp, old.vpp):
         stages = old.pp_layout
     try:
         return ParallelLayout(
             tp=old.tp if tp is None else tp,
             pp=new_pp,
+            vpp=new_vpp,
             pp_layout=stages,
+            placement=old.placement if new_vpp == old.vpp else "loop",
             vocab_multiple=old.vocab_multiple if vocab_multiple is None else vocab_multiple,
         )
     except ValidationError as error:
@@ -68,7 +72,7 @@ def new_layout(
 
 
 def parse_stages(text: str) -> tuple[int, ...] | None:
-    """Layers per stage from '6,8,8,6'; None for an empty text."""
+    """Layers per virtual stage from '6,8,8,6'; None for an empty text."""
     if not text:
         return None
     try:
@@ -162,4 +166,5 @@ def describe_layout(opened: OpenedCheckpoint) -> str:
     if layout is None:
         return opened.format
     stages = f" pp_layout={','.join(map(str, layout.pp_layout))}" if layout.pp_layout else ""
-    return f"{opened.format}, tp={layout.tp} pp={layout.pp}{stages}"
+    chunks = f" vpp={layout.vpp}" if layout.vpp > 1 else ""
+    return f"{opened.format}, tp={layout.tp} pp={layout.pp}{chunks}{stages}"

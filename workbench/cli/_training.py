@@ -68,6 +68,7 @@ def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout)
     """What is known of a run before it starts."""
     from pretrain.execution import choose_executor
     from pretrain.memory import estimate_memory
+    from pretrain.simulate import simulate_step
     from workbench.parallel.launch import choose_device
     from workbench.spec.schema import num_parameters
 
@@ -80,6 +81,7 @@ def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout)
         "parameters": num_parameters(model),
         "layout": layout.model_dump(mode="json", include={"tp", "cp", "pp", "vpp", "dp", "shard"}),
         "ranks": layout.world_size,
+        "bubble": simulate_step(config, layout).bubble,
         "step_tokens": config.step_tokens,
         "steps": config.planned_steps(),
         "seconds": config.run.seconds,
@@ -98,14 +100,11 @@ def say_plan(out: Output, facts: Mapping[str, Any], config: EngineConfig, model:
     shape = f"{model.num_hidden_layers} layers x {model.hidden_size}, vocabulary {model.vocab_size}"
     spread = f"tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}"
     ranks = f"{facts['ranks']} rank" + ("s" if facts["ranks"] > 1 else "")
-    micros = batch.global_size // (batch.micro_size * layout["dp"])
+    micros = batch.num_microbatches(layout["dp"])
     pipeline = ""
     if layout["pp"] > 1:
-        from pretrain.schedules import schedule_named
-        from pretrain.simulate import simulate
-
-        played = simulate(schedule_named(config.parallel.schedule), layout["pp"], micros, durations={"F": 1, "B": 2})
-        pipeline = f", {config.parallel.schedule} waits {played.bubble:.0%} of the time"
+        chunks = f" in {layout['vpp']} chunks" if layout["vpp"] > 1 else ""
+        pipeline = f", {config.parallel.schedule}{chunks} waits {facts['bubble']:.0%} of the time"
     ends = [f"{facts['steps']} steps"] if facts["steps"] is not None else []
     ends += [time_text(facts["seconds"])] if facts["seconds"] is not None else []
     out.say(f"model      {count_text(facts['parameters'])} parameters: {shape}")

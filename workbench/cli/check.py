@@ -94,6 +94,7 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
     """Layout, sizes and memory: what every run has."""
     from pretrain.execution import choose_executor
     from pretrain.memory import estimate_memory
+    from pretrain.simulate import simulate_step
     from workbench.parallel.launch import choose_device
     from workbench.spec.schema import num_parameters
 
@@ -109,7 +110,9 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
         "layout": layout.model_dump(mode="json", exclude_none=True),
         "ranks": num_ranks,
         "layers_per_stage": [len(layout.layers(model.num_hidden_layers, stage)) for stage in range(layout.pp)],
-        "microbatches": config.batch.global_size // (config.batch.micro_size * layout.dp),
+        "microbatches": config.batch.num_microbatches(layout.dp),
+        "schedule": config.parallel.schedule,
+        "bubble": simulate_step(config, layout).bubble,
         "step_tokens": config.step_tokens,
         "steps": config.planned_steps(),
         "seconds": config.run.seconds,
@@ -135,6 +138,7 @@ def _text(found: dict[str, Any]) -> str:
             f"tp={layout['tp']} pp={layout['pp']} dp={layout['dp']} on {found['ranks']} ranks; layers a stage: "
             f"{', '.join(map(str, found['layers_per_stage']))}; {found['microbatches']} microbatches a step",
         ),
+        *_pipeline(found),
         ("data", ", ".join(f"{name}: {_shown(value)}" for name, value in data.items())),
         (
             "memory",
@@ -144,6 +148,15 @@ def _text(found: dict[str, Any]) -> str:
         ("", f"about {size_text(found['memory']['all_ranks_bytes'])} on all ranks, without what torch itself needs"),
     ]
     return "\n".join(f"{name:<8}{value}" for name, value in rows)
+
+
+def _pipeline(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """What the schedule costs, where there is more than one stage."""
+    layout = found["layout"]
+    if layout["pp"] == 1:
+        return []
+    chunks = f" with {layout['vpp']} chunks a stage" if layout["vpp"] > 1 else ""
+    return [("", f"{found['schedule']}{chunks} waits {found['bubble']:.1%} of the time, when stages are equally fast")]
 
 
 def _shown(value: Any) -> str:

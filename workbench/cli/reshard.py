@@ -17,7 +17,10 @@ def reshard(
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; the source's by default.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages; the source's by default.")] = None,
-    pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
+    vpp: Annotated[int | None, typer.Option(help="Chunks of layers in each stage; the source's by default.")] = None,
+    pp_layout: Annotated[
+        str, typer.Option(help="Layers per stage, or per chunk in the order of the network, when not even: 6,8,8,6.")
+    ] = "",
     vocab_multiple: Annotated[int | None, typer.Option(help="Pad each rank's vocabulary to this multiple.")] = None,
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
     optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
@@ -34,7 +37,7 @@ def reshard(
 
     opened = open_checkpoint(source)
     target = get_format("native")
-    layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
+    layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
     options = job_options(layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers)
     convert(out, opened, target, destination, options, operation="reshard", verify=verify, dry_run=dry_run)
 

@@ -41,3 +41,12 @@ class DataParallel:
         self._stage.set_requires_gradient_sync(last)
         self._stage.set_is_last_backward(last)
         self._stage.set_reshard_after_backward(last or self._reshard)
+
+    def after_backward(self, *, last: bool) -> None:
+        """Takes in gradients that were added after a backward, into sums of the reduction's type; says whether they
+        were the step's last on this stage: then gradients are reduced."""
+        if self._stage is None:
+            return
+        self.before_backward(last=last)
+        # What FSDP2 calls at the end of each backward, and torch.distributed.pipelining after a last weight gradient.
+        self._stage._get_fsdp_state()._root_post_backward_final_callback()

@@ -77,7 +77,9 @@ class _Wait(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         assert ctx.gemm.waiting is not None
-        ctx.gemm.waiting.append(WaitingProduct(ctx.gemm, ctx.weight, x.flatten(0, -2), grad.flatten(0, -2)))
+        # Detached, so that what waits holds the input alone and not the graph that made it.
+        x_NI, grad_NO = x.detach().flatten(0, -2), grad.detach().flatten(0, -2)
+        ctx.gemm.waiting.append(WaitingProduct(ctx.gemm, ctx.weight, x_NI, grad_NO))
         return grad, None, None, None
 
 

@@ -107,7 +107,8 @@ class ParallelLayout(Config):
             even = [low + (i < more) for i in range(self.num_virtual)]
             raise LayoutError(
                 f"num_hidden_layers={num_layers} cannot be split evenly over {self._virtual_words}; "
-                f"use a pp that divides {num_layers} ({_divisors(num_layers)}) or pp_layout = {even}"
+                f"use a {'pp' if self.vpp == 1 else 'pp x vpp'} that divides {num_layers} ({_divisors(num_layers)}) "
+                f"or pp_layout = {even}"
             )
         else:
             counts = (num_layers // self.num_virtual,) * self.num_virtual
