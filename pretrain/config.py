@@ -12,7 +12,7 @@ from pretrain.lr import Curve, CurveName
 from pretrain.schedules import schedule_named
 from workbench.config import Config
 from workbench.errors import LayoutError
-from workbench.spec.layout import ParallelLayout, Sharding
+from workbench.spec.layout import ContextMethod, ParallelLayout, Sharding
 from workbench.spec.model import ModelConfig
 
 
@@ -32,6 +32,11 @@ class ParallelTable(Config):
     )
     sequence_parallel: bool = Field(
         default=False, description="Tensor-parallel ranks also share the tokens between their layers."
+    )
+    context: ContextMethod = Field(
+        default="all_gather",
+        description="How attention comes by the keys and values of other context ranks: all gathered at once "
+        "(all_gather), or passed on from rank to rank, each share in turn (ring).",
     )
     shard: Sharding = Field(
         default="none",
@@ -91,6 +96,18 @@ class BatchTable(Config):
     global_size: int = Field(default=32, gt=0, description="Sequences in a step, over all ranks.")
     micro_size: int = Field(default=4, gt=0, description="Sequences that a rank computes at once.")
     seq_len: int = Field(default=256, gt=0, description="Tokens in a sequence.")
+
+    def token_faults(self, layout: ParallelLayout) -> list[str]:
+        """Why the tokens of a sequence cannot be shared by the ranks of `layout`, if they cannot."""
+        multiple = layout.token_multiple
+        if self.seq_len % multiple:
+            sharers = [f"2 chunks for each of cp={layout.cp}"] if layout.cp > 1 else []
+            sharers += [f"tp={layout.tp} with sequence_parallel"] if layout.sequence_parallel else []
+            return [
+                f"batch.seq_len={self.seq_len} is not a multiple of {multiple} ({' x '.join(sharers)}); "
+                f"use {max(1, round(self.seq_len / multiple)) * multiple}"
+            ]
+        return []
 
     def faults(self, dp: int) -> list[str]:
         """Why the batch cannot be dealt out over `dp` data-parallel ranks, if it cannot."""
@@ -219,7 +236,7 @@ class EngineConfig(Config):
     def resolve_layout(self, model: ModelConfig, num_ranks: int) -> ParallelLayout:
         """The layout over `num_ranks` ranks; one LayoutError with everything that does not fit model and batch."""
         layout = self.parallel.layout(num_ranks)
-        if faults := [*layout.faults(model), *self.batch.faults(layout.dp)]:
+        if faults := [*layout.faults(model), *self.batch.faults(layout.dp), *self.batch.token_faults(layout)]:
             raise LayoutError("; ".join(faults))
         return layout
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import pytest
 import torch
 
 from pretrain.config import OptimTable
@@ -23,6 +24,10 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 STEPS, SAMPLES, TOKENS = 3, 4, 12
+TOLERANCE = 1e-10
+# The documents of each row: of one token, of many, across the chunks of every layout.
+DOCUMENTS = torch.tensor([[0] * 12, [0] + [1] * 11, [0] * 5 + [1] * 4 + [2] * 3, [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4]])
+POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row.unique(return_counts=True)[1]]) for row in DOCUMENTS])
 Boxes = list[tuple[str, Box, torch.Tensor]]
 
 
@@ -36,15 +41,20 @@ class Observed:
     weights: Boxes = field(default_factory=list)
 
 
-def train_three_steps(model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int) -> Observed:
-    """What this rank saw of three AdamW steps in float64 on data that depends on the step alone."""
+def train_three_steps(
+    model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int, documents: bool = False
+) -> Observed:
+    """What this rank saw of three AdamW steps in float64 on data that depends on the step alone.
+
+    With `documents` each row is several, whose positions begin anew.
+    """
     mesh = Mesh.create(layout, torch.device("cpu"))
     built = build_stage(model, mesh, dtype=torch.float64)
     initialise(built.parameters, model, seed=7)
     perturb(built.parameters)
     pipeline = Pipeline(built, mesh, schedule_named(schedule))
     seen = Observed()
-    _train(pipeline, model, 0, micro_size)
+    _train(pipeline, model, 0, micro_size, documents)
     complete_gradients(built.parameters, mesh)
     seen.norms.append(float(gradient_norm(built.parameters, mesh)))
     seen.gradients = boxes_of(built.parameters, gradients=True)
@@ -52,7 +62,7 @@ def train_three_steps(model: ModelConfig, layout: ParallelLayout, schedule: str,
         parameter.parameter.grad = None
     optimizer = Optimizer(built.parameters, mesh, OptimTable(lr=1e-2, weight_decay=0.1, clip=1.0))
     for step in range(STEPS):
-        seen.losses.append(_train(pipeline, model, step, micro_size))
+        seen.losses.append(_train(pipeline, model, step, micro_size, documents))
         seen.norms.append(float(optimizer.update(1e-2)))
     seen.weights = boxes_of(built.parameters)
     return seen
@@ -89,7 +99,19 @@ def largest_difference(boxes: Boxes, reference: dict[str, torch.Tensor]) -> floa
     )
 
 
-def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int) -> float:
+def assert_observed(observed: list[Observed], reference: Observed) -> None:
+    """Fails unless every rank saw what one process did."""
+    gradients = {name: values for name, _, values in reference.gradients}
+    weights = {name: values for name, _, values in reference.weights}
+    for rank, seen in enumerate(observed):
+        assert seen.losses == pytest.approx(reference.losses, rel=TOLERANCE), f"losses on rank {rank}"
+        assert seen.norms == pytest.approx(reference.norms, rel=TOLERANCE), f"norms on rank {rank}"
+        assert largest_difference(seen.gradients, gradients) < TOLERANCE, f"gradients on rank {rank}"
+        assert largest_difference(seen.weights, weights) < TOLERANCE, f"weights on rank {rank}"
+    assert {name for seen in observed for name, _, _ in seen.weights} == set(weights)
+
+
+def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int, documents: bool) -> float:
     """Adds the gradient of the step's mean loss; returns that loss, equal on all ranks."""
     mesh = pipeline.mesh
     ids, labels, count = _samples(model, step)
@@ -97,7 +119,10 @@ def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int) -
     batches = []
     for first in range(mesh.dp.rank * micro_size, SAMPLES, across):
         rows = torch.arange(first, first + micro_size)
-        batches.append(Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows)))
+        batch = Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows))
+        if documents:
+            batch = replace(batch, positions=POSITIONS[rows], documents=DOCUMENTS[rows])
+        batches.append(batch)
     loss = pipeline.train(batches, torch.tensor(1.0 / count, dtype=torch.float64))
     return float(mesh.pp.all_reduce(mesh.data.all_reduce(loss.clone()))) / count
 

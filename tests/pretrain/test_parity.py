@@ -12,12 +12,11 @@ from itertools import product
 import pytest
 
 from tests.helpers.models import biased_model, gated_model
-from tests.helpers.parity import Observed, largest_difference, train_three_steps
+from tests.helpers.parity import Observed, assert_observed, train_three_steps
 from tests.helpers.ranks import run_ranks
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
-TOLERANCE = 1e-10
 MODELS = {
     f"{kind}-{'tied' if tied else 'untied'}": make(tie_word_embeddings=tied)
     for (kind, make), tied in product({"gated": gated_model, "biased": biased_model}.items(), (True, False))
@@ -58,20 +57,9 @@ def test_dropout_is_the_same_at_every_layout(make: type, degrees: dict[str, int]
     model: ModelConfig = make(embed_dropout=0.1, attention_dropout=0.2, hidden_dropout=0.3)
     layout = ParallelLayout(**degrees)
     reference = train_three_steps(model, ParallelLayout(), "gpipe", 4)
-    _assert_observed(run_ranks(layout.world_size, train_three_steps, model, layout, "1f1b", 1), reference)
+    assert_observed(run_ranks(layout.world_size, train_three_steps, model, layout, "1f1b", 1), reference)
 
 
 def _assert_equal(name: str, model: ModelConfig, layout: ParallelLayout, schedule: str, micro_size: int) -> None:
     observed = run_ranks(layout.world_size, train_three_steps, model, layout, schedule, micro_size)
-    _assert_observed(observed, _reference(name))
-
-
-def _assert_observed(observed: list[Observed], reference: Observed) -> None:
-    gradients = {name: values for name, _, values in reference.gradients}
-    weights = {name: values for name, _, values in reference.weights}
-    for rank, seen in enumerate(observed):
-        assert seen.losses == pytest.approx(reference.losses, rel=TOLERANCE), f"losses on rank {rank}"
-        assert seen.norms == pytest.approx(reference.norms, rel=TOLERANCE), f"norms on rank {rank}"
-        assert largest_difference(seen.gradients, gradients) < TOLERANCE, f"gradients on rank {rank}"
-        assert largest_difference(seen.weights, weights) < TOLERANCE, f"weights on rank {rank}"
-    assert {name for seen in observed for name, _, _ in seen.weights} == set(weights)
+    assert_observed(observed, _reference(name))

@@ -55,6 +55,10 @@ class Gemm:
         """x W^T + b, differentiable."""
         return F.linear(x, weight, bias)
 
+    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What backward of `product` computes for the input, of the gradient's leading dimensions."""
+        return grad @ weight
+
     def weight_gradient(self, x_NI: torch.Tensor, grad_NO: torch.Tensor) -> torch.Tensor:
         """What backward of `product` computes for the weight [O, I]."""
         return grad_NO.t() @ x_NI
