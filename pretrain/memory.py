@@ -74,10 +74,12 @@ def estimate_memory(
 
 
 def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, *, on_cpu: bool) -> int:
-    """Elements that a layer keeps for the backward of one microbatch.
+    """Elements that a layer keeps for the backward of one microbatch: those of its rank's tokens.
 
-    Whole on every rank: inputs and outputs of the two norms, and the residual between. Cut over tp: query, key and
-    value, query and key after the rotation, the output of attention, and of the MLP up, (gate,) activation and product.
+    Whole on every tensor rank, or cut by tokens under sequence parallelism: inputs and outputs of the two norms, and
+    the residual between. Cut over tp: query, key and value, query and key after the rotation, the output of attention,
+    and of the MLP up, (gate,) activation and product. Under context parallelism also keys and values of the whole row,
+    for each query head, or in a ring the output of attention once more in fp32.
     """
     heads = model.num_attention_heads * model.head_dim
     kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
@@ -86,12 +88,16 @@ def _layer_activations(model: ModelConfig, layout: ParallelLayout, batch: BatchT
     attention = 2 * heads + 2 * kv_heads
     if model.position_embedding == "rope":
         attention += heads + kv_heads
-    if on_cpu and batch.seq_len in SCORED_TOKENS:
+    if layout.cp > 1:
+        attention += 2 * heads * (layout.cp if layout.context == "all_gather" else 1)
+    elif on_cpu and batch.seq_len in SCORED_TOKENS:
         # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
         # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.
         attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
     cut = attention + mlp
-    return batch.micro_size * batch.seq_len * (whole + cut // layout.tp)
+    if layout.sequence_parallel:
+        whole //= layout.tp
+    return batch.micro_size * batch.seq_len // layout.cp * (whole + cut // layout.tp)
 
 
 def _logits_bytes(model: ModelConfig, layout: ParallelLayout, batch: BatchTable, compute: int) -> int:
@@ -99,4 +105,4 @@ def _logits_bytes(model: ModelConfig, layout: ParallelLayout, batch: BatchTable,
     if model.num_labels:
         return 0
     rows = -(-model.vocab_size // layout.tp)
-    return batch.micro_size * batch.seq_len * rows * (compute + 2 * MASTER_BYTES)
+    return batch.micro_size * batch.seq_len // layout.cp * rows * (compute + 2 * MASTER_BYTES)

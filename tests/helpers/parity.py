@@ -100,7 +100,7 @@ def largest_difference(boxes: Boxes, reference: dict[str, torch.Tensor]) -> floa
 
 
 def assert_observed(observed: list[Observed], reference: Observed) -> None:
-    """Fails unless every rank saw what one process did."""
+    """Fails unless every rank saw what one process saw, and together they hold everything."""
     gradients = {name: values for name, _, values in reference.gradients}
     weights = {name: values for name, _, values in reference.weights}
     for rank, seen in enumerate(observed):

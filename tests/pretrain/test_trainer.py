@@ -97,7 +97,16 @@ def train_with(folder: str, layout: dict[str, Any], die_after: int) -> dict[str,
     return train(folder, layout, die_after=die_after, checkpoint={"every": 3})
 
 
-@pytest.mark.parametrize("layout", [{"tp": 2, "pp": 2}, {"tp": 2, "dp": 2, "shard": "zero3"}], ids=str)
+@pytest.mark.parametrize(
+    "layout",
+    [
+        {"tp": 2, "pp": 2},
+        {"tp": 2, "dp": 2, "shard": "zero3"},
+        {"tp": 2, "cp": 2, "sequence_parallel": True},
+        {"cp": 2, "dp": 2, "shard": "zero3", "context": "ring"},
+    ],
+    ids=str,
+)
 def test_a_run_resumed_at_another_layout_sees_the_same_data_and_loses_alike(
     layout: dict[str, Any], tmp_path: Path
 ) -> None:

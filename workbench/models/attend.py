@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.bias import causal_lower_right
 
 from workbench.models.blockwise import attend_blockwise, suits
 from workbench.parallel.dropout import dropout
@@ -44,9 +45,11 @@ def attend(
     if dropped is not None:
         mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device)
         return _attend_with_dropout(q_BHTd, k_BHSd, v_BHSd, mask, dropped).transpose(1, 2)
-    if documents_BS is None and tokens == attended:
-        return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, is_causal=True).transpose(1, 2)
-    mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device)
+    if documents_BS is not None:
+        mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device)
+    else:
+        # Not a tensor: a GPU's kernels know this mask, and of a long row it would be larger than the activations.
+        mask = None if tokens == 1 else causal_lower_right(tokens, attended)
     return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask).transpose(1, 2)
 
 

@@ -55,9 +55,9 @@ class Gemm:
         """x W^T + b, differentiable."""
         return F.linear(x, weight, bias)
 
-    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What backward of `product` computes for the input, of the gradient's leading dimensions."""
-        return grad @ weight
+    def input_gradient(self, grad_NO: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What backward of `product` computes for the input [N, I]."""
+        return grad_NO @ weight
 
     def weight_gradient(self, x_NI: torch.Tensor, grad_NO: torch.Tensor) -> torch.Tensor:
         """What backward of `product` computes for the weight [O, I]."""

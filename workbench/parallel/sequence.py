@@ -65,10 +65,12 @@ class _GatheredProduct(torch.autograd.Function):
         needs_weight = needs_weight or ctx.waiting is not None
         gathering = ctx.axis.start_all_gather(x_BtI, dim=1) if needs_weight else None
         scattering = grad_weight = None
+        grad_NO = grad_BTO.flatten(0, -2)
         if needs_x:
-            scattering = ctx.axis.start_reduce_scatter(ctx.gemm.input_gradient(grad_BTO, weight), dim=1)
+            grad_BTI = ctx.gemm.input_gradient(grad_NO, weight).unflatten(0, grad_BTO.shape[:-1])
+            scattering = ctx.axis.start_reduce_scatter(grad_BTI, dim=1)
         if gathering is not None:
-            x_NI, grad_NO = gathering.wait().flatten(0, -2), grad_BTO.flatten(0, -2)
+            x_NI = gathering.wait().flatten(0, -2)
             if ctx.waiting is None:
                 grad_weight = ctx.gemm.weight_gradient(x_NI, grad_NO)
             else:
