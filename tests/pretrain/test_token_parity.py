@@ -14,6 +14,7 @@ from tests.helpers.ranks import run_ranks
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
 from workbench.models.decoder import Output
+from workbench.parallel.loss import IGNORE
 from workbench.parallel.mesh import Mesh
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -94,6 +95,31 @@ def test_the_loss_of_packed_documents_is_the_sum_of_their_losses_alone() -> None
             for here in [DOCUMENTS[row] == number]
         )
         torch.testing.assert_close(packed, alone, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("context", ["all_gather", "ring"])
+@pytest.mark.parametrize("num_labels", [0, 3])
+def test_a_context_rank_without_labels_adds_nothing_and_no_rank_divides_by_its_own_count(
+    context: str, num_labels: int
+) -> None:
+    model = gated_model(num_labels=num_labels)
+    layout = ParallelLayout.model_validate({"cp": 2, "context": context})
+    first, second = run_ranks(2, _partial, model, layout)
+    assert first == pytest.approx(_partial(model, ParallelLayout()), rel=1e-12)
+    assert second == 0.0
+
+
+def _partial(model: ModelConfig, layout: ParallelLayout) -> float:
+    """This rank's loss where only the first tokens of rows are labelled, or are the last there are."""
+    built = build_stage(model, Mesh.create(layout, torch.device("cpu")), dtype=torch.float64)
+    initialise(built.parameters, model, seed=7)
+    ids, labels = _rows(model)
+    labels[:, 3:] = IGNORE
+    lengths = torch.full((len(ids),), 2)
+    loss = built.module(None, Batch(ids, ids[:, 0] % num if (num := model.num_labels) else labels, lengths), "loss")
+    loss.backward()
+    assert all(parameter.require_grad().isfinite().all() for parameter in built.parameters)
+    return float(loss.detach())
 
 
 def _check(name: str, degrees: dict[str, Any], *, documents: bool) -> None:

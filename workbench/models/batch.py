@@ -71,7 +71,7 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
     def hidden(whole: torch.Tensor) -> torch.Tensor:
         return whole.chunk(mesh.tp.size, dim=-1)[mesh.tp.rank] if layout.sequence_parallel else whole
 
-    tokens = context_tokens(padded, mesh.cp.size, mesh.cp.rank).to(device)
+    tokens = context_tokens(padded, mesh.cp.size, mesh.cp.rank, device)
     input_ids, positions = share(batch.input_ids, 0), share(batch.positions, 0)
     assert input_ids is not None
     if positions is None:

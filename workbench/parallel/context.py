@@ -17,9 +17,9 @@ def context_chunks(size: int, rank: int) -> tuple[int, ...]:
     return (rank, 2 * size - 1 - rank) if size > 1 else (0,)
 
 
-def context_tokens(length: int, size: int, rank: int) -> torch.Tensor:
+def context_tokens(length: int, size: int, rank: int, device: torch.device | None = None) -> torch.Tensor:
     """The indices, in a row of `length` tokens, of those that `rank` has [T], in order."""
-    chunks = torch.arange(length).chunk(2 * size if size > 1 else 1)
+    chunks = torch.arange(length, device=device).chunk(2 * size if size > 1 else 1)
     return torch.cat([chunks[number] for number in context_chunks(size, rank)])
 
 
@@ -27,6 +27,5 @@ def gather_context(x: torch.Tensor, axis: Axis) -> torch.Tensor:
     """Whole rows in token order from the shares [B, T, ...] of all context ranks; backward sums and scatters."""
     if axis.size == 1:
         return x
-    length = x.shape[1] * axis.size
-    order = torch.cat([context_tokens(length, axis.size, rank) for rank in range(axis.size)]).argsort()
-    return gather_from(x, axis).index_select(1, order.to(x.device))
+    chunks = gather_from(x, axis).unflatten(1, (axis.size, 2, -1))
+    return torch.cat((chunks[:, :, 0], chunks[:, :, 1].flip(1)), dim=1).flatten(1, 2)
