@@ -67,6 +67,9 @@ def test_dropout_is_the_same_at_every_layout(make: type, degrees: dict[str, int]
     [
         ({"tp": 2}, StageOptions(recompute="selective", loss_chunk_tokens=5)),
         ({"tp": 2, "pp": 2}, StageOptions(recompute="full")),
+        ({"tp": 2, "sequence_parallel": True}, StageOptions(recompute="full", loss_chunk_tokens=5)),
+        ({"cp": 2, "context": "ring"}, StageOptions(recompute="selective", loss_chunk_tokens=5)),
+        ({"cp": 2}, StageOptions(recompute="full", offload=True)),
         ({"pp": 2}, StageOptions(recompute="full", offload=True, loss_chunk_tokens=16)),
         ({"dp": 2, "shard": "zero3"}, StageOptions(recompute="full", loss_chunk_tokens=7)),
         ({"tp": 2, "dp": 2, "shard": "zero3"}, StageOptions(recompute="selective", offload=True)),
@@ -75,7 +78,7 @@ def test_dropout_is_the_same_at_every_layout(make: type, degrees: dict[str, int]
 @pytest.mark.parametrize("name", ["gated-tied", "biased-untied"])
 def test_saving_memory_changes_nothing_at_any_layout(name: str, degrees: dict[str, Any], options: StageOptions) -> None:
     layout = ParallelLayout.model_validate(degrees)
-    observed = run_ranks(layout.world_size, train_three_steps, MODELS[name], layout, "1f1b", 1, options)
+    observed = run_ranks(layout.world_size, train_three_steps, MODELS[name], layout, "1f1b", 1, False, options)
     assert_observed(observed, _reference(name))
 
 

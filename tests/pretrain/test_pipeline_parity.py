@@ -35,7 +35,7 @@ def assert_same(
 ) -> None:
     layout = ParallelLayout.model_validate({**degrees, "placement": schedule_named(schedule).placement})
     model = model_of(tied, layers)
-    observed = run_ranks(layout.world_size, train_three_steps, model, layout, schedule, 1, options)
+    observed = run_ranks(layout.world_size, train_three_steps, model, layout, schedule, 1, False, options)
     assert_observed(observed, reference(tied, layers))
 
 

@@ -79,7 +79,7 @@ def fp8_size_faults(options: StageOptions, model: ModelConfig, layout: ParallelL
         return []
     multiple = _MXFP8_MULTIPLE if options.te_recipe == "mxfp8" else _FP8_MULTIPLE
     found = []
-    for spec in layer_specs(model, 0):
+    for spec in layer_specs(model, layout, 0):
         outputs, *inputs = spec.local_shape(layout.tp)
         if spec.role == "matrix" and any(size % multiple for size in (outputs, *inputs)):
             name = spec.path.removesuffix(".weight").replace("layers.0", "layers.*")
