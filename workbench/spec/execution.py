@@ -46,13 +46,13 @@ class StageOptions:
 def execution_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
     """Every reason why a stage cannot be computed in this way."""
     return [
-        *compile_faults(options, model),
+        *compile_faults(options, model, layout),
         *fp8_size_faults(options, model, layout),
         *te_faults(options, model, layout),
     ]
 
 
-def compile_faults(options: StageOptions, model: ModelConfig) -> list[str]:
+def compile_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
     """Why layers cannot be compiled in this way, if they cannot."""
     if not options.compile_blocks:
         return []
@@ -64,6 +64,12 @@ def compile_faults(options: StageOptions, model: ModelConfig) -> list[str]:
         )
     if options.backend == "te":
         found.append("kernels.compile=true and kernels.backend='te': its kernels are closed to torch.compile; drop one")
+    if layout.sequence_parallel or layout.cp > 1:
+        sharing = "sequence_parallel" if layout.sequence_parallel else f"cp={layout.cp}"
+        found.append(
+            f"kernels.compile=true and {sharing}: collectives that run beside products break the graph of each layer, "
+            "and torch.compile gives up after a few; use compile = false"
+        )
     if options.recompute == "full" and (model.attention_dropout or model.hidden_dropout):
         found.append(
             "kernels.compile=true and recompute.mode='full' with dropout in the layers: the seeds of dropout are made "
