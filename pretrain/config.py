@@ -13,7 +13,7 @@ from pretrain.schedules import schedule_named
 from workbench.config import Config
 from workbench.errors import LayoutError
 from workbench.spec.execution import Backend, LinearPrecision, Recompute, StageOptions, execution_faults
-from workbench.spec.layout import ParallelLayout, Sharding
+from workbench.spec.layout import ContextMethod, ParallelLayout, Sharding
 from workbench.spec.model import ModelConfig
 
 
@@ -37,6 +37,11 @@ class ParallelTable(Config):
     )
     sequence_parallel: bool = Field(
         default=False, description="Tensor-parallel ranks also share the tokens between their layers."
+    )
+    context: ContextMethod = Field(
+        default="all_gather",
+        description="How attention comes by the keys and values of other context ranks: all gathered at once "
+        "(all_gather), or passed on from rank to rank, each share in turn (ring).",
     )
     shard: Sharding = Field(
         default="none",
@@ -104,6 +109,18 @@ class BatchTable(Config):
     def num_microbatches(self, dp: int) -> int:
         """Microbatches that each of `dp` data-parallel ranks computes in a step."""
         return max(self.global_size // (self.micro_size * dp), 1)
+
+    def token_faults(self, layout: ParallelLayout) -> list[str]:
+        """Why the tokens of a sequence cannot be shared by the ranks of `layout`, if they cannot."""
+        multiple = layout.token_multiple
+        if self.seq_len % multiple:
+            sharers = [f"2 chunks for each of cp={layout.cp}"] if layout.cp > 1 else []
+            sharers += [f"tp={layout.tp} with sequence_parallel"] if layout.sequence_parallel else []
+            return [
+                f"batch.seq_len={self.seq_len} is not a multiple of {multiple} ({' x '.join(sharers)}); "
+                f"use {max(1, round(self.seq_len / multiple)) * multiple}"
+            ]
+        return []
 
     def faults(self, dp: int) -> list[str]:
         """Why the batch cannot be dealt out over `dp` data-parallel ranks, if it cannot."""
@@ -330,10 +347,11 @@ class EngineConfig(Config):
         """The layout over `num_ranks` ranks; one LayoutError with everything that does not fit model and batch."""
         layout = self.parallel.layout(num_ranks)
         options = self.stage_options("te" if self.asked_backend == "te" else "torch")
+        # Chunks that the schedule does not take are not worth being judged by how many layers they get.
         faults = [
-            # Chunks that the schedule does not take are not worth being judged by how many layers they get.
             *(self.parallel.schedule_faults() or layout.faults(model)),
             *self.batch.faults(layout.dp),
+            *self.batch.token_faults(layout),
             *execution_faults(options, model, layout),
             *precision_faults(self.precision),
             *self.precision.scale_faults(),

@@ -136,16 +136,20 @@ def _layers_activations(
 def _layer_activations(
     model: ModelConfig, layout: ParallelLayout, config: EngineConfig, *, on_cpu: bool, recompute: Recompute
 ) -> int:
-    """Elements that a layer keeps for the backward of one microbatch: its input, if it is computed again whole.
+    """Elements that a layer keeps for the backward of one microbatch, those of its rank's tokens: its input alone, if
+    it is computed again whole.
 
-    Whole on every rank: inputs and outputs of the two norms, and of an RMSNorm the value before its weight and the
-    input in fp32, which counts twice in bf16. Cut over tp: query, key and value, query and key after the rotation, the
-    output of attention, and of the MLP up, (gate,) activation and product. Selective recompute keeps neither scores nor
-    the activation of a gated MLP.
+    Whole on every tensor rank, or cut by tokens under sequence parallelism: inputs and outputs of the two norms, and of
+    an RMSNorm the value before its weight and the input in fp32, which counts twice in bf16. Cut over tp: query, key
+    and value, query and key after the rotation, the output of attention, and of the MLP up, (gate,) activation and
+    product. Under context parallelism also keys and values of the whole row, for each query head, or in a ring the
+    output of attention once more in fp32. Selective recompute keeps neither these, nor scores, nor the activation of a
+    gated MLP.
     """
-    batch = config.batch
+    batch, shares = config.batch, layout.tp if layout.sequence_parallel else 1
+    tokens = batch.micro_size * batch.seq_len // layout.cp
     if recompute == "full":
-        return batch.micro_size * batch.seq_len * model.hidden_size
+        return tokens * model.hidden_size // shares
     heads = model.num_attention_heads * model.head_dim
     kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
     norm = 2 if model.norm == "layernorm" else 3 if config.precision.compute == "fp32" else 4
@@ -155,24 +159,26 @@ def _layer_activations(
     attention = 2 * heads + 2 * kv_heads
     if model.position_embedding == "rope":
         attention += heads + kv_heads
-    if on_cpu and batch.seq_len in SCORED_TOKENS and recompute == "none":
+    if recompute == "none" and layout.cp > 1:
+        attention += 2 * heads * (layout.cp if layout.context == "all_gather" else 1)
+    elif recompute == "none" and on_cpu and batch.seq_len in SCORED_TOKENS:
         # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
         # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.
         attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
     cut = attention + mlp
-    return batch.micro_size * batch.seq_len * (whole + cut // layout.tp)
+    return tokens * (whole // shares + cut // layout.tp)
 
 
 def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, scored: int) -> int:
     """The logits of one microbatch, their softmax and their gradient; the softmax, or the gradient that waits for the
     weight's, of the other ones of `scored` that are held at once. A sequence head has next to none.
 
-    In chunks they are few, but the gradient of the head's weight is kept with each microbatch that is held.
+    In chunks they are few, but the gradient of the head's weight is kept with each of `scored`.
     """
     if model.num_labels:
         return 0
     rows = -(-model.vocab_size // layout.tp)
-    tokens, chunk = config.batch.micro_size * config.batch.seq_len, config.kernels.loss_chunk_tokens
+    tokens, chunk = config.batch.micro_size * config.batch.seq_len // layout.cp, config.kernels.loss_chunk_tokens
     compute = FORMAT_BYTES[config.precision.compute]
     if not chunk:
         return tokens * rows * (compute + (scored + 1) * MASTER_BYTES)

@@ -21,12 +21,14 @@ from workbench.parallel.loss import IGNORE
 @dataclass(frozen=True)
 class Rows:
     """One microbatch as arrays of int64: input_ids [B, T]; labels [B, T] already shifted, or [B] for a sequence head;
-    sample_ids [B], global; lengths [B] where rows are padded."""
+    sample_ids [B], global; lengths [B] where rows are padded; documents [B, T] where rows are several that do not see
+    each other."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     sample_ids: np.ndarray
     lengths: np.ndarray | None = None
+    documents: np.ndarray | None = None
 
     @property
     def num_labels(self) -> int:
@@ -91,7 +93,7 @@ class Objective(Protocol):
 
 
 def to_batch(rows: Rows, device: torch.device, *, seed: int | None = None, step: int = 0) -> Batch:
-    """The rows as tensors on `device`; with a seed, dropout is on."""
+    """The rows as tensors on `device`; with a seed, dropout is on. Positions begin anew with each document."""
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
@@ -101,7 +103,16 @@ def to_batch(rows: Rows, device: torch.device, *, seed: int | None = None, step:
         labels=tensor(rows.labels),
         lengths=None if rows.lengths is None else tensor(rows.lengths),
         dropout=None if seed is None else DropoutKey(seed, step, tensor(rows.sample_ids)),
+        positions=None if rows.documents is None else tensor(document_positions(rows.documents)),
+        documents=None if rows.documents is None else tensor(rows.documents),
     )
+
+
+def document_positions(documents_BT: np.ndarray) -> np.ndarray:
+    """The place of each token in its document [B, T], counted from where the row shows it first."""
+    index_T = np.arange(documents_BT.shape[1])
+    begins_BT = np.diff(documents_BT, axis=1, prepend=documents_BT[:, :1]) != 0
+    return index_T - np.maximum.accumulate(np.where(begins_BT, index_T, 0), axis=1)
 
 
 class NextToken:
@@ -113,7 +124,8 @@ class NextToken:
 
     @property
     def identity(self) -> dict[str, Any]:
-        return {"kind": "next_token", "seed": self._seed, "tokens": self._data.train_tokens}
+        masked = {"mask_documents": True} if self._data.mask_documents else {}
+        return {"kind": "next_token", "seed": self._seed, "tokens": self._data.train_tokens, **masked}
 
     def train_rows(self, share: Share, *, step: int, first_sample: int, global_size: int) -> list[Rows]:
         found = self._data.train.batch(
@@ -159,4 +171,4 @@ class NextTokenLoss:
 
 
 def _rows(microbatch: Microbatch) -> Rows:
-    return Rows(microbatch.input_ids, microbatch.labels, microbatch.sample_ids)
+    return Rows(microbatch.input_ids, microbatch.labels, microbatch.sample_ids, documents=microbatch.documents)

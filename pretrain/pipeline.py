@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pretrain.schedules import Action, Schedule, forward_turns
 from pretrain.simulate import Result, neighbours, result
-from workbench.models.batch import Batch
+from workbench.models.batch import Batch, hidden_shape
 from workbench.models.build import BuiltStage
 from workbench.models.decoder import DecoderStage, Output
 from workbench.parallel.gemm import WaitingProduct
@@ -73,7 +73,7 @@ class Pipeline:
     def hidden_shapes(self, batches: Sequence[Batch]) -> list[tuple[int, int, int]]:
         """[B, T, D] of the hidden states of each batch."""
         hidden = self.stage.model.hidden_size
-        return [(batch.input_ids.shape[0], batch.input_ids.shape[1], hidden) for batch in batches]
+        return [hidden_shape(batch, self.mesh.layout, hidden) for batch in batches]
 
 
 class _Training:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from workbench.models.decoder import DecoderStage
+from workbench.parallel.collectives import gather_from
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
 from workbench.spec.lora import LoraPair, LoraSpec, layer_pairs
@@ -19,8 +20,9 @@ from workbench.spec.lora import LoraPair, LoraSpec, layer_pairs
 class LoraDelta(ParallelModule):
     """s (x A^T) B^T for each adapted projection of a layer, in its slice of the fused output; zero elsewhere.
 
-    Communicates nothing: of a column-parallel layer the input is whole and B is cut, of a row-parallel one A is cut
-    and the result is a partial sum that the layer reduces together with its own.
+    Of a column-parallel layer the input is whole and B is cut, of a row-parallel one A is cut and the result is a
+    partial sum that the layer reduces together with its own: nothing to communicate. Under sequence parallelism the
+    input of a column-parallel layer is this rank's tokens; what is gathered over tp then is x A^T.
     """
 
     lora_A: nn.Parameter
@@ -30,6 +32,7 @@ class LoraDelta(ParallelModule):
         super().__init__(mesh, lora_A=pair.a, lora_B=pair.b)
         tp = mesh.tp.size
         self.scaling = scaling
+        self.gathers = mesh.layout.sequence_parallel and not pair.row_parallel
         self.rows_A = [part.local_shape(tp)[0] for part in pair.a.parts]
         self.rows_B = [part.local_shape(tp)[0] for part in pair.b.parts]
         adapted = {part.name for part in pair.parts}
@@ -37,12 +40,14 @@ class LoraDelta(ParallelModule):
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
         low_BTR = F.linear(x_BTI, self.lora_A.to(x_BTI.dtype)) * self.scaling
+        if self.gathers:
+            low_BTR = gather_from(low_BTR, self.mesh.tp)
         up_OR = self.lora_B.to(x_BTI.dtype)
         if len(self.outputs) == 1:
             return F.linear(low_BTR, up_OR)
         pairs = zip(low_BTR.split(self.rows_A, dim=-1), up_OR.split(self.rows_B, dim=0), strict=True)
         slices = [
-            F.linear(*next(pairs)) if adapted else x_BTI.new_zeros((*x_BTI.shape[:-1], size))
+            F.linear(*next(pairs)) if adapted else x_BTI.new_zeros((*low_BTR.shape[:-1], size))
             for size, adapted in self.outputs
         ]
         return torch.cat(slices, dim=-1)

@@ -52,6 +52,12 @@ class DataConfig(Config):
         description="share of each train source, whole documents from its end, to hold out as evaluation data",
     )
     seed: int = Field(default=1234, ge=0, description="decides the order of samples, alone")
+    mask_documents: bool = Field(
+        default=False,
+        description="keep documents that share a sequence apart: a token attends to its own document only, positions "
+        "begin anew in each, and the first token of one is not predicted from the last; documents are those of the "
+        "token file's index",
+    )
     tokenizer: str | None = Field(
         default=None, description="tokenizer folder or tokenizer.json; carried into checkpoints"
     )
@@ -74,6 +80,7 @@ class OpenedData:
     tokenizer: Path | None
     train_tokens: int
     train_documents: int
+    mask_documents: bool
 
 
 def open_data(config: DataConfig, *, seq_len: int, vocab_size: int | None = None) -> OpenedData:
@@ -82,20 +89,25 @@ def open_data(config: DataConfig, *, seq_len: int, vocab_size: int | None = None
     train_files = [_open(source, tokenizer, vocab_size) for source in config.train]
     valid_files = [_open(source, tokenizer, vocab_size) for source in config.valid]
     cuts = [_held_out(tokens, config.split) for tokens in train_files]
-    train = [TokenStream(tokens, documents=range(cut)) for tokens, cut in zip(train_files, cuts, strict=True)]
+    masked = config.mask_documents
+    train = [
+        TokenStream(tokens, documents=range(cut), mask_documents=masked)
+        for tokens, cut in zip(train_files, cuts, strict=True)
+    ]
     if config.split:
         valid = [
-            TokenStream(tokens, documents=range(cut, len(tokens)))
+            TokenStream(tokens, documents=range(cut, len(tokens)), mask_documents=masked)
             for tokens, cut in zip(train_files, cuts, strict=True)
         ]
     else:
-        valid = [TokenStream(tokens) for tokens in valid_files]
+        valid = [TokenStream(tokens, mask_documents=masked) for tokens in valid_files]
     return OpenedData(
         train=Loader(_training_sampler(config, train, seq_len), vocab_size=vocab_size),
         valid=_evaluation_loader(valid, seq_len, vocab_size) if valid else None,
         tokenizer=None if tokenizer is None else tokenizer.path,
         train_tokens=sum(stream.num_tokens for stream in train),
         train_documents=sum(stream.num_documents for stream in train),
+        mask_documents=masked,
     )
 
 

@@ -11,11 +11,15 @@ from workbench.errors import DataError
 
 @dataclass(frozen=True)
 class Microbatch:
-    """`input_ids` [B, T], `labels` [B, T] (already shifted, IGNORE = -100) and `sample_ids` [B]; all int64."""
+    """`input_ids` [B, T], `labels` [B, T] (already shifted, IGNORE = -100) and `sample_ids` [B]; all int64.
+
+    `documents` [B, T] numbers those of each row that do not see each other; None where rows are one stream.
+    """
 
     input_ids: Ids
     labels: Ids
     sample_ids: Ids
+    documents: Ids | None = None
 
 
 class Loader:
@@ -52,7 +56,8 @@ class Loader:
         input_ids = np.stack([sample.input_ids for sample in samples])
         labels = np.stack([sample.labels for sample in samples])
         self._check(input_ids, labels)
-        return Microbatch(input_ids, labels, sample_ids.astype(np.int64))
+        documents = [sample.documents for sample in samples if sample.documents is not None]
+        return Microbatch(input_ids, labels, sample_ids.astype(np.int64), np.stack(documents) if documents else None)
 
     def _check(self, input_ids: Ids, labels: Ids) -> None:
         # A vocabulary-parallel embedding silently gives zeros for an id that no rank holds.

@@ -4,6 +4,7 @@ Not of the ranks, the batch size or the number of steps, and without state: any 
 n is to ask for sample n.
 """
 
+from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,10 +25,14 @@ Ids = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Sample:
-    """One sequence: `input_ids` [T] and `labels` [T], already shifted; IGNORE where there is nothing to predict."""
+    """One sequence: `input_ids` [T] and `labels` [T], already shifted; IGNORE where there is nothing to predict.
+
+    `documents` [T] numbers the documents that tokens belong to; None where they are one stream.
+    """
 
     input_ids: Ids
     labels: Ids
+    documents: Ids | None = None
 
 
 class Sampler(Protocol):
@@ -41,12 +46,13 @@ class Sampler(Protocol):
 class TokenStream:
     """A run of whole documents of one token file, as consecutive windows that overlap by the one token they share.
 
-    Window w holds tokens [w * seq_len, (w + 1) * seq_len]: each token is predicted exactly once in an epoch.
+    Window w holds tokens [w * seq_len, (w + 1) * seq_len]: each token is predicted exactly once in an epoch. With
+    `mask_documents`, samples tell the documents of their tokens, and no document's first token is to be predicted.
     """
 
-    def __init__(self, tokens: IndexedTokens, *, documents: range | None = None) -> None:
+    def __init__(self, tokens: IndexedTokens, *, documents: range | None = None, mask_documents: bool = False) -> None:
         documents = range(len(tokens)) if documents is None else documents
-        self.tokens, self.num_documents = tokens, len(documents)
+        self.tokens, self.num_documents, self.mask_documents = tokens, len(documents), mask_documents
         self._start = tokens.document_start(documents.start)
         self.num_tokens = tokens.document_start(documents.stop) - self._start
 
@@ -54,6 +60,22 @@ class TokenStream:
         """Tokens [start, stop) of this stream as int64."""
         assert 0 <= start <= stop <= self.num_tokens, (start, stop, self.num_tokens)
         return self.tokens.read(self._start + start, self._start + stop).astype(np.int64)
+
+    def sample(self, start: int, stop: int) -> Sample:
+        """Tokens [start, stop - 1) of this stream, each labelled with the one after it."""
+        ids = self.read(start, stop)
+        if not self.mask_documents:
+            return Sample(ids[:-1], ids[1:])
+        documents = self._documents(self._start + start, self._start + stop)
+        labels = np.where(documents[1:] == documents[:-1], ids[1:], IGNORE)
+        return Sample(ids[:-1], labels, documents[:-1])
+
+    def _documents(self, start: int, stop: int) -> Ids:
+        """The number, in its file, of the document of each token [start, stop)."""
+        numbers = range(len(self.tokens))
+        first, last = (bisect_right(numbers, at, key=self.tokens.document_start) - 1 for at in (start, stop - 1))
+        ends = np.array([self.tokens.document_start(number + 1) for number in range(first, last)], dtype=np.int64)
+        return first + np.searchsorted(ends, np.arange(start, stop), side="right")
 
 
 class ShuffledSampler:
@@ -77,8 +99,7 @@ class ShuffledSampler:
     def sample(self, index: int) -> Sample:
         """The sequence at position `index` of the endless order."""
         start = self.window(index) * self.seq_len
-        ids = self.stream.read(start, start + self.seq_len + 1)
-        return Sample(ids[:-1], ids[1:])
+        return self.stream.sample(start, start + self.seq_len + 1)
 
 
 class BlendedSampler:
@@ -114,11 +135,15 @@ class SequentialSampler:
         """The window at position `index` in file order, or padding alone."""
         input_ids = np.zeros(self.seq_len, dtype=np.int64)
         labels = np.full(self.seq_len, IGNORE, dtype=np.int64)
+        documents = np.full(self.seq_len, -1, dtype=np.int64)
         for stream, num_windows in zip(self.streams, self.num_windows, strict=True):
             if index < num_windows:
                 start = index * self.seq_len
-                ids = stream.read(start, min(start + self.seq_len + 1, stream.num_tokens))
-                input_ids[: len(ids) - 1], labels[: len(ids) - 1] = ids[:-1], ids[1:]
+                found = stream.sample(start, min(start + self.seq_len + 1, stream.num_tokens))
+                tokens = len(found.input_ids)
+                input_ids[:tokens], labels[:tokens] = found.input_ids, found.labels
+                if found.documents is not None:
+                    documents[:tokens] = found.documents
                 break
             index -= num_windows
-        return Sample(input_ids, labels)
+        return Sample(input_ids, labels, documents if self.streams[0].mask_documents else None)

@@ -118,6 +118,13 @@ CASES = [
     (ParallelLayout(pp=2, vpp=2, placement="vee"), LoraSpec(r=3), {}),
     (ParallelLayout(pp=2, vpp=2, dp=2, placement="vee", shard="zero3"), LoraSpec(r=3), {"num_labels": 3}),
     (ParallelLayout(tp=2, dp=2), None, {"num_labels": 3}),
+    (ParallelLayout(tp=2, sequence_parallel=True), LoraSpec(r=3), {}),
+    (ParallelLayout(tp=4, sequence_parallel=True), LoraSpec(r=2, targets=("v_proj", "o_proj", "up_proj")), {}),
+    (ParallelLayout(tp=2, sequence_parallel=True), LoraSpec(r=3), {"num_labels": 3}),
+    (ParallelLayout(cp=2), LoraSpec(r=3), {"num_labels": 3}),
+    (ParallelLayout(cp=2, context="ring"), LoraSpec(r=3), {}),
+    (ParallelLayout(tp=2, cp=2, sequence_parallel=True), None, {"num_labels": 3}),
+    (ParallelLayout(tp=2, cp=2, sequence_parallel=True, context="ring"), LoraSpec(r=3), {}),
     (ParallelLayout(tp=2, pp=2), None, {}),
 ]
 

@@ -126,7 +126,14 @@ def train_at(config: FinetuneConfig, folder: Path, layout: ParallelLayout) -> di
 @pytest.mark.parity
 @pytest.mark.parametrize("method", [LORA, FULL], ids=lambda method: method["kind"])
 @pytest.mark.parametrize(
-    "layout", [ParallelLayout(tp=2, dp=2), ParallelLayout(tp=2, pp=2), ParallelLayout(dp=2, shard="zero3")], ids=str
+    "layout",
+    [
+        ParallelLayout(tp=2, dp=2),
+        ParallelLayout(tp=2, pp=2),
+        ParallelLayout(dp=2, shard="zero3"),
+        ParallelLayout(tp=2, cp=2, sequence_parallel=True),
+    ],
+    ids=str,
 )
 def test_a_run_at_any_layout_is_the_run_of_one_process(
     layout: ParallelLayout, method: dict[str, Any], folder: Path, tmp_path: Path
@@ -150,6 +157,13 @@ def test_a_run_goes_on_at_another_layout(folder: Path, tmp_path: Path) -> None:
     found = arrays(Finetuning(rest, base_of(folder), Mesh.single(), dtype=torch.float64).run().checkpoint)
     for name, values in expected.items():
         np.testing.assert_allclose(found[name], values, rtol=0, atol=1e-9 * max(np.abs(values).max(), 1e-30))
+
+
+def test_answers_are_judged_alike_where_ranks_share_tokens(folder: Path, tmp_path: Path) -> None:
+    one = Finetuning(answers(folder, LORA, tmp_path / "a"), base_of(folder), Mesh.single(), dtype=torch.float64).run()
+    config, layout = answers(folder, LORA, tmp_path / "b"), ParallelLayout(cp=2, context="ring")
+    for found in run_ranks(2, train_at, config, folder, layout):
+        assert found == pytest.approx(dict(one.metrics), rel=1e-9)
 
 
 def test_the_score_of_a_saved_model_is_the_score_of_its_run(folder: Path, tmp_path: Path) -> None:

@@ -27,6 +27,9 @@ from workbench.spec.model import ModelConfig
 STEPS, SAMPLES, TOKENS = 3, 4, 12
 TOLERANCE = 1e-10
 ADAMW = OptimTable(lr=1e-2, weight_decay=0.1, clip=1.0)
+# The documents of each row: of one token, of many, across the chunks of every layout.
+DOCUMENTS = torch.tensor([[0] * 12, [0] + [1] * 11, [0] * 5 + [1] * 4 + [2] * 3, [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4]])
+POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row.unique(return_counts=True)[1]]) for row in DOCUMENTS])
 Boxes = list[tuple[str, Box, torch.Tensor]]
 
 
@@ -45,11 +48,15 @@ def train_three_steps(
     layout: ParallelLayout,
     schedule: str,
     micro_size: int,
+    documents: bool = False,
+    options: StageOptions | None = None,
     samples: int = SAMPLES,
     optim: OptimTable = ADAMW,
-    options: StageOptions | None = None,
 ) -> Observed:
-    """What this rank saw of three steps in float64 on `samples` rows of data that depend on the step alone."""
+    """What this rank saw of three steps in float64 on `samples` rows of data that depend on the step alone.
+
+    With `documents` each row is several, whose positions begin anew.
+    """
     mesh = Mesh.create(layout, torch.device("cpu"))
     rule = schedule_named(schedule)
     options = replace(options or StageOptions(), split_backward=rule.splits_backward)
@@ -58,7 +65,7 @@ def train_three_steps(
     perturb(built.parameters)
     pipeline = Pipeline(built, mesh, rule)
     seen = Observed()
-    _train(pipeline, model, 0, micro_size, samples)
+    _train(pipeline, model, 0, micro_size, samples, documents)
     complete_gradients(built.parameters, mesh)
     seen.norms.append(float(gradient_norm(built.parameters, mesh)))
     seen.gradients = boxes_of(built.parameters, gradients=True)
@@ -66,7 +73,7 @@ def train_three_steps(
         parameter.parameter.grad = None
     optimizer = Optimizer(built.parameters, mesh, optim)
     for step in range(STEPS):
-        seen.losses.append(_train(pipeline, model, step, micro_size, samples))
+        seen.losses.append(_train(pipeline, model, step, micro_size, samples, documents))
         seen.norms.append(float(optimizer.update(optim.lr)))
     seen.weights = boxes_of(built.parameters)
     return seen
@@ -115,7 +122,7 @@ def assert_observed(observed: list[Observed], reference: Observed) -> None:
     assert {name for seen in observed for name, _, _ in seen.weights} == set(weights)
 
 
-def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int, samples: int) -> float:
+def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int, samples: int, documents: bool) -> float:
     """Adds the gradient of the step's mean loss; returns that loss, equal on all ranks."""
     mesh = pipeline.mesh
     ids, labels, count = _samples(model, step, samples)
@@ -123,7 +130,10 @@ def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int, s
     batches = []
     for first in range(mesh.dp.rank * micro_size, samples, across):
         rows = torch.arange(first, first + micro_size)
-        batches.append(Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows)))
+        batch = Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows))
+        if documents:
+            batch = replace(batch, positions=POSITIONS[rows], documents=DOCUMENTS[rows])
+        batches.append(batch)
     loss = pipeline.train(batches, torch.tensor(1.0 / count, dtype=torch.float64))
     return float(mesh.pp.all_reduce(mesh.data.all_reduce(loss.clone()))) / count
 

@@ -68,19 +68,22 @@ def test_one_graph_communicates_over_tp_and_does_so_again_in_recompute(recompute
 
 
 @pytest.mark.parametrize(
-    ("options", "model", "message"),
+    ("options", "model", "layout", "message"),
     [
-        ({"split_backward": True}, {}, "each waiting product would break the graph"),
-        ({"backend": "te"}, {}, "its kernels are closed to torch.compile"),
-        ({"recompute": "full"}, {"hidden_dropout": 0.1}, "no layer would be compiled"),
+        ({"split_backward": True}, {}, {}, "each waiting product would break the graph"),
+        ({"backend": "te"}, {}, {}, "its kernels are closed to torch.compile"),
+        ({"recompute": "full"}, {"hidden_dropout": 0.1}, {}, "no layer would be compiled"),
+        ({}, {}, {"tp": 2, "sequence_parallel": True}, "sequence_parallel: collectives that run beside products"),
+        ({}, {}, {"cp": 2}, "cp=2: collectives that run beside products"),
     ],
 )
 def test_what_cannot_be_compiled_is_refused_with_its_reason(
-    options: dict[str, Any], model: dict[str, Any], message: str
+    options: dict[str, Any], model: dict[str, Any], layout: dict[str, Any], message: str
 ) -> None:
-    (fault,) = compile_faults(StageOptions(compile_blocks=True, **options), gated_model(**model))
+    degrees = ParallelLayout(**layout)
+    (fault,) = compile_faults(StageOptions(compile_blocks=True, **options), gated_model(**model), degrees)
     assert message in fault
-    assert compile_faults(StageOptions(**options), gated_model(**model)) == []
+    assert compile_faults(StageOptions(**options), gated_model(**model), degrees) == []
 
 
 Gradients = dict[str, torch.Tensor]

@@ -7,6 +7,7 @@ below the smallest normal number move by at most half the smallest step.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -86,13 +87,13 @@ def test_zeros_stay_zeros(scaling: Scaling) -> None:
 
 
 @pytest.mark.parametrize("linear", ["fp8_tensorwise", "fp8_rowwise"])
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_small_model_learns_as_in_fp32(linear: str, tp: int) -> None:
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str)
+def test_a_small_model_learns_as_in_fp32(linear: str, layout: dict[str, Any]) -> None:
     """Within 2 % of the way that fp32 comes down in 30 steps: rounding is noise of 5 % in each gradient, without bias,
     and AdamW divides by its size."""
-    expected = _learn("compute", 1, torch.float32)
+    expected = _learn("compute", {}, torch.float32)
     assert expected[-1] < 0.3 * expected[0]
-    for losses in run_ranks(tp, _learn, linear, tp, torch.bfloat16):
+    for losses in run_ranks(layout.get("tp", 1), _learn, linear, layout, torch.bfloat16):
         assert losses[0] == pytest.approx(expected[0], rel=0.01)
         assert abs(losses[-1] - expected[-1]) < 0.02 * (expected[0] - expected[-1])
 
@@ -144,10 +145,10 @@ def _largest_error(x: torch.Tensor, format: torch.dtype, scaling: Scaling) -> to
     return torch.maximum(ROUNDING[format] * x.abs(), HALF_STEP[format] / _scale(x, format, scaling))
 
 
-def _learn(linear: str, tp: int, dtype: torch.dtype) -> list[float]:
+def _learn(linear: str, layout: dict[str, Any], dtype: torch.dtype) -> list[float]:
     """Losses of thirty AdamW steps on the same two rows."""
     model = gated_model(hidden_size=64, intermediate_size=96, num_hidden_layers=2)
-    mesh = Mesh.create(ParallelLayout(tp=tp), torch.device("cpu"))
+    mesh = Mesh.create(ParallelLayout(**layout), torch.device("cpu"))
     options = StageOptions(linear=linear)
     built = build_stage(model, mesh, compute_dtype=dtype, options=options)
     initialise(built.parameters, model, seed=4)

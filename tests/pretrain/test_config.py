@@ -188,6 +188,36 @@ def test_a_recipe_of_transformer_engine_leaves_auto_no_choice() -> None:
 
 
 @pytest.mark.parametrize(
+    ("parallel", "model", "message"),
+    [
+        (
+            {"sequence_parallel": True, "cp": 2},
+            {},
+            "sequence_parallel shares tokens between tensor ranks, but tp=1; raise tp or drop it",
+        ),
+        ({"cp": 4}, {}, "batch.seq_len=12 is not a multiple of 8 (2 chunks for each of cp=4); use 16"),
+        (
+            {"cp": 2, "tp": 2, "sequence_parallel": True},
+            {},
+            "batch.seq_len=12 is not a multiple of 8 (2 chunks for each of cp=2 x tp=2 with sequence_parallel); use 16",
+        ),
+        (
+            {"cp": 2, "context": "ring"},
+            {"attention_dropout": 0.1},
+            "context='ring' computes no attention_dropout=0.1; use context = 'all_gather' or attention_dropout = 0",
+        ),
+    ],
+)
+def test_tokens_that_ranks_cannot_share_are_refused(
+    parallel: dict[str, Any], model: dict[str, Any], message: str
+) -> None:
+    config = tiny_config("run", parallel=parallel)
+    with pytest.raises(LayoutError) as caught:
+        config.resolve_layout(tiny_model(**model), config.parallel.num_ranks())
+    assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
     ("run", "steps"),
     [({"steps": 7}, 7), ({"tokens": 1000}, 11), ({"steps": 7, "tokens": 100}, 2), ({"seconds": 1}, None)],
 )

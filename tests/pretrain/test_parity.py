@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.models import biased_model, gated_model
-from tests.helpers.parity import ADAMW, SAMPLES, Observed, assert_observed, train_three_steps
+from tests.helpers.parity import ADAMW, Observed, assert_observed, train_three_steps
 from tests.helpers.ranks import run_ranks
 from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
@@ -52,9 +52,9 @@ def test_every_way_of_sharding_equals_one_process_with_all_three_axes(shard: str
 @pytest.mark.parametrize("shard_size", [1, 2])
 def test_copies_that_ranks_share_equal_one_process_over_several_microbatches(shard: str, shard_size: int) -> None:
     layout = ParallelLayout.model_validate({"dp": 4, "shard": shard, "shard_size": shard_size})
-    arguments = (MODELS["biased-tied"], layout, "1f1b", 1, 8)
+    arguments = (MODELS["biased-tied"], layout, "1f1b", 1, False, None, 8)
     observed = run_ranks(4, train_three_steps, *arguments)
-    assert_observed(observed, train_three_steps(arguments[0], ParallelLayout(), "gpipe", 4, 8))
+    assert_observed(observed, train_three_steps(arguments[0], ParallelLayout(), "gpipe", 4, False, None, 8))
 
 
 @pytest.mark.parametrize("name", ["gated-tied", "biased-untied"])
@@ -74,8 +74,8 @@ def test_copies_that_ranks_share_equal_one_process_over_several_microbatches(sha
 )
 def test_muon_orthogonalises_whole_matrices_at_every_layout(name: str, degrees: dict[str, int]) -> None:
     layout, optim = ParallelLayout(**degrees), ADAMW.model_copy(update={"name": "muon"})
-    observed = run_ranks(layout.world_size, train_three_steps, MODELS[name], layout, "1f1b", 1, 4, optim)
-    assert_observed(observed, train_three_steps(MODELS[name], ParallelLayout(), "gpipe", 4, 4, optim))
+    observed = run_ranks(layout.world_size, train_three_steps, MODELS[name], layout, "1f1b", 1, False, None, 4, optim)
+    assert_observed(observed, train_three_steps(MODELS[name], ParallelLayout(), "gpipe", 4, False, None, 4, optim))
 
 
 def test_uneven_stages_equal_one_process() -> None:
@@ -97,6 +97,9 @@ def test_dropout_is_the_same_at_every_layout(make: type, degrees: dict[str, int]
     [
         ({"tp": 2}, StageOptions(recompute="selective", loss_chunk_tokens=5)),
         ({"tp": 2, "pp": 2}, StageOptions(recompute="full")),
+        ({"tp": 2, "sequence_parallel": True}, StageOptions(recompute="full", loss_chunk_tokens=5)),
+        ({"cp": 2, "context": "ring"}, StageOptions(recompute="selective", loss_chunk_tokens=5)),
+        ({"cp": 2}, StageOptions(recompute="full", offload=True)),
         ({"pp": 2}, StageOptions(recompute="full", offload=True, loss_chunk_tokens=16)),
         ({"dp": 2, "shard": "zero3"}, StageOptions(recompute="full", loss_chunk_tokens=7)),
         ({"tp": 2, "dp": 2, "shard": "zero3"}, StageOptions(recompute="selective", offload=True)),
@@ -105,7 +108,7 @@ def test_dropout_is_the_same_at_every_layout(make: type, degrees: dict[str, int]
 @pytest.mark.parametrize("name", ["gated-tied", "biased-untied"])
 def test_saving_memory_changes_nothing_at_any_layout(name: str, degrees: dict[str, Any], options: StageOptions) -> None:
     layout = ParallelLayout.model_validate(degrees)
-    observed = run_ranks(layout.world_size, train_three_steps, MODELS[name], layout, "1f1b", 1, SAMPLES, ADAMW, options)
+    observed = run_ranks(layout.world_size, train_three_steps, MODELS[name], layout, "1f1b", 1, False, options)
     assert_observed(observed, _reference(name))
 
 

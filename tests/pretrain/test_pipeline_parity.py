@@ -11,6 +11,7 @@ from pretrain.schedules import schedule_named
 from tests.helpers.models import biased_model, gated_model
 from tests.helpers.parity import Observed, assert_observed, train_three_steps
 from tests.helpers.ranks import run_ranks
+from workbench.models.build import StageOptions
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
@@ -29,10 +30,12 @@ def reference(tied: bool, layers: int) -> Observed:
     return train_three_steps(model_of(tied, layers), ParallelLayout(), "gpipe", 4)
 
 
-def assert_same(schedule: str, *, tied: bool, layers: int = 4, **degrees: Any) -> None:
+def assert_same(
+    schedule: str, *, tied: bool, layers: int = 4, options: StageOptions | None = None, **degrees: Any
+) -> None:
     layout = ParallelLayout.model_validate({**degrees, "placement": schedule_named(schedule).placement})
     model = model_of(tied, layers)
-    observed = run_ranks(layout.world_size, train_three_steps, model, layout, schedule, 1)
+    observed = run_ranks(layout.world_size, train_three_steps, model, layout, schedule, 1, False, options)
     assert_observed(observed, reference(tied, layers))
 
 
@@ -58,6 +61,13 @@ def test_two_stages_of_several_ranks_equal_one_process(schedule: str, vpp: int, 
 def test_chunks_of_a_single_stage_equal_one_process(schedule: str, vpp: int) -> None:
     assert_same(schedule, tied=True, pp=1, vpp=vpp)
     assert_same(schedule, tied=True, pp=1, vpp=vpp, dp=2)
+
+
+@pytest.mark.parametrize(("schedule", "vpp"), [("interleaved", 2), ("zb_h1", 1), ("zbv", 2)])
+@pytest.mark.parametrize("shared", [{}, {"dp": 2, "shard": "zero3"}, {"tp": 2}], ids=str)
+def test_layers_that_are_computed_again_equal_one_process(schedule: str, vpp: int, shared: dict[str, Any]) -> None:
+    options = StageOptions(recompute="full", loss_chunk_tokens=5)
+    assert_same(schedule, tied=True, pp=2, vpp=vpp, options=options, **shared)
 
 
 def test_chunks_of_uneven_depth_equal_one_process() -> None:

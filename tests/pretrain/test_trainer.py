@@ -128,6 +128,8 @@ def train_with(
         ({"dp": 2, "pp": 2, "vpp": 2}, "zbv", {}),
         ({"dp": 2, "pp": 2, "vpp": 2, "shard": "zero3"}, "interleaved_zb", {}),
         ({"tp": 2, "dp": 2, "shard": "zero2"}, "1f1b", MUON_BF16),
+        ({"tp": 2, "cp": 2, "sequence_parallel": True}, "1f1b", {}),
+        ({"cp": 2, "dp": 2, "shard": "zero3", "context": "ring"}, "1f1b", {}),
     ],
     ids=str,
 )

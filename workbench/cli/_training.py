@@ -98,7 +98,8 @@ def say_plan(out: Output, facts: Mapping[str, Any], config: EngineConfig, model:
     """Prints what is about to happen."""
     layout, batch = facts["layout"], config.batch
     shape = f"{model.num_hidden_layers} layers x {model.hidden_size}, vocabulary {model.vocab_size}"
-    spread = f"tp {layout['tp']} x pp {layout['pp']} x dp {layout['dp']}"
+    context = f" x cp {layout['cp']}" if layout["cp"] > 1 else ""
+    spread = f"tp {layout['tp']}{context} x pp {layout['pp']} x dp {layout['dp']}"
     ranks = f"{facts['ranks']} rank" + ("s" if facts["ranks"] > 1 else "")
     micros = batch.num_microbatches(layout["dp"])
     pipeline = ""

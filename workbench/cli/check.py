@@ -135,7 +135,8 @@ def _text(found: dict[str, Any]) -> str:
         ("model", f"{count_text(found['parameters'])} parameters in {sum(found['layers_per_stage'])} layers"),
         (
             "layout",
-            f"tp={layout['tp']} pp={layout['pp']} dp={layout['dp']} on {found['ranks']} ranks; layers a stage: "
+            f"tp={layout['tp']} cp={layout['cp']} pp={layout['pp']} dp={layout['dp']} on {found['ranks']} ranks; "
+            "layers a stage: "
             f"{', '.join(map(str, found['layers_per_stage']))}; {found['microbatches']} microbatches a step",
         ),
         *_pipeline(found),

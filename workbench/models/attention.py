@@ -1,22 +1,21 @@
 """Causal self-attention with grouped key/value heads, its heads cut over the tensor axis.
 
-Legend: B batch, T tokens, S tokens attended to, D hidden, H heads (local), K key/value heads (local), d head size.
+Legend: B batch, T tokens (of this context rank), S tokens attended to, D hidden, H heads (local), K key/value heads
+(local), d head size.
 """
 
 from __future__ import annotations
 
-import math
-
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from workbench.models.batch import Batch
-from workbench.models.blockwise import attend_blockwise, suits
+from workbench.errors import LayoutError
+from workbench.models.attend import WeightDropout, attend
+from workbench.models.batch import LocalBatch
+from workbench.models.context import attend_in_context
 from workbench.models.recompute import recomputed
 from workbench.models.rope import apply_rope
 from workbench.parallel.backends import Attend
-from workbench.parallel.dropout import dropout
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import ParameterSpec
@@ -30,23 +29,24 @@ class KeyValueCache:
         self._entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.length = 0
 
-    def extend(self, layer: int, k_BKTd: torch.Tensor, v_BKTd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of `layer`, [B, K, S, d], the new ones last."""
+    def extend(self, layer: int, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values of `layer`, [B, S, K, d], the new ones last."""
         if layer in self._entries:
             old_k, old_v = self._entries[layer]
-            k_BKTd, v_BKTd = torch.cat((old_k, k_BKTd), dim=2), torch.cat((old_v, v_BKTd), dim=2)
-        self._entries[layer] = (k_BKTd, v_BKTd)
-        return k_BKTd, v_BKTd
+            k_BTKd, v_BTKd = torch.cat((old_k, k_BTKd), dim=1), torch.cat((old_v, v_BTKd), dim=1)
+        self._entries[layer] = (k_BTKd, v_BTKd)
+        return k_BTKd, v_BTKd
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, each token attending to itself and those before it."""
+    """softmax(q k^T / sqrt(d)) v, each token attending to itself and those before it in its document."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
         self.path = path = f"layers.{layer}.self_attn"
         self.qkv_proj = ColumnParallelLinear(mesh, specs[f"{path}.qkv_proj.weight"], specs.get(f"{path}.qkv_proj.bias"))
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"], specs.get(f"{path}.o_proj.bias"))
+        self.mesh = mesh
         self.head_dim = model.head_dim
         self.layer = layer
         self.dropout = model.attention_dropout
@@ -64,7 +64,7 @@ class Attention(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-        batch: Batch,
+        batch: LocalBatch,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         q_size, k_size, v_size = self.qkv_proj.output_sizes
@@ -81,57 +81,20 @@ class Attention(nn.Module):
         q_BTHd: torch.Tensor,
         k_BTKd: torch.Tensor,
         v_BTKd: torch.Tensor,
-        batch: Batch,
+        batch: LocalBatch,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
         """What each head sees, [B, T, H, d]."""
-        if self.core is not None and cache is None:
-            assert batch.documents is None, "this executor attends to all earlier tokens of a row"
-            return self.core(q_BTHd, k_BTKd, v_BTKd)
-        drops = bool(self.dropout) and batch.dropout is not None
-        if cache is None and not drops and suits(q_BTHd):
-            return attend_blockwise(q_BTHd, k_BTKd, v_BTKd)
-        q_BHTd, k_BKSd, v_BKSd = (part.transpose(1, 2) for part in (q_BTHd, k_BTKd, v_BTKd))
         if cache is not None:
-            k_BKSd, v_BKSd = cache.extend(self.layer, k_BKSd, v_BKSd)
-        groups = q_BHTd.shape[1] // k_BKSd.shape[1]
-        k_BHSd, v_BHSd = (_repeat_heads(part, groups) for part in (k_BKSd, v_BKSd))
-        if drops:
-            return self._attend_with_dropout(q_BHTd, k_BHSd, v_BHSd, batch).transpose(1, 2)
-        return _attend(q_BHTd, k_BHSd, v_BHSd).transpose(1, 2)
-
-    def _attend_with_dropout(
-        self, q_BHTd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSd: torch.Tensor, batch: Batch
-    ) -> torch.Tensor:
-        assert batch.dropout is not None
-        scores_BHTS = q_BHTd @ k_BHSd.transpose(-1, -2) / math.sqrt(self.head_dim)
-        scores_BHTS = scores_BHTS.masked_fill(~_causal_mask(q_BHTd, k_BHSd), float("-inf"))
-        weights_BHTS = scores_BHTS.softmax(dim=-1)
-        _, heads, tokens, attended = weights_BHTS.shape
-        device = q_BHTd.device
-        coordinates = (
-            torch.arange(self.first_head, self.first_head + heads, device=device),
-            torch.arange(tokens, device=device),
-            torch.arange(attended, device=device),
-        )
-        rows = batch.dropout.rows(self.path)
-        return dropout(weights_BHTS, self.dropout, rows, coordinates) @ v_BHSd
-
-
-def _attend(q_BHTd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSd: torch.Tensor) -> torch.Tensor:
-    tokens, attended = q_BHTd.shape[2], k_BHSd.shape[2]
-    if tokens == attended:
-        return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, is_causal=True)
-    mask = None if tokens == 1 else _causal_mask(q_BHTd, k_BHSd)
-    return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask)
-
-
-def _causal_mask(q_BHTd: torch.Tensor, k_BHSd: torch.Tensor) -> torch.Tensor:
-    """[T, S], true where a token may look; the last token may look at all."""
-    tokens, attended = q_BHTd.shape[2], k_BHSd.shape[2]
-    return torch.ones(tokens, attended, dtype=torch.bool, device=q_BHTd.device).tril(attended - tokens)
-
-
-def _repeat_heads(x_BKSd: torch.Tensor, groups: int) -> torch.Tensor:
-    """Each key/value head repeated for the `groups` query heads that share it."""
-    return x_BKSd if groups == 1 else x_BKSd.repeat_interleave(groups, dim=1)
+            return attend(q_BTHd, *cache.extend(self.layer, k_BTKd, v_BTKd))
+        if self.core is not None:
+            if batch.documents is not None:
+                raise LayoutError(
+                    "kernels.backend='te' attends to all earlier tokens of a row, but here rows hold documents that do "
+                    "not see each other; set kernels.backend = 'torch'"
+                )
+            return self.core(q_BTHd, k_BTKd, v_BTKd)
+        dropped = None
+        if self.dropout and batch.dropout is not None:
+            dropped = WeightDropout(self.dropout, batch.dropout.rows(self.path), self.first_head)
+        return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh)

@@ -1,6 +1,7 @@
-"""One microbatch as the stages of a pipeline see it.
+"""One microbatch as the stages of a pipeline see it, and the part of it that one rank computes.
 
-Legend: B batch (samples), T tokens.
+Legend: B batch (samples), S tokens of a row, T those of this context rank, t those of them that this rank has between
+the layers.
 """
 
 from __future__ import annotations
@@ -8,18 +9,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
+from workbench.parallel.context import context_tokens
 from workbench.parallel.dropout import DropoutKey
+from workbench.parallel.loss import IGNORE
+from workbench.parallel.mesh import Mesh
+from workbench.spec.layout import ParallelLayout
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Token ids and what is to be predicted, right-padded.
+    """Token ids and what is to be predicted, right-padded; whole rows on every rank.
 
-    input_ids: [B, T] int64. labels: [B, T] int64, the token that follows each position, IGNORE where nothing is
+    input_ids: [B, S] int64. labels: [B, S] int64, the token that follows each position, IGNORE where nothing is
     predicted; [B] class numbers for a sequence head; None where only logits are wanted. lengths: [B], real tokens of
     each row, None when all rows are full. dropout: what the dropout masks depend on; None switches dropout off.
-    positions: [B, T], the place of each token in its sequence; None for 0 to T-1. documents: [B, T], the number of the
+    positions: [B, S], the place of each token in its sequence; None for 0 to S-1. documents: [B, S], the number of the
     document that each token belongs to, which it does not look beyond; None when a row is one document.
     """
 
@@ -29,3 +35,69 @@ class Batch:
     dropout: DropoutKey | None = None
     positions: torch.Tensor | None = None
     documents: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LocalBatch:
+    """What one rank computes of a batch, whose rows are padded to what its ranks can share.
+
+    input_ids: [B, T]. labels: [B, T], or [B]. lengths: [B]. dropout: as in the batch. positions: [T] or [B, T].
+    documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions:
+    [t] and [t] or [B, t], the same of the tokens whose hidden states this rank has (fewer under sequence parallelism).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor | None
+    lengths: torch.Tensor
+    dropout: DropoutKey | None
+    positions: torch.Tensor
+    documents: torch.Tensor | None
+    tokens: torch.Tensor
+    hidden_tokens: torch.Tensor
+    hidden_positions: torch.Tensor
+
+
+def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
+    """This rank's part of `batch`, of rows of which `start` tokens came before. No communication."""
+    rows, length = batch.input_ids.shape
+    device, layout = batch.input_ids.device, mesh.layout
+    padded = padded_length(length, layout)
+
+    def share(whole: torch.Tensor | None, fill: int) -> torch.Tensor | None:
+        if whole is None or whole.dim() < 2 or (padded == length and layout.cp == 1):
+            return whole
+        return F.pad(whole, (0, padded - length), value=fill).index_select(1, tokens)
+
+    def hidden(whole: torch.Tensor) -> torch.Tensor:
+        return whole.chunk(mesh.tp.size, dim=-1)[mesh.tp.rank] if layout.sequence_parallel else whole
+
+    tokens = context_tokens(padded, mesh.cp.size, mesh.cp.rank, device)
+    input_ids, positions = share(batch.input_ids, 0), share(batch.positions, 0)
+    assert input_ids is not None
+    if positions is None:
+        # Those of padding are of no account, but must be positions that the model has.
+        positions = start + (tokens if padded == length else tokens.clamp(max=length - 1))
+    documents = batch.documents
+    return LocalBatch(
+        input_ids=input_ids,
+        labels=share(batch.labels, IGNORE),
+        lengths=batch.lengths if batch.lengths is not None else torch.full((rows,), length, device=device),
+        dropout=batch.dropout,
+        positions=positions,
+        documents=None if documents is None else F.pad(documents, (0, padded - length), value=-1),
+        tokens=tokens,
+        hidden_tokens=hidden(tokens),
+        hidden_positions=hidden(positions),
+    )
+
+
+def padded_length(length: int, layout: ParallelLayout) -> int:
+    """The tokens of a row when it is padded to what the ranks of `layout` can share."""
+    return -(-length // layout.token_multiple) * layout.token_multiple
+
+
+def hidden_shape(batch: Batch, layout: ParallelLayout, hidden_size: int) -> tuple[int, int, int]:
+    """[B, t, D] of the hidden states that one rank hands on to the next stage."""
+    rows, length = batch.input_ids.shape
+    sharers = layout.cp * (layout.tp if layout.sequence_parallel else 1)
+    return rows, padded_length(length, layout) // sharers, hidden_size

@@ -1,6 +1,7 @@
 """A stage of a decoder: some of its layers, with the embedding on the first stage and the head on the last.
 
-Legend: B batch, T tokens, D hidden, V vocabulary (local, padded), N labels of a sequence head.
+Legend: B batch, S tokens of a row, T those of this rank, D hidden, V vocabulary (local, padded), N labels of a
+sequence head.
 """
 
 from __future__ import annotations
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from workbench.models.attention import Attention, KeyValueCache
-from workbench.models.batch import Batch
+from workbench.models.batch import Batch, LocalBatch, local_batch
 from workbench.models.mlp import MLP
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
 from workbench.parallel.chunked_loss import Chunking, chunked_loss, chunked_token_losses
-from workbench.parallel.collectives import copy_to
+from workbench.parallel.collectives import gather_copies
+from workbench.parallel.context import gather_context
 from workbench.parallel.dropout import dropout
 from workbench.parallel.embedding import (
     ReplicatedEmbedding,
@@ -30,6 +32,7 @@ from workbench.parallel.embedding import (
 )
 from workbench.parallel.loss import IGNORE, accumulation_dtype, vocab_parallel_cross_entropy
 from workbench.parallel.mesh import Mesh
+from workbench.parallel.sequence import whole_input
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.layout import ParallelLayout, virtual_stage
 from workbench.spec.model import ModelConfig
@@ -57,7 +60,7 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-        batch: Batch,
+        batch: LocalBatch,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         with self.saving():
@@ -67,7 +70,7 @@ class Block(nn.Module):
         self,
         x_BTD: torch.Tensor,
         rope: tuple[torch.Tensor, torch.Tensor] | None,
-        batch: Batch,
+        batch: LocalBatch,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
         attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, batch, cache)
@@ -119,26 +122,30 @@ class DecoderStage(nn.Module):
     ) -> torch.Tensor:
         """Hidden states for the next virtual stage, or on the last one what `output` names.
 
-        "loss": the sum of the losses of all labels, a scalar in fp32 or wider, equal on all tensor ranks.
-        "token_losses": loss of each label [B, T] (or [B]), 0 where ignored. "logits": [B, T, vocab_size], gathered over
-        the tensor axis, or [B, N] of a sequence head. `hidden_BTD` comes from the previous virtual stage; None on the
-        first.
+        "loss": the sum of the losses of this context rank's labels, a scalar in fp32 or wider, equal on all tensor
+        ranks. "token_losses": loss of each label [B, S] (or [B]), 0 where ignored. "logits": [B, S, vocab_size], or
+        [B, N] of a sequence head. These two are of whole rows in token order, on every rank. `hidden_BTD`
+        comes from the previous virtual stage; None on the first.
         """
-        tokens = batch.input_ids.shape[1]
-        start = cache.length if cache is not None else 0
-        positions_T = torch.arange(start, start + tokens, device=batch.input_ids.device)
+        assert cache is None or self.mesh.layout.token_multiple == 1, "decoding shares no tokens between ranks"
+        local = local_batch(batch, self.mesh, start=cache.length if cache is not None else 0)
         if self.is_first(chunk):
-            hidden_BTD = self._embed(batch, positions_T)
+            hidden_BTD = self._embed(local)
         assert hidden_BTD is not None
         rope = None
         if self.model.position_embedding == "rope":
-            rope = rope_table(self.model, positions_T, self.compute_dtype)
+            rope = rope_table(self.model, local.positions, self.compute_dtype)
         with self.region():
             for index in self.chunks[chunk]:
-                hidden_BTD = self.layers[str(index)](hidden_BTD, rope, batch, cache)
+                hidden_BTD = self.layers[str(index)](hidden_BTD, rope, local, cache)
         if cache is not None:
-            cache.length += tokens
-        return self._finish(hidden_BTD, batch, output) if self.is_last(chunk) else hidden_BTD
+            cache.length += batch.input_ids.shape[1]
+        if not self.is_last(chunk):
+            return hidden_BTD
+        if self.model.num_labels:
+            return self._classify(self.norm(hidden_BTD), local, output)
+        found = self._predict(self.norm(hidden_BTD), local, output)
+        return found if output == "loss" else gather_context(found, self.mesh.cp)[:, : batch.input_ids.shape[1]]
 
     def is_first(self, chunk: int = 0) -> bool:
         """Whether `chunk` of this stage is where the network begins."""
@@ -148,17 +155,14 @@ class DecoderStage(nn.Module):
         """Whether `chunk` of this stage is where the network ends."""
         return self.virtual[chunk] == self.num_virtual - 1
 
-    def _embed(self, batch: Batch, positions_T: torch.Tensor) -> torch.Tensor:
+    def _embed(self, batch: LocalBatch) -> torch.Tensor:
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
         if self.model.position_embedding == "learned":
-            x_BTD = x_BTD + self.embed_positions(positions_T, self.compute_dtype)
+            x_BTD = x_BTD + self.embed_positions(batch.hidden_positions, self.compute_dtype)
         return drop_hidden(x_BTD, self.model.embed_dropout, batch, "embed")
 
-    def _finish(self, hidden_BTD: torch.Tensor, batch: Batch, output: Output) -> torch.Tensor:
-        x_BTD = self.norm(hidden_BTD)
-        if self.model.num_labels:
-            logits_BN = self.score(_last_token(x_BTD, batch.lengths))
-            return logits_BN if output == "logits" else _label_losses(logits_BN, batch, output)
+    def _predict(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
+        """Loss, losses or logits of the tokens of this context rank."""
         if output != "logits" and self.loss_chunk_tokens:
             return self._chunked_losses(x_BTD, batch, output)
         logits_BTV = self.embed_tokens.logits(x_BTD) if self.tied else self.lm_head(x_BTD)
@@ -170,34 +174,35 @@ class DecoderStage(nn.Module):
         )
         return losses_N.sum() if output == "loss" else losses_N.view(batch.labels.shape)
 
-    def _chunked_losses(self, x_BTD: torch.Tensor, batch: Batch, output: Output) -> torch.Tensor:
+    def _chunked_losses(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         assert batch.labels is not None
-        x_ND = copy_to(x_BTD, self.mesh.tp).flatten(0, 1)
+        x_ND = whole_input(x_BTD, self.mesh).flatten(0, 1)
         weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
         how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens)
         if output == "loss":
             return chunked_loss(x_ND, weight, batch.labels.flatten(), how)
         return chunked_token_losses(x_ND, weight, batch.labels.flatten(), how).view(batch.labels.shape)
 
+    def _classify(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
+        """What a sequence head gives for the last token of each row, which one context rank has; that one counts."""
+        if self.mesh.layout.sequence_parallel:
+            x_BTD = gather_copies(x_BTD, self.mesh.tp)
+        is_last_BT = batch.tokens == batch.lengths.unsqueeze(-1) - 1
+        rows_B = torch.arange(len(is_last_BT), device=x_BTD.device)
+        logits_BN = self.score(x_BTD[rows_B, is_last_BT.int().argmax(dim=-1)])
+        has_last_B = is_last_BT.any(dim=-1)
+        if output == "logits":
+            return self.mesh.cp.all_reduce(logits_BN.masked_fill(~has_last_B.unsqueeze(-1), 0.0))
+        assert batch.labels is not None
+        labels_B = batch.labels.masked_fill(~has_last_B, IGNORE)
+        wide_BN = logits_BN.to(accumulation_dtype(logits_BN.dtype))
+        losses_B = F.cross_entropy(wide_BN, labels_B, reduction="none", ignore_index=IGNORE)
+        return losses_B.sum() if output == "loss" else self.mesh.cp.all_reduce(losses_B)
 
-def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: Batch, *site: str) -> torch.Tensor:
-    """Dropout on an activation that all tensor ranks hold whole; the same elements fall everywhere."""
+
+def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: LocalBatch, *site: str) -> torch.Tensor:
+    """Dropout on the hidden states of this rank's tokens; the same elements fall at every layout."""
     if not probability or batch.dropout is None:
         return x_BTD
-    _, tokens, hidden = x_BTD.shape
-    coordinates = (torch.arange(tokens, device=x_BTD.device), torch.arange(hidden, device=x_BTD.device))
+    coordinates = (batch.hidden_tokens, torch.arange(x_BTD.shape[-1], device=x_BTD.device))
     return dropout(x_BTD, probability, batch.dropout.rows(*site), coordinates)
-
-
-def _last_token(x_BTD: torch.Tensor, lengths: torch.Tensor | None) -> torch.Tensor:
-    """The hidden state of each row's last real token, [B, D]."""
-    if lengths is None:
-        return x_BTD[:, -1]
-    return x_BTD[torch.arange(x_BTD.shape[0], device=x_BTD.device), lengths - 1]
-
-
-def _label_losses(logits_BN: torch.Tensor, batch: Batch, output: Output) -> torch.Tensor:
-    assert batch.labels is not None
-    wide_BN = logits_BN.to(accumulation_dtype(logits_BN.dtype))
-    losses_B = F.cross_entropy(wide_BN, batch.labels, reduction="none", ignore_index=IGNORE)
-    return losses_B.sum() if output == "loss" else losses_B

@@ -37,17 +37,17 @@ def _by_parts(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     return torch.where(between, blended, scaled)
 
 
-def rope_table(model: ModelConfig, positions_T: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and signed sines for `positions_T`, each [T, 1, d]: what `apply_rope` multiplies head vectors with.
+def rope_table(model: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and signed sines for positions [T] or [B, T], each [..., T, 1, d]: what `apply_rope` multiplies with.
 
     Angles are taken in fp32, as the reference models do. The sine of the first half carries the rotation's minus.
     """
-    angles = positions_T.to(torch.float32)[:, None, None] * rope_frequencies(model, positions_T.device)
+    angles = positions.to(torch.float32)[..., None, None] * rope_frequencies(model, positions.device)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def apply_rope(x_BTHd: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
     """Each head vector turned by its position's angles."""
-    cos_T1d, sin_T1d = table
-    return torch.addcmul(x_BTHd * cos_T1d, x_BTHd.roll(x_BTHd.shape[-1] // 2, dims=-1), sin_T1d)
+    cos, sin = table
+    return torch.addcmul(x_BTHd * cos, x_BTHd.roll(x_BTHd.shape[-1] // 2, dims=-1), sin)

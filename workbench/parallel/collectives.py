@@ -30,6 +30,39 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.all_gather(tensor, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.axis.reduce_scatter(grad, ctx.dim), None, None
+
+
+class _GatherCopies(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.all_gather(tensor, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return grad.chunk(ctx.axis.size, dim=ctx.dim)[ctx.axis.rank], None, None
+
+
+class _Scatter(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
+        ctx.axis, ctx.dim = axis, dim
+        return axis.reduce_scatter(tensor, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return ctx.axis.all_gather(grad, ctx.dim), None, None
+
+
 def copy_to(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """`tensor`, which is equal on all ranks of `axis`; backward sums the gradients over the axis.
 
@@ -41,3 +74,18 @@ def copy_to(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 def reduce_from(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The sum of `tensor` over `axis`; backward passes the gradient, equal on all ranks, through (`g`)."""
     return tensor if axis.size == 1 else _Reduce.apply(tensor, axis)
+
+
+def gather_from(tensor: torch.Tensor, axis: Axis, dim: int = 1) -> torch.Tensor:
+    """The ranks' tensors in one, on `dim`; backward sums the gradients, of which each rank has part, and scatters."""
+    return tensor if axis.size == 1 else _Gather.apply(tensor, axis, dim)
+
+
+def gather_copies(tensor: torch.Tensor, axis: Axis, dim: int = 1) -> torch.Tensor:
+    """Like `gather_from`, where all ranks go on to compute the same: backward takes this rank's share."""
+    return tensor if axis.size == 1 else _GatherCopies.apply(tensor, axis, dim)
+
+
+def scatter_to(tensor: torch.Tensor, axis: Axis, dim: int = 1) -> torch.Tensor:
+    """This rank's share, on `dim`, of the sum of the ranks' tensors; backward gathers the gradients."""
+    return tensor if axis.size == 1 else _Scatter.apply(tensor, axis, dim)

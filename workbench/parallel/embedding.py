@@ -9,14 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workbench.parallel.collectives import copy_to, reduce_from
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
+from workbench.parallel.sequence import column_product, enter_cut, leave_cut
 from workbench.spec.geometry import ParameterSpec
 
 
 class VocabParallelEmbedding(ParallelModule):
-    """Token vectors, each rank holding a range of the vocabulary. Forward all-reduces over tp, backward does not."""
+    """Token vectors, each rank holding a range of the vocabulary. Forward all-reduces over tp, backward does not.
+
+    Under sequence parallelism forward reduces and scatters, so that each rank has its tokens; backward gathers.
+    """
 
     weight: nn.Parameter
 
@@ -32,11 +35,11 @@ class VocabParallelEmbedding(ParallelModule):
         local_BT = ids_BT - self.first_row
         foreign_BT = (local_BT < 0) | (local_BT >= self.rows)
         x_BTD = F.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight).to(dtype)
-        return reduce_from(x_BTD.masked_fill(foreign_BT.unsqueeze(-1), 0.0), self.mesh.tp)
+        return leave_cut(x_BTD.masked_fill(foreign_BT.unsqueeze(-1), 0.0), self.mesh)
 
     def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """Logits [B, T, V] of a head that is tied to this table."""
-        return self.gemm(copy_to(x_BTD, self.mesh.tp), self.weight)
+        return column_product(self.gemm, enter_cut(x_BTD, self.mesh), self.weight, None, self.mesh)
 
 
 class ReplicatedEmbedding(ParallelModule):
@@ -52,7 +55,7 @@ class ReplicatedEmbedding(ParallelModule):
 
 
 class VocabParallelHead(ParallelModule):
-    """Logits over this rank's range of the vocabulary. Backward all-reduces the gradient of the input over tp."""
+    """Logits of all tokens over this rank's range of the vocabulary, cut like a ColumnParallelLinear."""
 
     weight: nn.Parameter
 
@@ -60,7 +63,7 @@ class VocabParallelHead(ParallelModule):
         super().__init__(mesh, weight=weight)
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.gemm(copy_to(x_BTD, self.mesh.tp), self.weight)
+        return column_product(self.gemm, enter_cut(x_BTD, self.mesh), self.weight, None, self.mesh)
 
 
 class ReplicatedLinear(ParallelModule):

@@ -34,8 +34,8 @@ class Fp8Gemm(Gemm):
         y = _Fp8Product.apply(x, weight, self)
         return y if bias is None else y + bias
 
-    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self._multiply(grad.flatten(0, -2), self.grad_format, weight.t()).unflatten(0, grad.shape[:-1])
+    def input_gradient(self, grad_NO: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return self._multiply(grad_NO, self.grad_format, weight.t())
 
     def weight_gradient(self, x_NI: torch.Tensor, grad_NO: torch.Tensor) -> torch.Tensor:
         padding = -len(x_NI) % _MULTIPLE
@@ -82,9 +82,10 @@ class _Fp8Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
         x, weight = ctx.saved_tensors
+        grad_NO = grad.flatten(0, -2)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = ctx.gemm.input_gradient(grad, weight)
+            grad_x = ctx.gemm.input_gradient(grad_NO, weight).view(x.shape)
         if ctx.needs_input_grad[1]:
-            grad_weight = ctx.gemm.weight_gradient(x.flatten(0, -2), grad.flatten(0, -2))
+            grad_weight = ctx.gemm.weight_gradient(x.flatten(0, -2), grad_NO)
         return grad_x, grad_weight, None

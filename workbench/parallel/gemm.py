@@ -38,8 +38,11 @@ class WaitingProduct:
 class Gemm:
     """The products of linear layers in the type of their input.
 
-    With `waiting`, backward leaves the gradients of weights there instead of computing them.
+    With `waiting`, backward leaves the gradients of weights there instead of computing them. computes_apart: whether
+    `input_gradient` and `weight_gradient` are what backward of `product` computes.
     """
+
+    computes_apart = True
 
     def __init__(self) -> None:
         self.waiting: list[WaitingProduct] | None = None
@@ -55,9 +58,9 @@ class Gemm:
         """x W^T + b, differentiable."""
         return F.linear(x, weight, bias)
 
-    def input_gradient(self, grad: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """What backward of `product` computes for the input, of the gradient's leading dimensions."""
-        return grad @ weight
+    def input_gradient(self, grad_NO: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """What backward of `product` computes for the input [N, I]."""
+        return grad_NO @ weight
 
     def weight_gradient(self, x_NI: torch.Tensor, grad_NO: torch.Tensor) -> torch.Tensor:
         """What backward of `product` computes for the weight [O, I]."""

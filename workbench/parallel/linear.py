@@ -8,16 +8,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from workbench.parallel.collectives import copy_to, reduce_from
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
+from workbench.parallel.sequence import column_product, enter_cut, leave_cut
 from workbench.spec.geometry import ParameterSpec
 
 
 class ColumnParallelLinear(ParallelModule):
     """y = x W^T + b with the outputs cut over the tensor axis; several logical projections may be fused on dim 0.
 
-    Forward communicates nothing; backward all-reduces the gradient of the input over tp.
+    Forward communicates nothing; backward all-reduces the gradient of the input over tp. Under sequence parallelism the
+    input is this rank's tokens: forward gathers them over tp, backward reduces and scatters.
     `delta`, when set, maps the input to something that is added to the output (an adapter).
     """
 
@@ -30,8 +31,8 @@ class ColumnParallelLinear(ParallelModule):
         self.delta = None
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
-        x_BTI = copy_to(x_BTI, self.mesh.tp)
-        y_BTO = self.gemm(x_BTI, self.weight, self.bias)
+        x_BTI = enter_cut(x_BTI, self.mesh)
+        y_BTO = column_product(self.gemm, x_BTI, self.weight, self.bias, self.mesh)
         return y_BTO if self.delta is None else y_BTO + self.delta(x_BTI)
 
     @property
@@ -43,6 +44,7 @@ class ColumnParallelLinear(ParallelModule):
 class RowParallelLinear(ParallelModule):
     """y = x W^T + b with the inputs cut over the tensor axis, the partial results all-reduced over tp.
 
+    Under sequence parallelism they are reduced and scattered: the output is this rank's tokens; backward gathers.
     The bias is whole on every rank and added once, after the reduction. `delta` is added to the partial result, so an
     adapter costs no reduction of its own.
     """
@@ -61,5 +63,5 @@ class RowParallelLinear(ParallelModule):
         y_BTO = self.gemm(x_BTI, self.weight)
         if self.delta is not None:
             y_BTO = y_BTO + self.delta(x_BTI)
-        y_BTO = reduce_from(y_BTO, self.mesh.tp)
+        y_BTO = leave_cut(y_BTO, self.mesh)
         return y_BTO if self.bias is None else y_BTO + self.bias.to(y_BTO.dtype)

@@ -6,7 +6,7 @@ An axis of size 1 has no process group and its collectives return their input, s
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any, Literal, Protocol
@@ -22,6 +22,7 @@ Message = Literal["F", "B"]
 _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
 # torch 2.13 renamed it, and warns on every rank about the old name.
 _ALL_GATHER = vars(dist).get("all_gather_single") or dist.all_gather_into_tensor
+_REDUCE_SCATTER = vars(dist).get("reduce_scatter_single") or dist.reduce_scatter_tensor
 
 
 class Work(Protocol):
@@ -30,6 +31,20 @@ class Work(Protocol):
     def wait(self) -> Any: ...
 
     def is_completed(self) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A tensor on its way; `wait` returns it. On a GPU it is the current stream that waits."""
+
+    works: Sequence[Work]
+    result: Callable[[], torch.Tensor]
+    sent: torch.Tensor
+
+    def wait(self) -> torch.Tensor:
+        for work in self.works:
+            work.wait()
+        return self.result()
 
 
 class Axis:
@@ -59,12 +74,42 @@ class Axis:
 
     def all_gather(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
         """The tensors of all ranks, which have the same shape, concatenated on `dim` in order of position."""
+        return self.start_all_gather(tensor, dim).wait()
+
+    def start_all_gather(self, tensor: torch.Tensor, dim: int = 0) -> Pending:
+        """`all_gather` under way; `tensor` must not change until it is done."""
         if self.size == 1:
-            return tensor
+            return Pending((), lambda: tensor, tensor)
         local = tensor.contiguous()
         gathered = local.new_empty((self.size, *local.shape))
-        _ALL_GATHER(gathered, local.unsqueeze(0), group=self._group)
-        return torch.cat(gathered.unbind(0), dim=dim)
+        work = _ALL_GATHER(gathered, local.unsqueeze(0), group=self._group, async_op=True)
+        return Pending([work], lambda: torch.cat(gathered.unbind(0), dim=dim), local)
+
+    def reduce_scatter(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
+        """This position's share of the sum of the ranks' tensors, which are cut on `dim` in order of position."""
+        return self.start_reduce_scatter(tensor, dim).wait()
+
+    def start_reduce_scatter(self, tensor: torch.Tensor, dim: int = 0) -> Pending:
+        """`reduce_scatter` under way."""
+        if self.size == 1:
+            return Pending((), lambda: tensor, tensor)
+        shares = torch.stack(tensor.chunk(self.size, dim=dim))
+        mine = shares.new_empty((1, *shares.shape[1:]))
+        work = _REDUCE_SCATTER(mine, shares, group=self._group, async_op=True)
+        return Pending([work], lambda: mine[0], shares)
+
+    def pass_on(self, tensor: torch.Tensor) -> Pending:
+        """Starts to send `tensor` to the next position, and to receive the like from the one before, in a ring."""
+        local = tensor.contiguous()
+        received = torch.empty_like(local)
+        after, before = (self.ranks[(self.rank + step) % self.size] for step in (1, -1))
+        works = dist.batch_isend_irecv(
+            [
+                dist.P2POp(dist.isend, local, after, group=self._group),
+                dist.P2POp(dist.irecv, received, before, group=self._group),
+            ]
+        )
+        return Pending(works, lambda: received, local)
 
     def exchange(self, pieces: Sequence[torch.Tensor], sizes: Sequence[int]) -> Sequence[torch.Tensor]:
         """What each position has for this one: a flat tensor of `sizes` elements each. `pieces`: one flat tensor for

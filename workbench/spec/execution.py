@@ -48,13 +48,13 @@ class StageOptions:
 def execution_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
     """Every reason why a stage cannot be computed in this way."""
     return [
-        *compile_faults(options, model),
+        *compile_faults(options, model, layout),
         *fp8_size_faults(options, model, layout),
         *te_faults(options, model, layout),
     ]
 
 
-def compile_faults(options: StageOptions, model: ModelConfig) -> list[str]:
+def compile_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
     """Why layers cannot be compiled in this way, if they cannot."""
     if not options.compile_blocks:
         return []
@@ -66,6 +66,12 @@ def compile_faults(options: StageOptions, model: ModelConfig) -> list[str]:
         )
     if options.backend == "te":
         found.append("kernels.compile=true and kernels.backend='te': its kernels are closed to torch.compile; drop one")
+    if layout.sequence_parallel or layout.cp > 1:
+        sharing = "sequence_parallel" if layout.sequence_parallel else f"cp={layout.cp}"
+        found.append(
+            f"kernels.compile=true and {sharing}: collectives that run beside products break the graph of each layer, "
+            "and torch.compile gives up after a few; use compile = false"
+        )
     if options.recompute == "full" and (model.attention_dropout or model.hidden_dropout):
         found.append(
             "kernels.compile=true and recompute.mode='full' with dropout in the layers: the seeds of dropout are made "
@@ -81,7 +87,7 @@ def fp8_size_faults(options: StageOptions, model: ModelConfig, layout: ParallelL
         return []
     multiple = _MXFP8_MULTIPLE if options.te_recipe == "mxfp8" else _FP8_MULTIPLE
     found = []
-    for spec in layer_specs(model, 0):
+    for spec in layer_specs(model, layout, 0):
         outputs, *inputs = spec.local_shape(layout.tp)
         if spec.role == "matrix" and any(size % multiple for size in (outputs, *inputs)):
             name = spec.path.removesuffix(".weight").replace("layers.0", "layers.*")

@@ -13,6 +13,7 @@ from workbench.spec.model import ModelConfig
 
 Placement = Literal["loop", "vee"]
 Sharding = Literal["none", "zero1", "zero2", "zero3"]
+ContextMethod = Literal["all_gather", "ring"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ class ParallelLayout(Config):
     sequence_parallel: bool = Field(
         default=False, description="Whether tensor-parallel ranks also share the tokens between their layers."
     )
+    context: ContextMethod = Field(
+        default="all_gather",
+        description="How attention comes by the keys and values of other context ranks: all gathered at once "
+        "(all_gather), or passed on from rank to rank, each share in turn (ring).",
+    )
     shard: Sharding = Field(
         default="none",
         description="What replicas share instead of each holding it whole: nothing; optimizer state (zero1); gradients "
@@ -72,6 +78,11 @@ class ParallelLayout(Config):
     def shard_degree(self) -> int:
         """Replicas over which each parameter's rows are cut; 1 without sharding."""
         return 1 if self.shard == "none" else self.shard_size or self.replicas
+
+    @property
+    def token_multiple(self) -> int:
+        """What the tokens of a row must be a multiple of: two chunks a context rank, each for all tensor ranks."""
+        return (2 * self.cp if self.cp > 1 else 1) * (self.tp if self.sequence_parallel else 1)
 
     def coordinate(self, rank: int) -> Coordinate:
         """Where `rank` stands on each axis."""
@@ -130,7 +141,12 @@ class ParallelLayout(Config):
 
     def faults(self, model: ModelConfig) -> list[str]:
         """Every reason why this layout cannot hold `model`."""
-        return [*self._width_faults(model), *self._depth_faults(model), *self._shard_faults()]
+        return [
+            *self._width_faults(model),
+            *self._depth_faults(model),
+            *self._token_faults(model),
+            *self._shard_faults(),
+        ]
 
     def _width_faults(self, model: ModelConfig) -> list[str]:
         found = []
@@ -176,6 +192,17 @@ class ParallelLayout(Config):
                 self.chunks(model.num_hidden_layers)
             except LayoutError as error:
                 found.append(str(error))
+        return found
+
+    def _token_faults(self, model: ModelConfig) -> list[str]:
+        found = []
+        if self.sequence_parallel and self.tp == 1:
+            found.append(f"sequence_parallel shares tokens between tensor ranks, but tp={self.tp}; raise tp or drop it")
+        if self.cp > 1 and self.context == "ring" and model.attention_dropout:
+            found.append(
+                f"context='ring' computes no attention_dropout={model.attention_dropout}; use context = 'all_gather' "
+                "or attention_dropout = 0"
+            )
         return found
 
     def _shard_faults(self) -> list[str]:

@@ -71,7 +71,9 @@ class LoraPair:
 
 def projections(model: ModelConfig) -> tuple[str, ...]:
     """The names of the projections in a layer that can be adapted, in network order."""
-    return tuple(_leaf(part) for spec in layer_specs(model, 0) if spec.role == "matrix" for part in spec.parts)
+    return tuple(
+        _leaf(part) for spec in layer_specs(model, ParallelLayout(), 0) if spec.role == "matrix" for part in spec.parts
+    )
 
 
 def resolved_targets(model: ModelConfig, lora: LoraSpec) -> tuple[str, ...]:
@@ -93,7 +95,7 @@ def resolved_targets(model: ModelConfig, lora: LoraSpec) -> tuple[str, ...]:
 def layer_pairs(model: ModelConfig, lora: LoraSpec, layer: int) -> Iterator[LoraPair]:
     """The adapters of one layer."""
     targets = resolved_targets(model, lora)
-    for base in layer_specs(model, layer):
+    for base in layer_specs(model, ParallelLayout(), layer):
         parts = tuple(part for part in base.parts if _leaf(part) in targets) if base.role == "matrix" else ()
         if parts:
             path = f"{base.path.removesuffix('.weight')}.delta"

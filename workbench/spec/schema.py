@@ -22,12 +22,13 @@ def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[Paramet
     tokens = Part("embed_tokens.weight", shape, dim=0, pad_to=layout.vocab_multiple)
     specs = [ParameterSpec("embed_tokens.weight", (tokens,), places, "embedding")]
     if model.position_embedding == "learned":
-        positions = Part("embed_positions.weight", (model.max_position_embeddings, model.hidden_size))
+        shape = (model.max_position_embeddings, model.hidden_size)
+        positions = Part("embed_positions.weight", shape, partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec("embed_positions.weight", (positions,), (EMBED,), "embedding"))
     return tuple(specs)
 
 
-def layer_specs(model: ModelConfig, layer: int) -> tuple[ParameterSpec, ...]:
+def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple[ParameterSpec, ...]:
     """The parameters of one transformer layer."""
     base = f"layers.{layer}"
     hidden, ffn, d = model.hidden_size, model.intermediate_size, model.head_dim
@@ -49,28 +50,28 @@ def layer_specs(model: ModelConfig, layer: int) -> tuple[ParameterSpec, ...]:
     residual: Initial = "residual" if model.scale_residual_init else "normal"
     at = (layer,)
     specs = [
-        *norm_specs(model, f"{base}.input_layernorm", layer),
+        *norm_specs(model, layout, f"{base}.input_layernorm", layer),
         ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
-        *norm_specs(model, f"{base}.post_attention_layernorm", layer),
+        *norm_specs(model, layout, f"{base}.post_attention_layernorm", layer),
         ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
     ]
     if model.attention_bias:
         specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
     if model.attention_output_bias:
-        o_bias = Part(f"{base}.self_attn.o_proj.bias", (hidden,))
+        o_bias = Part(f"{base}.self_attn.o_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{base}.self_attn.o_proj.bias", (o_bias,), at, "bias", "zeros"))
     if model.mlp_bias:
         specs.append(ParameterSpec(f"{base}.mlp.up_proj.bias", up("bias"), at, "bias", "zeros"))
-        down_bias = Part(f"{base}.mlp.down_proj.bias", (hidden,))
+        down_bias = Part(f"{base}.mlp.down_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{base}.mlp.down_proj.bias", (down_bias,), at, "bias", "zeros"))
     return tuple(specs)
 
 
 def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
     """The last norm and the head: vocabulary, or labels. A tied head has no parameter of its own."""
-    specs = list(norm_specs(model, "norm", FINAL))
+    specs = list(norm_specs(model, layout, "norm", FINAL))
     if model.num_labels:
         score = Part("score.weight", (model.num_labels, model.hidden_size))
         specs.append(ParameterSpec("score.weight", (score,), (FINAL,), "head"))
@@ -80,12 +81,13 @@ def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpe
     return tuple(specs)
 
 
-def norm_specs(model: ModelConfig, path: str, place: Place) -> tuple[ParameterSpec, ...]:
-    """Scale, and shift if the norm has one."""
-    weight = Part(f"{path}.weight", (model.hidden_size,))
+def norm_specs(model: ModelConfig, layout: ParallelLayout, path: str, place: Place) -> tuple[ParameterSpec, ...]:
+    """Scale, and shift if the norm has one. Under sequence parallelism each tensor rank norms other tokens, so it sees
+    part of the gradient; so it is with all that acts between the cut layers."""
+    weight = Part(f"{path}.weight", (model.hidden_size,), partial_grad=layout.sequence_parallel)
     specs = [ParameterSpec(f"{path}.weight", (weight,), (place,), "norm", "ones")]
     if model.norm == "layernorm":
-        bias = Part(f"{path}.bias", (model.hidden_size,))
+        bias = Part(f"{path}.bias", (model.hidden_size,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{path}.bias", (bias,), (place,), "norm", "zeros"))
     return tuple(specs)
 
@@ -105,7 +107,7 @@ def tied_head(model: ModelConfig) -> bool:
 
 def parameter_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
     """Every run-time parameter of the whole model, in network order."""
-    layers = (spec for layer in range(model.num_hidden_layers) for spec in layer_specs(model, layer))
+    layers = (spec for layer in range(model.num_hidden_layers) for spec in layer_specs(model, layout, layer))
     return (*embedding_specs(model, layout), *layers, *head_specs(model, layout))
 
 

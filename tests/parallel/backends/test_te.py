@@ -27,9 +27,9 @@ LINEARS = 4 * 2  # of both layers
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("tp", [1, 2])
-def test_loss_and_gradients_are_those_of_torch(name: str, tp: int) -> None:
-    for found, expected in run_ranks(tp, _both, MODELS[name], tp):
+@pytest.mark.parametrize("layout", [{}, {"tp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str)
+def test_loss_and_gradients_are_those_of_torch(name: str, layout: dict[str, Any]) -> None:
+    for found, expected in run_ranks(layout.get("tp", 1), _both, MODELS[name], layout):
         assert found.keys() == expected.keys()
         for path, values in expected.items():
             torch.testing.assert_close(found[path], values, rtol=1e-10, atol=1e-10, msg=path)
@@ -122,13 +122,13 @@ def test_what_it_cannot_execute_is_refused(
     assert message in fault
 
 
-def _both(model: ModelConfig, tp: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def _both(model: ModelConfig, layout: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     with fake_transformer_engine.installed():
-        return _step(_built(model, tp, backend="te")), _step(_built(model, tp))
+        return _step(_built(model, layout, backend="te")), _step(_built(model, layout))
 
 
-def _built(model: ModelConfig, tp: int = 1, **options: Any) -> BuiltStage:
-    mesh = Mesh.single() if tp == 1 else Mesh.create(ParallelLayout(tp=tp), torch.device("cpu"))
+def _built(model: ModelConfig, layout: dict[str, Any] | None = None, **options: Any) -> BuiltStage:
+    mesh = Mesh.create(ParallelLayout(**layout or {}), torch.device("cpu"))
     built = build_stage(model, mesh, dtype=torch.float64, options=StageOptions(**options))
     initialise(built.parameters, model, seed=6)
     return built

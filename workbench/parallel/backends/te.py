@@ -78,6 +78,8 @@ class TransformerEngineExecutor:
 class _Linear(Gemm):
     """One linear layer's products by its own te.Linear, which remembers the scales of delayed scaling."""
 
+    computes_apart = False
+
     def __init__(self, linear: te.Linear, region: Callable[[], AbstractContextManager[Any]]) -> None:
         super().__init__()
         self._linear, self._region = linear, region
