@@ -49,8 +49,9 @@ def attend(
         mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device)
     else:
         # Not a tensor: a GPU's kernels know this mask, and of a long row it would be larger than the activations.
-        mask = None if tokens == 1 else causal_lower_right(tokens, attended)
-    return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask).transpose(1, 2)
+        mask = None if tokens in (1, attended) else causal_lower_right(tokens, attended)
+    whole = mask is None and tokens == attended
+    return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=whole).transpose(1, 2)
 
 
 def visible(
