@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pretrain.config import EngineConfig
+from pretrain.schedules import schedule_named
 from tests.helpers.models import biased_model, gated_model
 from tests.helpers.pairwise import Case
 from workbench.errors import LayoutError
@@ -18,21 +19,48 @@ MODELS = {"gated": gated_model, "biased": biased_model}
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "model": ("gated", "biased"),
     "tied": (True, False),
-    "tp": (1, 2, 4),
+    "documents": (False, True),
+    "optimizer": ("adamw", "muon"),
+    "tp": (1, 2),
+    "sp": (False, True),
+    "cp": (1, 2),
+    "context": ("all_gather", "ring"),
     "pp": (1, 2, 4),
+    "schedule": ("gpipe", "1f1b", "interleaved", "zb_h1", "interleaved_zb", "zbv", "dualpipev"),
+    "vpp": (1, 2),
     "dp": (1, 2),
-    "schedule": ("gpipe", "1f1b"),
-    "shard": ("none", "zero2", "zero3"),
+    "shard": ("none", "zero1", "zero2", "zero3"),
+    "shard_size": (None, 2),
+    "recompute": ("none", "selective", "full"),
+    "loss_chunk": (0, 5),
 }
 PLACES = {
+    "optimizer": "optim.name",
     "tp": "parallel.tp",
+    "sp": "parallel.sequence_parallel",
+    "cp": "parallel.cp",
+    "context": "parallel.context",
     "pp": "parallel.pp",
-    "dp": "parallel.dp",
     "schedule": "parallel.schedule",
+    "vpp": "parallel.vpp",
+    "dp": "parallel.dp",
     "shard": "parallel.shard",
+    "shard_size": "parallel.shard_size",
+    "recompute": "recompute.mode",
+    "loss_chunk": "kernels.loss_chunk_tokens",
 }
 """Which key of the configuration a dimension sets; those not named here belong to the model or the data."""
 PLAIN: Case = {name: values[0] for name, values in DIMENSIONS.items()}
+
+
+NEEDED = {
+    "sp": (("tp",), 1),
+    "context": (("cp",), 1),
+    "schedule": (("pp",), 1),
+    "vpp": (("pp",), 1),
+    "shard": (("dp", "cp"), 1),
+}
+"""Axes of which one must be longer than this, or the choice changes nothing."""
 
 
 def model_of(case: Mapping[str, Any]) -> ModelConfig:
@@ -55,13 +83,22 @@ def config_of(case: Mapping[str, Any], folder: str) -> EngineConfig:
 
 
 def refusal(case: Mapping[str, Any]) -> str | None:
-    """Why the configuration of `case` is refused, or None when it runs on at most RANKS ranks."""
+    """Why a case, complete or not, is not one to run: the configuration refuses it, it needs more than RANKS ranks, or
+    a choice in it could not show anything."""
     ranks = case.get("tp", 1) * case.get("pp", 1) * case.get("cp", 1) * case.get("dp", 1)
     if ranks > RANKS:
         return f"more than {RANKS} ranks"
+    for name, (other, idle) in NEEDED.items():
+        if case.get(name, PLAIN[name]) != PLAIN[name] and all(case.get(axis) == idle for axis in other):
+            return f"{name}={case[name]} does nothing at {' and '.join(f'{axis}={idle}' for axis in other)}"
+    if {"schedule", "vpp"} <= case.keys() and (faults := schedule_named(case["schedule"]).faults(case["vpp"])):
+        return faults[0]
+    if {"shard", "shard_size"} <= case.keys() and case["shard_size"] and case["shard"] == "none":
+        return "shard_size has no meaning without sharding"
+    if not case.keys() >= DIMENSIONS.keys():
+        return None
     try:
-        config = config_of(case, "nowhere")
-        config.resolve_layout(model_of(case), ranks)
+        config_of(case, "nowhere").resolve_layout(model_of(case), ranks)
     except (LayoutError, ValueError) as error:
         return str(error)
     return None
