@@ -16,7 +16,7 @@ help:
 	@echo 'make test      run the tests'
 	@echo 'make lint      format, lint, types and import contracts'
 	@echo 'make check     lint and test'
-	@echo 'make parity    only the tests that compare layouts'
+	@echo 'make parity    train every pair of features against one process; write docs/parity.md, docs/capabilities.md'
 
 install: $(INSTALLED)
 
@@ -38,7 +38,8 @@ test: install
 	@$(BIN)/python -m pytest -q
 
 parity: install
-	@$(BIN)/python -m pytest -q -m parity
+	@$(BIN)/python -m tests.parity.capabilities
+	@$(BIN)/python -m tests.parity.matrix
 
 lint: install
 	@$(BIN)/ruff format --check --quiet . || { echo 'make: the files above are not formatted; run .venv/bin/ruff format .' >&2; exit 1; }

@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, PositiveFloat, field_validator, model_validator
 
+from pretrain import capabilities
 from pretrain.data.config import DataConfig
 from pretrain.lr import Curve, CurveName
 from pretrain.schedules import schedule_named
@@ -110,18 +111,6 @@ class BatchTable(Config):
         """Microbatches that each of `dp` data-parallel ranks computes in a step."""
         return max(self.global_size // (self.micro_size * dp), 1)
 
-    def token_faults(self, layout: ParallelLayout) -> list[str]:
-        """Why the tokens of a sequence cannot be shared by the ranks of `layout`, if they cannot."""
-        multiple = layout.token_multiple
-        if self.seq_len % multiple:
-            sharers = [f"2 chunks for each of cp={layout.cp}"] if layout.cp > 1 else []
-            sharers += [f"tp={layout.tp} with sequence_parallel"] if layout.sequence_parallel else []
-            return [
-                f"batch.seq_len={self.seq_len} is not a multiple of {multiple} ({' x '.join(sharers)}); "
-                f"use {max(1, round(self.seq_len / multiple)) * multiple}"
-            ]
-        return []
-
     def faults(self, dp: int) -> list[str]:
         """Why the batch cannot be dealt out over `dp` data-parallel ranks, if it cannot."""
         if self.global_size % (dp * self.micro_size):
@@ -194,27 +183,6 @@ class PrecisionTable(Config):
     growth_interval: int = Field(
         default=2000, gt=0, description="fp16: finite steps after which a dynamic loss_scale doubles."
     )
-
-    def scale_faults(self) -> list[str]:
-        """Why the loss cannot be scaled as asked, if it cannot."""
-        if self.loss_scale != "dynamic" and self.compute != "fp16":
-            return [
-                f"precision.loss_scale={self.loss_scale:g} is for compute='fp16', not '{self.compute}'; remove the one "
-                "or change the other"
-            ]
-        return []
-
-    def reduce_faults(self, layout: ParallelLayout, num_microbatches: int) -> list[str]:
-        """Why gradients cannot be summed over replicas in bf16, if they cannot."""
-        if self.grad_reduce == "fp32" or num_microbatches == 1 or layout.replicas == 1:
-            return []
-        if layout.shard in ("zero2", "zero3") and layout.shard_degree == layout.replicas:
-            return []
-        how = f"shard='{layout.shard}'" + ("" if layout.shard_size is None else f", shard_size={layout.shard_size}")
-        return [
-            f"precision.grad_reduce='bf16' with {how} would sum {num_microbatches} microbatches in bf16 as well; use "
-            "shard = 'zero2' or 'zero3' over all replicas, or one microbatch a step"
-        ]
 
 
 class KernelsTable(Config):
@@ -346,40 +314,9 @@ class EngineConfig(Config):
     def resolve_layout(self, model: ModelConfig, num_ranks: int) -> ParallelLayout:
         """The layout over `num_ranks` ranks; one LayoutError with everything that does not fit model and batch."""
         layout = self.parallel.layout(num_ranks)
-        options = self.stage_options("te" if self.asked_backend == "te" else "torch")
-        # Chunks that the schedule does not take are not worth being judged by how many layers they get.
-        faults = [
-            *(self.parallel.schedule_faults() or layout.faults(model)),
-            *self.batch.faults(layout.dp),
-            *self.batch.token_faults(layout),
-            *execution_faults(options, model, layout),
-            *precision_faults(self.precision),
-            *self.precision.scale_faults(),
-            *self.precision.reduce_faults(layout, self.batch.num_microbatches(layout.dp)),
-        ]
-        if faults:
-            raise LayoutError("; ".join(faults))
+        if found := capabilities.faults(self, model, layout):
+            raise LayoutError("; ".join(found))
         return layout
-
-
-def precision_faults(precision: PrecisionTable) -> list[str]:
-    """Why the formats do not go together, if they do not."""
-    if precision.linear != "compute" and precision.compute != "bf16":
-        return [
-            f"precision.linear={precision.linear!r} gives its results in bf16, but precision.compute="
-            f"{precision.compute!r}; set compute = 'bf16'"
-        ]
-    return []
-
-
-def device_faults(config: EngineConfig, device: str) -> list[str]:
-    """Why the run cannot be computed on a device ("cpu", "cuda"), if it cannot."""
-    if config.recompute.offload and device == "cpu":
-        return [
-            "recompute.offload=true moves activations from a GPU's memory to the host's, but this run is on a CPU, "
-            "where they are already; set offload = false"
-        ]
-    return []
 
 
 def length_faults(model: ModelConfig, seq_len: int) -> list[str]:

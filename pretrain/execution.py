@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pretrain.config import EngineConfig, device_faults
+from pretrain.capabilities import device_faults
+from pretrain.config import EngineConfig
 from workbench.errors import LaunchError
 from workbench.parallel.backends import Choice, choose_backend
 from workbench.spec.layout import ParallelLayout

@@ -102,7 +102,7 @@ def test_check_resolves_everything_and_trains_nothing(capsys, configuration):
 def test_check_speaks_to_people_too(capsys, configuration):
     assert main(["check", configuration]) == 0
     shown = capsys.readouterr().out
-    assert "tp=1 pp=1 dp=1 on 1 ranks" in shown and "10 steps" in shown and "MiB on the fullest rank" in shown
+    assert "tp=1 cp=1 pp=1 dp=1 on 1 ranks" in shown and "10 steps" in shown and "MiB on the fullest rank" in shown
 
 
 @pytest.mark.parametrize(

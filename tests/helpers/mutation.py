@@ -14,6 +14,10 @@ from types import CodeType, FunctionType
 ROOT = Path(__file__).parents[2]
 
 
+LATER = frozenset({"start_all_gather", "start_reduce_scatter", "pass_on"})
+"""Calls whose result is waited for; replaced by something that has nothing to wait for."""
+
+
 @dataclass(frozen=True, order=True)
 class Site:
     """A call in the source: the `occurrence`-th call of `name` in `function` of `module`."""
@@ -73,9 +77,12 @@ class _Replace(ast.NodeTransformer):
         self.call = call
 
     def visit_Call(self, node: ast.Call) -> ast.AST:
-        if node is self.call:
-            return node.args[0]
-        return self.generic_visit(node)
+        if node is not self.call:
+            return self.generic_visit(node)
+        if _name(node) in LATER:
+            at_once = ast.parse("(lambda kept: type('AtOnce', (), {'wait': lambda self: kept})())", mode="eval").body
+            return ast.copy_location(ast.Call(at_once, [node.args[0]], []), node)
+        return node.args[0]
 
 
 def _function_at(site: Site) -> FunctionType:

@@ -13,8 +13,10 @@ from pretrain.schedules import schedule_named
 from tests.helpers.models import biased_model, gated_model
 from tests.helpers.parity import boxes_of, largest_difference, train_three_steps
 from tests.helpers.ranks import run_ranks
+from workbench.errors import LaunchError
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
+from workbench.parallel.data import _sum_unused
 from workbench.parallel.gradients import clip_gradients, complete_gradients, gradient_norm
 from workbench.parallel.live import shard_views
 from workbench.parallel.loss import IGNORE
@@ -138,3 +140,8 @@ def test_gradients_summed_in_bf16_differ_by_its_rounding_and_accumulate_in_fp32(
             # Two numbers and their sum are rounded to 8 bits each.
             assert float((values - expected).abs().max()) <= 2**-6 * float(expected.abs().max()), (name, box)
     assert any(not torch.equal(v, e) for (_, _, v), (_, _, e) in zip(rounded[0], exact[0], strict=True))
+
+
+def test_hybrid_sharding_of_gradients_is_refused_where_torch_cannot_sum_them() -> None:
+    with pytest.raises(LaunchError, match=r"shard_size with shard='zero2' needs torch 2.13 or newer, not .*zero1"):
+        _sum_unused(torch.nn.Linear(1, 1), "zero2")  # type: ignore[arg-type]

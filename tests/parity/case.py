@@ -13,12 +13,13 @@ from workbench.errors import LayoutError
 from workbench.spec.model import ModelConfig
 
 RANKS = 8
-SAMPLES, TOKENS, STEPS = 8, 16, 3
+SAMPLES, TOKENS, STEPS, LABELS = 8, 16, 3, 5
 MODELS = {"gated": gated_model, "biased": biased_model}
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "model": ("gated", "biased"),
     "tied": (True, False),
+    "head": ("vocabulary", "labels"),
     "documents": (False, True),
     "optimizer": ("adamw", "muon"),
     "tp": (1, 2),
@@ -65,8 +66,9 @@ NEEDED = {
 
 def model_of(case: Mapping[str, Any]) -> ModelConfig:
     """The features of a case, those of eight layers."""
-    make = MODELS[case.get("model", PLAIN["model"])]
-    return make(tie_word_embeddings=case.get("tied", PLAIN["tied"]), num_hidden_layers=8)
+    chosen = {**PLAIN, **case}
+    labels = LABELS if chosen["head"] == "labels" else 0
+    return MODELS[chosen["model"]](tie_word_embeddings=chosen["tied"], num_labels=labels, num_hidden_layers=8)
 
 
 def config_of(case: Mapping[str, Any], folder: str) -> EngineConfig:
@@ -88,6 +90,8 @@ def refusal(case: Mapping[str, Any]) -> str | None:
     ranks = case.get("tp", 1) * case.get("pp", 1) * case.get("cp", 1) * case.get("dp", 1)
     if ranks > RANKS:
         return f"more than {RANKS} ranks"
+    if case.get("head") == "labels" and (case.get("tied") or case.get("loss_chunk")):
+        return "a head of labels has no vocabulary to tie or to cut into chunks"
     for name, (other, idle) in NEEDED.items():
         if case.get(name, PLAIN[name]) != PLAIN[name] and all(case.get(axis) == idle for axis in other):
             return f"{name}={case[name]} does nothing at {' and '.join(f'{axis}={idle}' for axis in other)}"
@@ -106,7 +110,7 @@ def refusal(case: Mapping[str, Any]) -> str | None:
 
 def reference_of(case: Mapping[str, Any]) -> Case:
     """The case on one process that must give the same numbers."""
-    kept = ("model", "tied", "optimizer", "documents")
+    kept = ("model", "tied", "head", "optimizer", "documents")
     return {**PLAIN, **{name: value for name, value in case.items() if name in kept}}
 
 

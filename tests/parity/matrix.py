@@ -63,7 +63,11 @@ def distance(case: Case) -> Distance:
     """Runs a case on its ranks and compares it with one process."""
     ranks = ranks_of(case)
     with tempfile.TemporaryDirectory() as folder:
-        seen = run_ranks(ranks, train, case, folder, ranks)
+        return distance_of(case, run_ranks(ranks, train, case, folder, ranks))
+
+
+def distance_of(case: Case, seen: list[Seen]) -> Distance:
+    """How far what ranks saw of a case lies from one process."""
     expected = _reference(tuple(sorted(reference_of(case).items())))
     gradients = {name: values for name, _, values in expected.gradients}
     weights = {name: values for name, _, values in expected.weights}

@@ -68,8 +68,8 @@ def sample(index: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 class Noise:
     """An objective over random tokens, that remembers which samples it was asked for."""
 
-    def __init__(self, *, tokens: int = 12, held_out: int = 0, documents: bool = False) -> None:
-        self._tokens, self._documents = tokens, documents
+    def __init__(self, *, tokens: int = 12, held_out: int = 0, documents: bool = False, classes: int = 0) -> None:
+        self._tokens, self._documents, self._classes = tokens, documents, classes
         self.asked: list[int] = []
         self.evaluations: tuple[Evaluation, ...] = (HeldOut(held_out, tokens),) if held_out else ()
         self.identity = {"kind": "noise"}
@@ -79,7 +79,7 @@ class Noise:
         starts = range(first_sample + share.dp_rank * share.micro_size, first_sample + global_size, across)
         found = [np.arange(start, start + share.micro_size) for start in starts]
         self.asked += [int(index) for ids in found for index in ids]
-        return [rows_of(ids, self._tokens, documents=self._documents) for ids in found]
+        return [rows_of(ids, self._tokens, documents=self._documents, classes=self._classes) for ids in found]
 
 
 class HeldOut:
@@ -107,14 +107,16 @@ class HeldOut:
         return {"loss": sums[0] / sums[1], "labels": sums[1]}
 
 
-def rows_of(ids: np.ndarray, tokens: int, *, documents: bool = False) -> Rows:
-    """The microbatch of these samples, each cut into documents at places of its own if asked for."""
+def rows_of(ids: np.ndarray, tokens: int, *, documents: bool = False, classes: int = 0) -> Rows:
+    """The microbatch of these samples, each cut into documents at places of its own if asked for; with `classes`,
+    each has one label and ends at a place of its own."""
     samples = [sample(int(index), tokens) for index in ids]
     starts = [np.random.default_rng(int(index)).random(tokens) < 0.2 for index in ids]
     numbers = np.stack(starts).cumsum(axis=1) if documents else None
     return Rows(
         np.stack([s[0] for s in samples]),
-        np.stack([s[1] for s in samples]),
+        ids % classes if classes else np.stack([s[1] for s in samples]),
         ids.astype(np.int64),
+        lengths=tokens - ids % tokens if classes else None,
         documents=numbers,
     )

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+from workbench.errors import LaunchError
 from workbench.parallel.loss import accumulation_dtype
 from workbench.parallel.mesh import Mesh
 
@@ -57,9 +58,8 @@ class DataParallel:
             wrapped.set_gradient_divide_factor(1.0)
             # Otherwise torch asks for a pre-multiplied sum in fp32, which gloo does not have.
             wrapped.set_force_sum_reduction_for_comms(True)
-            # What a copy has summed so far waits in one buffer a layer for the sum over copies, so each backward must
-            # bring gradients of the same parameters: zeros for those that it does not reach (another chunk's, say).
-            wrapped.set_reduce_scatter_unused_params(not one_copy and self._shard in ("zero2", "zero3"))
+            if not one_copy and self._shard in ("zero2", "zero3"):
+                _sum_unused(wrapped, self._shard)
             self._stage = wrapped
 
     def before_backward(self, *, last: bool) -> None:
@@ -79,3 +79,18 @@ class DataParallel:
         self.before_backward(last=last)
         # What FSDP2 calls at the end of each backward, and torch.distributed.pipelining after a last weight gradient.
         self._stage._get_fsdp_state()._root_post_backward_final_callback()
+
+
+def _sum_unused(wrapped: FSDPModule, shard: str) -> None:
+    """Has each backward bring gradients of the same parameters: zeros for those that it does not reach (another
+    chunk's, say). What a copy has summed so far waits in one buffer a layer for the sum over copies.
+
+    Raises LaunchError where torch cannot (before 2.13).
+    """
+    switch = getattr(wrapped, "set_reduce_scatter_unused_params", None)
+    if switch is None:
+        raise LaunchError(
+            f"parallel.shard_size with shard='{shard}' needs torch 2.13 or newer, not {torch.__version__}; use "
+            "shard = 'zero1' or share one copy among all replicas"
+        )
+    switch(True)

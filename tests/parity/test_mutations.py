@@ -1,0 +1,123 @@
+"""Every collective is needed: with any one call of one taken out, some layout no longer trains like one process."""
+
+from __future__ import annotations
+
+import ast
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.mutation import ROOT, Site, sites, without
+from tests.helpers.pairwise import Case
+from tests.helpers.ranks import run_ranks
+from tests.parity.case import PLAIN
+from tests.parity.matrix import TOLERANCE, distance_of, ranks_of
+from tests.parity.run import Seen, train
+
+COLLECTIVES = frozenset(
+    {
+        "all_reduce",
+        "all_gather",
+        "start_all_gather",
+        "reduce_scatter",
+        "start_reduce_scatter",
+        "pass_on",
+        "exchange",
+        "copy_to",
+        "reduce_from",
+        "gather_from",
+        "gather_copies",
+        "scatter_to",
+        "complete_gradients",
+        "_all_reduce_together",
+    }
+)
+"""Not among them: messages between stages, without which the other side waits for ever, and what the ranks tell each
+other of stopping and saving."""
+
+TP: Case = {"tp": 2, "model": "biased"}
+COPIES: Case = {"tp": 4}
+SP: Case = {**TP, "sp": True}
+CP: Case = {"cp": 2, "documents": True}
+RING: Case = {**CP, "context": "ring"}
+TIED: Case = {"pp": 2, "schedule": "1f1b"}
+MUON: Case = {"tp": 2, "optimizer": "muon"}
+CHUNKS: Case = {"tp": 2, "loss_chunk": 5, "tied": False}
+CHUNKS_SP: Case = {**CHUNKS, "sp": True}
+UNTIED: Case = {"tp": 2, "tied": False}
+LABELS: Case = {"tp": 2, "sp": True, "head": "labels"}
+REPLICAS: Case = {"dp": 2, "shard": "zero2"}
+SHOWN_BY: dict[str, tuple[Case, ...]] = {
+    "workbench.parallel.collectives": (TP, SP, LABELS),
+    "workbench.parallel.sequence": (TP, SP, CHUNKS, CHUNKS_SP),
+    "workbench.parallel.context": (CP,),
+    "workbench.parallel.embedding": (TP, UNTIED, SP),
+    "workbench.parallel.loss": (TP,),
+    "workbench.parallel.chunked_loss": (CHUNKS,),
+    "workbench.parallel.gradients": (COPIES, TIED, TP),
+    "workbench.parallel.whole": (MUON,),
+    "workbench.models.ring": (RING,),
+    "pretrain.optimizer": (COPIES, TIED),
+    "pretrain.step": (REPLICAS, TIED),
+}
+"""The layouts at which a call in a module is missed, quickest first."""
+ELSEWHERE = {
+    "workbench.models.decoder": "logits of evaluations: tests/pretrain/test_token_parity.py",
+    "pretrain.evaluation": "scores over ranks: tests/pretrain/test_pipeline.py",
+    "workbench.models.build": "no numbers",
+    "workbench.parallel.mesh": "the collectives themselves",
+}
+OF_ANOTHER_BACKEND = Site("workbench.parallel.sequence", "column_product", "gather_from", 0)
+"""Reached by Transformer Engine alone: tests/parallel/backends/test_te.py."""
+FOUND = [s for module in SHOWN_BY for s in sites(module, COLLECTIVES) if s != OF_ANOTHER_BACKEND]
+
+
+def train_without(site: Site, case: Case, folder: str, ranks: int) -> Seen | str:
+    """What this rank sees of a case with one call taken out, or why it could not go on."""
+    try:
+        with without(site):
+            return train(case, folder, ranks)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def is_missed(site: Site, case: Case) -> bool:
+    case = {**PLAIN, **case}
+    ranks = ranks_of(case)
+    with tempfile.TemporaryDirectory() as folder:
+        seen = run_ranks(ranks, train_without, site, case, folder, ranks)
+    if any(isinstance(one, str) for one in seen):
+        return True
+    return not distance_of(case, seen).largest < TOLERANCE  # also when it is no number
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("site", FOUND, ids=str)
+def test_a_collective_that_is_taken_out_is_missed(site: Site) -> None:
+    assert any(is_missed(site, case) for case in SHOWN_BY[site.module])
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("case", [TP, SP, RING, MUON, CHUNKS_SP], ids=str)
+def test_with_every_call_in_place_the_same_layouts_agree(case: Case) -> None:
+    case = {**PLAIN, **case}
+    with tempfile.TemporaryDirectory() as folder:
+        seen = run_ranks(ranks_of(case), train, case, folder, ranks_of(case))
+    assert distance_of(case, seen).largest < TOLERANCE
+
+
+def test_no_module_has_collectives_that_nobody_takes_out() -> None:
+    calling = set()
+    for folder in ("workbench/parallel", "workbench/models", "pretrain"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            module = str(path.relative_to(ROOT).with_suffix("")).replace("/", ".").removesuffix(".__init__")
+            if any(_called(node) in COLLECTIVES for node in ast.walk(ast.parse(Path(path).read_text()))):
+                calling.add(module)
+    assert calling <= SHOWN_BY.keys() | ELSEWHERE.keys(), calling - SHOWN_BY.keys() - ELSEWHERE.keys()
+
+
+def _called(node: ast.AST) -> str:
+    if not isinstance(node, ast.Call):
+        return ""
+    return node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
