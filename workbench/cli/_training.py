@@ -79,7 +79,7 @@ def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout)
     return {
         "run": config.run.dir,
         "parameters": num_parameters(model),
-        "layout": layout.model_dump(mode="json", include={"tp", "cp", "pp", "vpp", "dp", "shard"}),
+        "layout": layout.model_dump(mode="json", exclude={"vocab_multiple"}),
         "ranks": layout.world_size,
         "bubble": simulate_step(config, layout).bubble,
         "step_tokens": config.step_tokens,
@@ -98,8 +98,10 @@ def say_plan(out: Output, facts: Mapping[str, Any], config: EngineConfig, model:
     """Prints what is about to happen."""
     layout, batch = facts["layout"], config.batch
     shape = f"{model.num_hidden_layers} layers x {model.hidden_size}, vocabulary {model.vocab_size}"
+    tokens = " (tokens shared)" if layout["sequence_parallel"] else ""
     context = f" x cp {layout['cp']}" if layout["cp"] > 1 else ""
-    spread = f"tp {layout['tp']}{context} x pp {layout['pp']} x dp {layout['dp']}"
+    shard = "" if layout["shard"] == "none" else f" ({layout['shard']})"
+    spread = f"tp {layout['tp']}{tokens}{context} x pp {layout['pp']} x dp {layout['dp']}{shard}"
     ranks = f"{facts['ranks']} rank" + ("s" if facts["ranks"] > 1 else "")
     micros = batch.num_microbatches(layout["dp"])
     pipeline = ""
