@@ -49,7 +49,7 @@ UNTIED: Case = {"tp": 2, "tied": False}
 LABELS: Case = {"tp": 2, "sp": True, "head": "labels"}
 REPLICAS: Case = {"dp": 2, "shard": "zero2"}
 SHOWN_BY: dict[str, tuple[Case, ...]] = {
-    "workbench.parallel.collectives": (TP, SP, LABELS),
+    "workbench.parallel.collectives": (TP, SP, LABELS, CP),
     "workbench.parallel.sequence": (TP, SP, CHUNKS, CHUNKS_SP),
     "workbench.parallel.context": (CP,),
     "workbench.parallel.embedding": (TP, UNTIED, SP),
