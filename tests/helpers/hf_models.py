@@ -10,9 +10,15 @@ from transformers import (
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
     PreTrainedModel,
 )
 
@@ -25,6 +31,20 @@ LLAMA3_ROPE: dict[str, Any] = {
     "original_max_position_embeddings": 16,
 }
 LINEAR_ROPE: dict[str, Any] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+YARN_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
+LONG_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 3.0,
+    "original_max_position_embeddings": 20,
+    "short_factor": [1.0, 1.1, 1.3, 1.8],
+    "long_factor": [1.0, 1.5, 4.0, 9.0],
+}
 
 LLAMA: dict[str, Any] = {
     "vocab_size": 101,
@@ -37,6 +57,15 @@ LLAMA: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+NEOX: dict[str, Any] = {
+    "vocab_size": 107,
+    "hidden_size": 32,
+    "intermediate_size": 72,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+PHI3: dict[str, Any] = {**LLAMA, "pad_token_id": 0}
 GPT2: dict[str, Any] = {
     "vocab_size": 103,
     "n_positions": 48,
@@ -79,6 +108,80 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         LlamaConfig,
         {**LLAMA, "num_labels": 3, "pad_token_id": 0, "num_key_value_heads": 2},
     ),
+    "llama, rope by length": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            **LLAMA,
+            "max_position_embeddings": 24,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.5},
+        },
+    ),
+    "llama, yarn rope": (LlamaForCausalLM, LlamaConfig, {**LLAMA, "rope_parameters": YARN_ROPE}),
+    "llama, yarn rope with every word": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            **LLAMA,
+            "head_dim": 16,
+            "rope_parameters": {
+                **YARN_ROPE,
+                "beta_fast": 8.0,
+                "beta_slow": 2.0,
+                "mscale": 1.3,
+                "mscale_all_dim": 0.6,
+                "truncate": False,
+            },
+        },
+    ),
+    "llama, longrope": (LlamaForCausalLM, LlamaConfig, {**LLAMA, "rope_parameters": LONG_ROPE}),
+    "gpt_neox, parallel, a quarter turns": (GPTNeoXForCausalLM, GPTNeoXConfig, NEOX),
+    "gpt_neox, sequential, tied, linear rope": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig,
+        {
+            **NEOX,
+            "use_parallel_residual": False,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-3,
+            "rope_parameters": {**LINEAR_ROPE, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_neox classifier": (
+        GPTNeoXForSequenceClassification,
+        GPTNeoXConfig,
+        {**NEOX, "num_labels": 3, "pad_token_id": 0},
+    ),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {**PHI3, "sliding_window": 64}),
+    "phi3, grouped, tied, longrope": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            **PHI3,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 20,
+            "rope_parameters": LONG_ROPE,
+        },
+    ),
+    "phi3, partial longrope with its own scale": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            **PHI3,
+            "original_max_position_embeddings": 20,
+            "rope_parameters": {
+                **LONG_ROPE,
+                "short_factor": [1.0, 1.4],
+                "long_factor": [1.5, 6.0],
+                "partial_rotary_factor": 0.5,
+                "attention_factor": 1.4,
+            },
+        },
+    ),
+    "phi3 classifier": (Phi3ForSequenceClassification, Phi3Config, {**PHI3, "num_labels": 2}),
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "gpt2, untied, own width, exact gelu": (
         GPT2LMHeadModel,

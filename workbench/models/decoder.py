@@ -42,14 +42,16 @@ Output = Literal["loss", "token_losses", "logits"]
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); or in parallel, both of one x."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
         path = f"layers.{layer}"
         self.input_layernorm = build_norm(model, mesh, specs, f"{path}.input_layernorm")
         self.self_attn = Attention(model, mesh, specs, layer)
-        self.post_attention_layernorm = build_norm(model, mesh, specs, f"{path}.post_attention_layernorm")
+        self.parallel_residual, self.shared_norm = model.parallel_residual, model.shared_norm
+        if not self.shared_norm:
+            self.post_attention_layernorm = build_norm(model, mesh, specs, f"{path}.post_attention_layernorm")
         self.mlp = MLP(model, mesh, specs, layer)
         self.path = path
         self.dropout = model.hidden_dropout
@@ -73,9 +75,17 @@ class Block(nn.Module):
         batch: LocalBatch,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
-        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, batch, cache)
-        x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
-        transformed_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
+        normed_BTD = self.input_layernorm(x_BTD)
+        attended_BTD = drop_hidden(
+            self.self_attn(normed_BTD, rope, batch, cache), self.dropout, batch, self.path, "self_attn.output"
+        )
+        if not self.parallel_residual:
+            x_BTD = x_BTD + attended_BTD
+        if not self.shared_norm:
+            normed_BTD = self.post_attention_layernorm(x_BTD)
+        transformed_BTD = self.mlp(normed_BTD)
+        if self.parallel_residual:
+            x_BTD = x_BTD + attended_BTD
         return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
 
 
@@ -134,7 +144,7 @@ class DecoderStage(nn.Module):
         assert hidden_BTD is not None
         rope = None
         if self.model.position_embedding == "rope":
-            rope = rope_table(self.model, local.positions, self.compute_dtype)
+            rope = rope_table(self.model, local.positions, local.reach, self.compute_dtype)
         with self.region():
             for index in self.chunks[chunk]:
                 hidden_BTD = self.layers[str(index)](hidden_BTD, rope, local, cache)

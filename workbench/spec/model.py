@@ -7,21 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from workbench.config import Config
-
-
-class RopeScaling(Config):
-    """How rotary frequencies are stretched beyond the trained length.
-
-    linear: positions divided by `factor`. by_parts: long wavelengths are divided by `factor`, short ones kept, and
-    those between `low_freq_factor` and `high_freq_factor` blended (transformers, modeling_rope_utils.py,
-    `_compute_llama3_parameters`).
-    """
-
-    kind: Literal["linear", "by_parts"]
-    factor: float = Field(gt=0)
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+from workbench.spec.rope import RopeScaling
 
 
 class ModelConfig(Config):
@@ -42,6 +28,13 @@ class ModelConfig(Config):
     position_embedding: Literal["rope", "learned"] = "rope"
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = Field(
+        default=1.0, gt=0, le=1, description="The first share of each head that rotary positions turn."
+    )
+    parallel_residual: bool = Field(
+        default=False, description="Both branches read the layer's input: x + attention(norm x) + mlp(norm x)."
+    )
+    shared_norm: bool = Field(default=False, description="One norm for both branches of a parallel residual.")
     attention_bias: bool = Field(default=False, description="Biases on the query, key and value projections.")
     attention_output_bias: bool = Field(default=False, description="A bias on the attention output projection.")
     mlp_bias: bool = False
@@ -58,6 +51,18 @@ class ModelConfig(Config):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that rotary positions turn."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence; scaling by length begins where max_position_embeddings end."""
+        if self.rope_scaling is not None and self.rope_scaling.kind == "by_length":
+            return int(self.max_position_embeddings * self.rope_scaling.factor)
+        return self.max_position_embeddings
 
     @model_validator(mode="before")
     @classmethod
@@ -84,8 +89,25 @@ class ModelConfig(Config):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.position_embedding == "rope" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
-        if self.rope_scaling is not None and self.position_embedding != "rope":
-            raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
+        if faults := [*self._rope_faults(), *self._residual_faults()]:
+            raise ValueError("; ".join(faults))
         return self
+
+    def _rope_faults(self) -> list[str]:
+        if self.position_embedding != "rope":
+            given = {
+                "rope_scaling": self.rope_scaling is not None,
+                "partial_rotary_factor": self.rotary_dim < self.head_dim,
+            }
+            return [f"{name} is given, but position_embedding is not 'rope'" for name, said in given.items() if said]
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            share = f" x partial_rotary_factor={self.partial_rotary_factor:g}" if self.partial_rotary_factor < 1 else ""
+            return [
+                f"rotary positions turn pairs of dimensions, but head_dim={self.head_dim}{share} is {self.rotary_dim}"
+            ]
+        return [] if self.rope_scaling is None else self.rope_scaling.size_faults(self.rotary_dim)
+
+    def _residual_faults(self) -> list[str]:
+        if self.shared_norm and not self.parallel_residual:
+            return ["shared_norm=true is for parallel_residual = true; set both or neither"]
+        return []

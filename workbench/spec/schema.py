@@ -53,7 +53,7 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
         *norm_specs(model, layout, f"{base}.input_layernorm", layer),
         ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
-        *norm_specs(model, layout, f"{base}.post_attention_layernorm", layer),
+        *(() if model.shared_norm else norm_specs(model, layout, f"{base}.post_attention_layernorm", layer)),
         ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
     ]
