@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,6 +273,11 @@ def test_a_model_that_the_family_cannot_say_is_refused_by_field(
         family_named(family).dump_config(model, "float32")
     for word in words:
         assert word in str(error.value)
+
+
+def test_the_page_of_families_has_a_line_for_each() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "families.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(families())
 
 
 def test_a_model_finds_its_family_by_what_it_is() -> None:
