@@ -284,9 +284,8 @@ def test_a_model_finds_its_family_by_what_it_is() -> None:
     for case in ("llama classifier", "gpt2 defaults"):
         family = detect_family(CONFIGS[case], "config.json")
         assert family_for(family.load_config(CONFIGS[case])) is family
-    odd = ModelConfig(
-        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, norm="layernorm"
-    )
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    odd = ModelConfig(**sizes, num_attention_heads=2, norm="layernorm", position_embedding="learned")
     with pytest.raises(ConversionError, match=r"(?s)gpt2.*gated_mlp=True.*llama.*norm='layernorm'"):
         family_for(odd)
 
