@@ -20,6 +20,9 @@ from transformers import (
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
     PreTrainedModel,
+    StableLmConfig,
+    StableLmForCausalLM,
+    StableLmForSequenceClassification,
 )
 
 LLAMA3_ROPE: dict[str, Any] = {
@@ -190,6 +193,27 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     ),
     "gpt2, wide epsilon": (GPT2LMHeadModel, GPT2Config, {**GPT2, "layer_norm_epsilon": 1e-2, "vocab_size": 97}),
     "gpt2 classifier": (GPT2ForSequenceClassification, GPT2Config, {**GPT2, "num_labels": 2, "pad_token_id": 0}),
+    "stablelm, a norm a branch, biased": (
+        StableLmForCausalLM,
+        StableLmConfig,
+        {**LLAMA, "use_qkv_bias": True, "layer_norm_eps": 1e-3},
+    ),
+    "stablelm, one norm, grouped, tied, half turns": (
+        StableLmForCausalLM,
+        StableLmConfig,
+        {
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "use_parallel_residual": True,
+            "partial_rotary_factor": 0.5,
+        },
+    ),
+    "stablelm classifier": (
+        StableLmForSequenceClassification,
+        StableLmConfig,
+        {**LLAMA, "num_labels": 3, "pad_token_id": 0},
+    ),
 }
 
 
