@@ -15,6 +15,7 @@ from workbench.models.batch import LocalBatch
 from workbench.models.context import attend_in_context
 from workbench.models.recompute import recomputed
 from workbench.models.rope import apply_rope
+from workbench.models.scoring import scoring_of
 from workbench.parallel.backends import Attend
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
@@ -29,17 +30,21 @@ class KeyValueCache:
         self._entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.length = 0
 
-    def extend(self, layer: int, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of `layer`, [B, S, K, d], the new ones last."""
+    def extend(
+        self, layer: int, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of `layer` that are still needed, [B, S, K, d], the new ones last; of a window, what its
+        next query may see is kept."""
         if layer in self._entries:
             old_k, old_v = self._entries[layer]
             k_BTKd, v_BTKd = torch.cat((old_k, k_BTKd), dim=1), torch.cat((old_v, v_BTKd), dim=1)
-        self._entries[layer] = (k_BTKd, v_BTKd)
+        kept = slice(None) if window is None else slice(max(0, k_BTKd.shape[1] - window + 1), None)
+        self._entries[layer] = (k_BTKd[:, kept], v_BTKd[:, kept])
         return k_BTKd, v_BTKd
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, each token attending to itself and those before it in its document."""
+    """softmax(q k^T / sqrt(d)) v, each token attending to itself and those before it in its document and window."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
@@ -48,6 +53,7 @@ class Attention(nn.Module):
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"], specs.get(f"{path}.o_proj.bias"))
         self.mesh = mesh
         self.head_dim = model.head_dim
+        self.scoring = scoring_of(model, layer)
         self.layer = layer
         self.dropout = model.attention_dropout
         self.recompute = False
@@ -86,7 +92,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """What each head sees, [B, T, H, d]."""
         if cache is not None:
-            return attend(q_BTHd, *cache.extend(self.layer, k_BTKd, v_BTKd))
+            return attend(q_BTHd, *cache.extend(self.layer, k_BTKd, v_BTKd, self.scoring.window), scoring=self.scoring)
         if self.core is not None:
             if batch.documents is not None:
                 raise LayoutError(
@@ -97,4 +103,4 @@ class Attention(nn.Module):
         dropped = None
         if self.dropout and batch.dropout is not None:
             dropped = WeightDropout(self.dropout, batch.dropout.rows(self.path), self.first_head)
-        return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh)
+        return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh, self.scoring)

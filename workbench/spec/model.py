@@ -24,6 +24,9 @@ class RopeScaling(Config):
     original_max_position_embeddings: int = 8192
 
 
+LayerType = Literal["full_attention", "sliding_attention"]
+
+
 class ModelConfig(Config):
     """The features of a decoder and their sizes."""
 
@@ -42,6 +45,12 @@ class ModelConfig(Config):
     position_embedding: Literal["rope", "learned"] = "rope"
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
+    sliding_window: int | None = Field(
+        default=None, gt=0, description="Tokens that a query of a sliding layer sees: its own and those just before it."
+    )
+    layer_types: tuple[LayerType, ...] | None = Field(
+        default=None, description="Which layers slide; without it all do if there is a sliding_window, else none."
+    )
     attention_bias: bool = Field(default=False, description="Biases on the query, key and value projections.")
     attention_output_bias: bool = Field(default=False, description="A bias on the attention output projection.")
     mlp_bias: bool = False
@@ -88,4 +97,29 @@ class ModelConfig(Config):
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.rope_scaling is not None and self.position_embedding != "rope":
             raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
+        if faults := self._window_faults():
+            raise ValueError("; ".join(faults))
         return self
+
+    def _window_faults(self) -> list[str]:
+        if self.layer_types is None:
+            return []
+        found = []
+        if len(self.layer_types) != self.num_hidden_layers:
+            found.append(
+                f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers={self.num_hidden_layers}; "
+                "give one a layer"
+            )
+        if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
+            slide = "layers that slide" if self.sliding_window is None else "no layer that slides"
+            found.append(f"layer_types has {slide}, but sliding_window={self.sliding_window}; change one of them")
+        return found
+
+    def slides(self, layer: int) -> bool:
+        """Whether attention of this layer sees `sliding_window` tokens and not all before."""
+        kinds = self.layer_types
+        return self.sliding_window is not None and (kinds is None or kinds[layer] == "sliding_attention")
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees, its own the last; None: all before."""
+        return self.sliding_window if self.slides(layer) else None
