@@ -14,6 +14,7 @@ from torch.nn.attention.bias import causal_lower_right
 from workbench.models.blockwise import attend_blockwise, suits
 from workbench.models.scoring import PLAIN, Scoring, visible
 from workbench.parallel.dropout import dropout
+from workbench.parallel.softcap import soft_cap
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,8 @@ def _attend_by_scores(
     dropped: WeightDropout | None,
     scoring: Scoring,
 ) -> torch.Tensor:
-    scores_BHTS = scoring.cap(q_BHTd @ k_BHSd.transpose(-1, -2) * scoring.scale_of(q_BHTd.shape[-1]))
+    scores_BHTS = q_BHTd @ k_BHSd.transpose(-1, -2) * scoring.scale_of(q_BHTd.shape[-1])
+    scores_BHTS = soft_cap(scores_BHTS, scoring.softcap)
     weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     if dropped is None:
         return weights_BHTS @ v_BHSd

@@ -13,6 +13,7 @@ from workbench.errors import LayoutError
 from workbench.models.attend import WeightDropout, attend
 from workbench.models.batch import LocalBatch
 from workbench.models.context import attend_in_context
+from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import apply_rope
 from workbench.models.scoring import scoring_of
@@ -51,6 +52,9 @@ class Attention(nn.Module):
         self.path = path = f"layers.{layer}.self_attn"
         self.qkv_proj = ColumnParallelLinear(mesh, specs[f"{path}.qkv_proj.weight"], specs.get(f"{path}.qkv_proj.bias"))
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"], specs.get(f"{path}.o_proj.bias"))
+        self.qk_norm = model.qk_norm
+        if self.qk_norm != "none":
+            self.q_norm, self.k_norm = (build_norm(model, mesh, specs, f"{path}.{name}_norm") for name in "qk")
         self.mesh = mesh
         self.head_dim = model.head_dim
         self.scoring = scoring_of(model, layer)
@@ -75,12 +79,19 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         q_size, k_size, v_size = self.qkv_proj.output_sizes
         qk, v = self.qkv_proj(x_BTD).split((q_size + k_size, v_size), dim=-1)
+        if self.qk_norm != "none":
+            qk = torch.cat([*map(self._norm_heads, (self.q_norm, self.k_norm), qk.split((q_size, k_size), dim=-1))], -1)
         qk, v_BTKd = (part.unflatten(-1, (-1, self.head_dim)) for part in (qk, v))
         if rope is not None:
             qk = apply_rope(qk, rope)
         q_BTHd, k_BTKd = qk.split((q_size // self.head_dim, k_size // self.head_dim), dim=2)
         attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, k_BTKd, v_BTKd, batch, cache)
         return self.o_proj(attended_BTHd.flatten(2))
+
+    def _norm_heads(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        if self.qk_norm == "full":
+            return norm(x)
+        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
     def _attend(
         self,

@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 
 from workbench.models.scoring import PLAIN, Scoring
+from workbench.parallel.softcap import soft_cap
 
 BLOCKS = 4
 SHORTEST, LONGEST = 128, 1024  # tokens; shorter ones gain nothing, longer ones would hold too many scores
@@ -49,6 +50,6 @@ def attend_blockwise(
         if scoring.softcap is None:
             scores = torch.baddbmm(mask, rows, k_S.transpose(1, 2), alpha=scale)
         else:
-            scores = scoring.cap(rows @ k_S.transpose(1, 2) * scale) + mask
+            scores = soft_cap(rows @ k_S.transpose(1, 2) * scale, scoring.softcap) + mask
         outputs.append((scores.softmax(dim=-1) @ v_S).view(q_BKGCd.shape))
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)

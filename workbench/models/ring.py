@@ -20,6 +20,7 @@ from workbench.models.scoring import PLAIN, Scoring, visible
 from workbench.parallel.context import context_chunks
 from workbench.parallel.loss import accumulation_dtype
 from workbench.parallel.mesh import Axis
+from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 QUERIES = 512
 
@@ -122,7 +123,7 @@ class _Ring(torch.autograd.Function):
                 k_BKsd, v_BKsd = k_BKTd[:, :, piece.keys], v_BKTd[:, :, piece.keys]
                 grad_weights = (grad_BKNd @ v_BKsd.transpose(-1, -2)).to(wide).view(weights.shape)
                 grad_scores = weights * (grad_weights - dot_BKGT[:, :, :, rows, None]) * scale
-                grad_scores = scoring.through_cap(grad_scores, scores)
+                grad_scores = through_soft_cap(grad_scores, scores, scoring.softcap)
                 weights_BKNs, grad_BKNs = (x.to(q_BKNd.dtype).flatten(2, 3) for x in (weights, grad_scores))
                 grad_q[:, :, :, rows] += (grad_BKNs @ k_BKsd).view_as(grad_q[:, :, :, rows])
                 grad_kv[0, :, :, piece.keys] += grad_BKNs.transpose(-1, -2) @ q_BKNd
@@ -150,7 +151,8 @@ def _scores(
     """The scores of one piece [B, K, G, q, s] in fp32 at least, -inf where a query may not look."""
     q_BKGqd, k_BKsd = q_BKGTd[:, :, :, piece.queries], k_BKTd[:, :, piece.keys]
     scores = (q_BKGqd.flatten(2, 3) @ k_BKsd.transpose(-1, -2)).to(accumulation_dtype(q_BKGTd.dtype))
-    scores = scoring.cap(scores.unflatten(2, q_BKGqd.shape[2:4]) * scoring.scale_of(q_BKGqd.shape[-1]))
+    scores = scores.unflatten(2, q_BKGqd.shape[2:4]) * scoring.scale_of(q_BKGqd.shape[-1])
+    scores = soft_cap(scores, scoring.softcap)
     if documents_BS is None and not piece.masked:
         return scores
     looking, seen = q_BKGqd.shape[3], k_BKsd.shape[2]

@@ -12,12 +12,14 @@ import torch
 from workbench.spec.model import ModelConfig, RopeScaling
 
 
-def rope_frequencies(model: ModelConfig, device: torch.device) -> torch.Tensor:
-    """Angle per position for each pair of dimensions, [d/2] fp32."""
+def rope_frequencies(model: ModelConfig, device: torch.device, *, local: bool = False) -> torch.Tensor:
+    """Angle per position for each pair of dimensions, [d/2] fp32; `local`: by `rope_local_theta`, never stretched."""
     exponent = torch.arange(0, model.head_dim, 2, dtype=torch.int64, device=device).to(torch.float32) / model.head_dim
-    frequencies = 1.0 / (model.rope_theta**exponent)
+    theta = model.rope_local_theta if local else model.rope_theta
+    assert theta is not None
+    frequencies = 1.0 / (theta**exponent)
     scaling = model.rope_scaling
-    if scaling is None:
+    if scaling is None or local:
         return frequencies
     if scaling.kind == "linear":
         return frequencies / scaling.factor
@@ -37,12 +39,14 @@ def _by_parts(frequencies: torch.Tensor, scaling: RopeScaling) -> torch.Tensor:
     return torch.where(between, blended, scaled)
 
 
-def rope_table(model: ModelConfig, positions: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def rope_table(
+    model: ModelConfig, positions: torch.Tensor, dtype: torch.dtype, *, local: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and signed sines for positions [T] or [B, T], each [..., T, 1, d]: what `apply_rope` multiplies with.
 
     Angles are taken in fp32, as the reference models do. The sine of the first half carries the rotation's minus.
     """
-    angles = positions.to(torch.float32)[..., None, None] * rope_frequencies(model, positions.device)
+    angles = positions.to(torch.float32)[..., None, None] * rope_frequencies(model, positions.device, local=local)
     cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 

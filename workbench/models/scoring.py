@@ -29,21 +29,18 @@ class Scoring:
         """The first token of its row that the query at this token sees, if nothing hides it."""
         return 0 if self.window is None else max(0, query - self.window + 1)
 
-    def cap(self, scores: torch.Tensor) -> torch.Tensor:
-        """What becomes of scaled scores."""
-        return scores if self.softcap is None else soft_cap(scores, self.softcap)
-
-    def through_cap(self, grad: torch.Tensor, capped: torch.Tensor) -> torch.Tensor:
-        """The gradient of what `cap` was given; `capped` may be -inf where the gradient is 0."""
-        return grad if self.softcap is None else grad * soft_cap_slope(capped, self.softcap)
-
 
 PLAIN = Scoring()
 
 
 def scoring_of(model: ModelConfig, layer: int) -> Scoring:
     """How a layer of the model scores, by its features."""
-    return Scoring(window=model.window(layer))
+    scalar = model.query_pre_attn_scalar
+    return Scoring(
+        scale=None if scalar is None else 1 / math.sqrt(scalar),
+        window=model.window(layer),
+        softcap=model.attn_logit_softcapping,
+    )
 
 
 def visible(
@@ -64,13 +61,3 @@ def visible(
         return mask
     looking_BT1 = documents_BS[:, first : first + tokens, None]
     return (mask & (looking_BT1 == documents_BS[:, None, first_seen : first_seen + seen])).unsqueeze(1)
-
-
-def soft_cap(x: torch.Tensor, limit: float) -> torch.Tensor:
-    """x for small values, and never more than `limit` either way: limit * tanh(x / limit)."""
-    return limit * torch.tanh(x / limit)
-
-
-def soft_cap_slope(capped: torch.Tensor, limit: float) -> torch.Tensor:
-    """The derivative of `soft_cap` where it gave `capped`; 0 where that is -inf."""
-    return 1 - (capped / limit).clamp(min=-1).square()

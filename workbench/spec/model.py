@@ -41,10 +41,32 @@ class ModelConfig(Config):
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = Field(default=True, description="Whether the MLP multiplies act(gate) with up (SwiGLU).")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_placement: Literal["pre", "post", "sandwich"] = Field(
+        default="pre", description="Norms of what enters attention and MLP (pre), of what leaves them (post), or both."
+    )
+    norm_unit_offset: bool = Field(
+        default=False, description="Norms multiply with 1 + weight, in fp32, and weights begin at 0."
+    )
     norm_eps: float = Field(default=1e-5, gt=0)
     position_embedding: Literal["rope", "learned"] = "rope"
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
+    rope_local_theta: float | None = Field(
+        default=None, gt=0, description="The base of rotary positions in sliding layers, without rope_scaling."
+    )
+    scale_embeddings: bool = Field(default=False, description="Token embeddings are multiplied with sqrt(hidden_size).")
+    qk_norm: Literal["none", "head", "full"] = Field(
+        default="none", description="RMSNorm of queries and keys: of each head, or of all heads together (full)."
+    )
+    query_pre_attn_scalar: int | None = Field(
+        default=None, gt=0, description="Attention scores are divided by its square root; without it by head_dim's."
+    )
+    attn_logit_softcapping: float | None = Field(
+        default=None, gt=0, description="Attention scores s become c * tanh(s / c) for this c."
+    )
+    final_logit_softcapping: float | None = Field(
+        default=None, gt=0, description="Logits of the vocabulary head x become c * tanh(x / c) for this c."
+    )
     sliding_window: int | None = Field(
         default=None, gt=0, description="Tokens that a query of a sliding layer sees: its own and those just before it."
     )
@@ -97,14 +119,27 @@ class ModelConfig(Config):
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.rope_scaling is not None and self.position_embedding != "rope":
             raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
-        if faults := self._window_faults():
+        if faults := [*self._window_faults(), *self._norm_faults()]:
             raise ValueError("; ".join(faults))
         return self
 
+    def _norm_faults(self) -> list[str]:
+        needs = {"qk_norm": self.qk_norm != "none", "norm_unit_offset": self.norm_unit_offset}
+        return [
+            f"{name} is for norm='rmsnorm', not {self.norm!r}; change one of them"
+            for name, given in needs.items()
+            if given and self.norm != "rmsnorm"
+        ]
+
     def _window_faults(self) -> list[str]:
-        if self.layer_types is None:
-            return []
         found = []
+        if self.rope_local_theta is not None and self.position_embedding != "rope":
+            found.append(
+                f"rope_local_theta={self.rope_local_theta} is for rotary positions, but position_embedding="
+                f"{self.position_embedding!r}; remove it"
+            )
+        if self.layer_types is None:
+            return found
         if len(self.layer_types) != self.num_hidden_layers:
             found.append(
                 f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers={self.num_hidden_layers}; "
