@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 from converters.family import Family, IgnoredTensor
-from converters.fields import ACTIVATIONS, Field, FieldFault, Foreign, OptionalField, TokenId
+from converters.fields import ACTIVATIONS, Field, OptionalField, TokenId
 from converters.rope_fields import Rope
 from converters.rules import Rule, Slice
 from workbench.spec.model import ModelConfig
@@ -41,23 +38,6 @@ def rules(model: ModelConfig) -> tuple[Rule, ...]:
     return (*found, Rule("lm_head.weight", "lm_head.weight"), Rule("score.weight", "score.weight"))
 
 
-@dataclass(frozen=True)
-class Window:
-    """sliding_window: null, or one that no sequence is long enough to notice."""
-
-    keys: tuple[str, ...] = ("sliding_window",)
-    fields: tuple[str, ...] = ()
-
-    def load(self, given: Foreign) -> dict[str, Any]:
-        window, longest = given.get("sliding_window"), given.get("max_position_embeddings", 4096)
-        if window is not None and window < longest:
-            raise FieldFault(f"sliding_window={window} is less than max_position_embeddings={longest}")
-        return {}
-
-    def dump(self, model: ModelConfig) -> dict[str, Any]:
-        return {"sliding_window": None}
-
-
 def faults(model: ModelConfig) -> list[str]:
     """Why transformers has no words for this model's heads and positions (Phi3Config.validate_rope)."""
     found = []
@@ -90,7 +70,7 @@ FAMILY = Family(
         Field("resid_pdrop", "hidden_dropout", default=0.0),
         Field("initializer_range", default=0.02),
         Rope(default_partial=1.0),
-        Window(),
+        Field("sliding_window", default=None),
         TokenId("bos_token_id", default=1),
         TokenId("eos_token_id", default=32000),
         TokenId("pad_token_id", default=32000),

@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -16,10 +22,18 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Phi3ForSequenceClassification,
     PreTrainedModel,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     StableLmForSequenceClassification,
@@ -77,6 +91,18 @@ GPT2: dict[str, Any] = {
     "n_head": 4,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+
+GEMMA: dict[str, Any] = {
+    **LLAMA,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
+}
+BY_LAYER_ROPE: dict[str, Any] = {
+    "full_attention": LINEAR_ROPE,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
 
 CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
@@ -157,7 +183,7 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         GPTNeoXConfig,
         {**NEOX, "num_labels": 3, "pad_token_id": 0},
     ),
-    "phi3": (Phi3ForCausalLM, Phi3Config, {**PHI3, "sliding_window": 64}),
+    "phi3, sliding": (Phi3ForCausalLM, Phi3Config, {**PHI3, "sliding_window": 7}),
     "phi3, grouped, tied, longrope": (
         Phi3ForCausalLM,
         Phi3Config,
@@ -185,6 +211,99 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         },
     ),
     "phi3 classifier": (Phi3ForSequenceClassification, Phi3Config, {**PHI3, "num_labels": 2}),
+    "mistral, untied, no window": (MistralForCausalLM, MistralConfig, {**LLAMA, "sliding_window": None}),
+    "mistral, tied, grouped, sliding": (
+        MistralForCausalLM,
+        MistralConfig,
+        {**LLAMA, "num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True, "sliding_window": 7},
+    ),
+    "qwen2, untied, a KV head per head": (Qwen2ForCausalLM, Qwen2Config, {**LLAMA, "rope_parameters": LINEAR_ROPE}),
+    "qwen2, tied, grouped, half sliding": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3, untied, wide heads": (Qwen3ForCausalLM, Qwen3Config, {**LLAMA, "head_dim": 12}),
+    "qwen3, tied, grouped, biased, sliding, llama3 rope": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention"] * 4,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "olmo2, untied, a KV head per head": (Olmo2ForCausalLM, Olmo2Config, {**LLAMA, "pad_token_id": 0}),
+    "olmo2, tied, grouped, biased, llama3 rope": (
+        Olmo2ForCausalLM,
+        Olmo2Config,
+        {
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "rope_parameters": LLAMA3_ROPE,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma2, tied, grouped, capped": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    ),
+    "gemma2, untied, biased, a KV head per head, uncapped": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            **GEMMA,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "gemma2 classifier": (Gemma2ForSequenceClassification, Gemma2Config, {**GEMMA, "num_labels": 3, "pad_token_id": 0}),
+    "gemma3, tied, grouped, linear rope": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": BY_LAYER_ROPE,
+        },
+    ),
+    "gemma3, untied, biased, capped": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            **GEMMA,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "final_logit_softcapping": 2.0,
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "gemma3 classifier": (
+        Gemma3TextForSequenceClassification,
+        Gemma3TextConfig,
+        {**GEMMA, "num_labels": 3, "pad_token_id": 0},
+    ),
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "gpt2, untied, own width, exact gelu": (
         GPT2LMHeadModel,

@@ -14,14 +14,18 @@ from workbench.spec.model import ModelConfig
 from workbench.spec.rope import RopeKind, RopeScaling
 
 
-def rope_frequencies(model: ModelConfig, reach: torch.Tensor) -> torch.Tensor:
+def rope_frequencies(model: ModelConfig, reach: torch.Tensor, *, local: bool = False) -> torch.Tensor:
     """Angle per position for each pair of dimensions, [r/2] fp32, or [B, r/2] where `reach` [B] differs by row.
 
-    reach: the length of each row's longest sequence, on which some kinds of scaling depend.
+    reach: the length of each row's longest sequence, on which some kinds of scaling depend. local: by
+    `rope_local_theta`, never stretched.
     """
     exponents = torch.arange(0, model.rotary_dim, 2, dtype=torch.int64, device=reach.device).to(torch.float32)
     exponents /= model.rotary_dim
     scaling = model.rope_scaling
+    if local:
+        assert model.rope_local_theta is not None
+        return 1.0 / (model.rope_local_theta**exponents)
     if scaling is not None and scaling.kind == "by_length":
         return 1.0 / (_grown_base(model, scaling, reach)[..., None] ** exponents)
     frequencies = 1.0 / (model.rope_theta**exponents)
@@ -96,14 +100,15 @@ _SCALED: Mapping[RopeKind, _Scale] = {
 
 
 def rope_table(
-    model: ModelConfig, positions: torch.Tensor, reach: torch.Tensor, dtype: torch.dtype
+    model: ModelConfig, positions: torch.Tensor, reach: torch.Tensor, dtype: torch.dtype, *, local: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cosines and signed sines for positions [T] or [B, T], each [..., T, 1, r]: what `apply_rope` multiplies with.
 
     Angles are taken in fp32, as the reference models do. The sine of the first half carries the rotation's minus.
     """
-    angles = positions.to(torch.float32)[..., None, None] * rope_frequencies(model, reach)[..., None, None, :]
-    scale = 1.0 if model.rope_scaling is None else model.rope_scaling.attention_scale
+    frequencies = rope_frequencies(model, reach, local=local)
+    angles = positions.to(torch.float32)[..., None, None] * frequencies[..., None, None, :]
+    scale = 1.0 if model.rope_scaling is None or local else model.rope_scaling.attention_scale
     cos, sin = (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
     return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 

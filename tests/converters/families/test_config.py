@@ -189,8 +189,7 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
     theirs, ours = reader(**CONFIGS[case]).to_dict(), reader(**written).to_dict()
     theirs["rope_parameters"], ours["rope_parameters"] = rope_of(theirs), rope_of(ours)
     behaviour = {key for rule in family.fields for key in rule.keys} - {"eos_token_id", "rope_scaling"}
-    # Two are in rope_parameters as well, and nothing notices the window.
-    behaviour -= {"partial_rotary_factor", "original_max_position_embeddings", "sliding_window"}
+    behaviour -= {"partial_rotary_factor", "original_max_position_embeddings"}  # in rope_parameters as well
     assert {key: ours.get(key) for key in behaviour} == {key: theirs.get(key) for key in behaviour}
 
 
@@ -207,8 +206,14 @@ def test_no_feature_of_a_model_has_two_places_in_the_family(name: str) -> None:
     family = family_named(name)
     claimed = [field for rule in family.fields for field in rule.fields]
     claimed += [*family.features, *family.training_only, *family.unused, "num_labels"]
-    assert len(set(claimed)) == len(claimed)
-    assert set(claimed) <= set(ModelConfig.model_fields)
+    assert len(claimed) == len(set(claimed)) and set(claimed) <= ModelConfig.model_fields.keys()
+
+
+def test_a_feature_that_the_family_does_not_name_is_refused_on_export() -> None:
+    family = family_named("gpt2")
+    model = family.load_config({}).model_copy(update={"sliding_window": 8})
+    with pytest.raises(ConversionError, match="sliding_window=8 has no place, only None"):
+        family.dump_config(model, "float32")
 
 
 def test_scaled_rotary_positions_become_the_named_feature() -> None:
@@ -234,7 +239,6 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
         ("llama defaults", {"architectures": ["LlamaForTokenClassification"]}, ["LlamaForTokenClassification"]),
         ("llama defaults", {"hidden_size": "wide"}, ["hidden_size"]),
         ("llama defaults", {"rms_norm_eps": -1.0}, ["norm_eps"]),
-        ("phi3 defaults", {"sliding_window": 100}, ["sliding_window=100 is less than max_position_embeddings=4096"]),
         ("gpt2 defaults", {"scale_attn_weights": False}, ["scale_attn_weights=False", "only True"]),
         ("gpt2 defaults", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
         ("gpt2 defaults", {"activation_function": "relu", "odd": 1}, ["activation_function='relu'", "odd=1"]),
