@@ -101,7 +101,11 @@ def test_features_that_do_not_go_together_are_refused(changes: dict[str, Any], w
 
 
 def test_rotary_features_are_refused_without_rotary_positions() -> None:
-    with pytest.raises(ValidationError, match="partial_rotary_factor is given, but position_embedding is not 'rope'"):
+    with pytest.raises(
+        ValidationError, match="partial_rotary_factor=0.5 is for rotary positions, but position_embedding='learned'"
+    ):
         biased_model(partial_rotary_factor=0.5)
-    with pytest.raises(ValidationError, match="rope_scaling is given, but position_embedding is not 'rope'"):
+    with pytest.raises(
+        ValidationError, match="rope_scaling=linear is for rotary positions, but position_embedding='learned'"
+    ):
         biased_model(rope_scaling=RopeScaling(kind="linear", factor=2.0))

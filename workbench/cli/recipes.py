@@ -28,15 +28,14 @@ def ls(
     markdown: Annotated[bool, typer.Option("--markdown", help="A page to read instead: docs/presets.md.")] = False,
 ) -> None:
     """List presets of models with their size and source, and example configurations."""
-    found = {"presets": _presets(), "examples": {name: _first_comment(path) for name, path in _examples().items()}}
+    presets, about = _presets(), {name: _first_comment(path) for name, path in _examples().items()}
     if markdown:
-        rows = [f"| `{n}` | {p['num_parameters']:,} | {p['source'] or 'ours'} |" for n, p in found["presets"].items()]
+        rows = [f"| `{n}` | {p['num_parameters']:,} | {p['source'] or 'ours'} |" for n, p in presets.items()]
         text = "\n".join([INTRODUCTION, *rows])
     else:
-        presets = [(n, count_text(p["num_parameters"]), p["source"]) for n, p in found["presets"].items()]
-        examples = [(name, "", about) for name, about in found["examples"].items()]
-        text = "\n".join(f"{name:<24}{size:>7}  {about}".rstrip() for name, size, about in (*presets, *examples))
-    out.result(found, text=text)
+        rows = [f"{n:<24}{count_text(p['num_parameters']):>7}  {p['source']}".rstrip() for n, p in presets.items()]
+        text = "\n".join([*rows, *(f"{name:<33}{line}" for name, line in about.items())])
+    out.result({"presets": presets, "examples": about}, text=text)
 
 
 def cat(out: Output, name: Name) -> None:

@@ -127,11 +127,15 @@ class ModelConfig(Config):
     def _rope_faults(self) -> list[str]:
         if self.position_embedding != "rope":
             given = {
-                "rope_scaling": self.rope_scaling is not None,
-                "rope_local_theta": self.rope_local_theta is not None,
-                "partial_rotary_factor": self.rotary_dim < self.head_dim,
+                "rope_scaling": self.rope_scaling and self.rope_scaling.kind,
+                "rope_local_theta": self.rope_local_theta,
+                "partial_rotary_factor": self.partial_rotary_factor if self.partial_rotary_factor < 1 else None,
             }
-            return [f"{name} is given, but position_embedding is not 'rope'" for name, said in given.items() if said]
+            return [
+                f"{name}={value} is for rotary positions, but position_embedding={self.position_embedding!r}; remove it"
+                for name, value in given.items()
+                if value is not None
+            ]
         if self.rotary_dim % 2 or not self.rotary_dim:
             share = f" x partial_rotary_factor={self.partial_rotary_factor:g}" if self.partial_rotary_factor < 1 else ""
             return [
