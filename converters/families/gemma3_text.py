@@ -13,7 +13,6 @@ from converters.fields import ACTIVATIONS, Field, FieldFault, Fixed, Foreign, Ro
 from converters.sliding import KINDS, SlidingLayers
 from workbench.spec.model import ModelConfig
 
-
 FULL = Rope(default_theta=1_000_000.0)
 
 
