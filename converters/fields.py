@@ -109,6 +109,23 @@ class OptionalField:
 
 
 @dataclass(frozen=True)
+class ImpliedHeadDim:
+    """`head_dim` where the configuration has no such key of its own, but heeds it where heads do not share out the
+    hidden size."""
+
+    keys: tuple[str, ...] = ("head_dim",)
+    fields: tuple[str, ...] = ("head_dim",)
+
+    def load(self, given: Foreign) -> dict[str, Any]:
+        value = given.get("head_dim")
+        return {"head_dim": 0 if value is None else value}
+
+    def dump(self, model: ModelConfig) -> dict[str, Any]:
+        implied = model.hidden_size == model.head_dim * model.num_attention_heads
+        return {} if implied else {"head_dim": model.head_dim}
+
+
+@dataclass(frozen=True)
 class Switch:
     """One key that stands for several fields which must agree."""
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from converters.family import IgnoredTensor
+from converters.fields import ACTIVATIONS
 from converters.rules import Rule
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors
@@ -14,6 +15,9 @@ from workbench.spec.schema import logical_tensors
 PREFIX = "model."
 HEADS = ("lm_head.weight", "score.weight")
 INVERSE_FREQUENCIES = IgnoredTensor("model.layers.{i}.self_attn.rotary_emb.inv_freq", "computed from rope_theta")
+
+TANH_FIRST = {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS}
+"""The words for an activation, where the first one for the tanh approximation is written."""
 
 
 def rules(model: ModelConfig) -> tuple[Rule, ...]:

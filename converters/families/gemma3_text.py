@@ -7,9 +7,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from converters.families._same_names import INVERSE_FREQUENCIES, PREFIX, even_heads_faults, rules
+from converters.families._same_names import INVERSE_FREQUENCIES, PREFIX, TANH_FIRST, even_heads_faults, rules
 from converters.family import Family
-from converters.fields import ACTIVATIONS, Field, FieldFault, Fixed, Foreign, Switch, TokenId
+from converters.fields import Field, FieldFault, Fixed, Foreign, Switch, TokenId
 from converters.rope_fields import Rope
 from converters.sliding import KINDS, SlidingLayers
 from workbench.spec.model import ModelConfig
@@ -66,7 +66,7 @@ FAMILY = Family(
         Field("num_key_value_heads", default=4),
         Field("head_dim", default=256),
         Field("max_position_embeddings", default=131072),
-        Field("hidden_activation", "hidden_act", default="gelu_pytorch_tanh", words=ACTIVATIONS),
+        Field("hidden_activation", "hidden_act", default="gelu_pytorch_tanh", words=TANH_FIRST),
         Field("rms_norm_eps", "norm_eps", default=1e-6),
         Field("tie_word_embeddings", default=True),
         Switch("attention_bias", ("attention_bias", "attention_output_bias"), default=False),

@@ -3,9 +3,9 @@ models/qwen2)."""
 
 from __future__ import annotations
 
-from converters.families._same_names import INVERSE_FREQUENCIES, PREFIX, derived_head_dim, rules
+from converters.families._same_names import INVERSE_FREQUENCIES, PREFIX, rules
 from converters.family import Family
-from converters.fields import ACTIVATIONS, Field, OptionalField, TokenId
+from converters.fields import ACTIVATIONS, Field, ImpliedHeadDim, OptionalField, TokenId
 from converters.rope_fields import Rope
 from converters.sliding import SlidingLayers
 
@@ -22,7 +22,7 @@ FAMILY = Family(
         Field("num_hidden_layers", default=32),
         Field("num_attention_heads", default=32),
         OptionalField("num_key_value_heads", lambda given: given.get("num_attention_heads", 32)),
-        OptionalField("head_dim", derived_head_dim),
+        ImpliedHeadDim(),
         Field("max_position_embeddings", default=32768),
         Field("hidden_act", default="silu", words=ACTIVATIONS),
         Field("rms_norm_eps", "norm_eps", default=1e-6),

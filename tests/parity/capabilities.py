@@ -41,6 +41,7 @@ def _linear(name: str, proof: str) -> Feature:
     return Feature("linear layers", name, proof, {"precision.linear": name, "precision.compute": "bf16"}, kernels)
 
 
+ATTENTION = "`tests/models/test_attention_features.py`"
 TE = "`tests/parallel/backends/test_te.py`, on a GPU `test_te_gpu.py`"
 FEATURES = (
     Feature("tensor", "tensor parallelism", MATRIX, {"parallel.tp": 2}),
@@ -84,6 +85,13 @@ FEATURES = (
         "dropout", "dropout on hidden states", "`tests/pretrain/test_parity.py`", {}, model={"hidden_dropout": 0.1}
     ),
     Feature("dropout", "dropout in attention", "`tests/pretrain/test_parity.py`", {}, model={"attention_dropout": 0.1}),
+    Feature("window", "sliding window", ATTENTION, {}, model={"sliding_window": 5}),
+    Feature("norms of heads", "normed heads", ATTENTION, {}, model={"qk_norm": "head"}),
+    Feature("norms of heads", "queries and keys normed whole", ATTENTION, {}, model={"qk_norm": "full"}),
+    Feature("caps", "capped scores", ATTENTION, {}, model={"attn_logit_softcapping": 50.0}),
+    Feature("caps of logits", "capped logits", ATTENTION, {}, model={"final_logit_softcapping": 30.0}),
+    Feature("norms", "norms after attention and MLP", ATTENTION, {}, model={"norm_placement": "post"}),
+    Feature("norms", "norms on both sides", ATTENTION, {}, model={"norm_placement": "sandwich"}),
 )
 
 

@@ -10,6 +10,7 @@ import pytest
 from transformers import CONFIG_MAPPING, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config
 
 from converters.family import detect_family, families, family_for, family_named
+from tests.converters.families.published import PUBLISHED
 from workbench.errors import ConversionError
 from workbench.spec.model import ModelConfig
 from workbench.spec.rope import RopeScaling
@@ -161,7 +162,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float16",
         "vocab_size": 32000,
     },
+    **PUBLISHED,
 }
+OLDER = {
+    "eos_token_id",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "max_window_layers",
+    "sliding_window_pattern",
+}
+"""Keys that say again what others say, or of which a list is cut to its first."""
 
 
 def dtype_of(config: dict[str, Any]) -> str:
@@ -188,8 +199,7 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
     reader = CONFIG_MAPPING[family.model_type]
     theirs, ours = reader(**CONFIGS[case]).to_dict(), reader(**written).to_dict()
     theirs["rope_parameters"], ours["rope_parameters"] = rope_of(theirs), rope_of(ours)
-    behaviour = {key for rule in family.fields for key in rule.keys} - {"eos_token_id", "rope_scaling"}
-    behaviour -= {"partial_rotary_factor", "original_max_position_embeddings"}  # in rope_parameters as well
+    behaviour = {key for rule in family.fields for key in rule.keys} - OLDER
     assert {key: ours.get(key) for key in behaviour} == {key: theirs.get(key) for key in behaviour}
 
 
@@ -239,6 +249,17 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
         ("llama defaults", {"architectures": ["LlamaForTokenClassification"]}, ["LlamaForTokenClassification"]),
         ("llama defaults", {"hidden_size": "wide"}, ["hidden_size"]),
         ("llama defaults", {"rms_norm_eps": -1.0}, ["norm_eps"]),
+        ("qwen2 defaults", {"layer_types": ["sliding_attention"] * 32}, ["layers that slide", "no sliding_window"]),
+        ("qwen3 defaults", {"layer_types": ["chunked_attention"] * 32}, ["layer_types has chunked_attention"]),
+        ("mistral defaults", {"layer_types": ["full_attention"] * 32}, ["layer_types=", "is unknown"]),
+        ("gemma2 defaults", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
+        ("gemma3 defaults", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0", "only None"]),
+        ("gemma3 defaults", {"rope_local_base_freq": 5.0}, ["rope_theta of sliding_attention is given as 5.0 and as"]),
+        (
+            "gemma3 defaults",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            ["rope_parameters.sliding_attention=", "only a rope_theta"],
+        ),
         ("gpt2 defaults", {"scale_attn_weights": False}, ["scale_attn_weights=False", "only True"]),
         ("gpt2 defaults", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
         ("gpt2 defaults", {"activation_function": "relu", "odd": 1}, ["activation_function='relu'", "odd=1"]),
