@@ -47,10 +47,10 @@ def attend(
     groups = q_BTHd.shape[2] // k_BSKd.shape[2]
     q_BHTd = q_BTHd.transpose(1, 2)
     k_BHSd, v_BHSd = (_repeat_heads(part.transpose(1, 2), groups) for part in (k_BSKd, v_BSKd))
-    slides = scoring.first_seen(attended - 1) > 0
+    hides = scoring.first_seen(attended - 1) > 0 or scoring.mask is not None
     by_scores = dropped is not None or scoring.softcap is not None
-    if by_scores or documents_BS is not None or slides:
-        mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device, scoring.window)
+    if by_scores or documents_BS is not None or hides:
+        mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device, scoring)
         if by_scores:
             return _attend_by_scores(q_BHTd, k_BHSd, v_BHSd, mask, dropped, scoring).transpose(1, 2)
     else:

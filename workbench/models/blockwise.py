@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import torch
 
-from workbench.models.scoring import PLAIN, Scoring
+from workbench.models.scoring import PLAIN, Scoring, visible
 from workbench.parallel.softcap import soft_cap
 
 BLOCKS = 4
@@ -33,9 +33,8 @@ def attend_blockwise(
     q_BKGTd = q_BTHd.unflatten(2, (num_kv, -1)).permute(0, 2, 3, 1, 4)
     keys, values = (part.transpose(1, 2).reshape(batch * num_kv, tokens, size) for part in (k_BTKd, v_BTKd))
     seen_keys, seen_values = keys.chunk(BLOCKS, dim=1), values.chunk(BLOCKS, dim=1)
-    mask_TT = torch.full((tokens, tokens), float("-inf"), dtype=keys.dtype, device=keys.device).triu(1)
-    if scoring.window is not None:
-        mask_TT.masked_fill_(torch.ones_like(mask_TT, dtype=torch.bool).tril(-scoring.window), float("-inf"))
+    sees_TT = visible(0, tokens, 0, tokens, None, keys.device, scoring)
+    mask_TT = keys.new_zeros(tokens, tokens).masked_fill_(~sees_TT, float("-inf"))
     scale = scoring.scale_of(size)
     outputs = []
     stop = 0

@@ -29,7 +29,7 @@ QUERIES = 512
 class Piece:
     """Queries of this rank and keys of another that they may see: where they lie there, and in the row.
 
-    `masked` says that some query does not see some key: one after its own token, or one before its window.
+    `masked` says that some query may not see some key: one after its own token, one before its window, or by a mask.
     """
 
     queries: slice
@@ -53,12 +53,13 @@ def pieces(
                 first_key = max(theirs * chunk, scoring.first_seen(mine * chunk + start))
                 if first_key >= theirs * chunk + seen:
                     continue
+                hides = scoring.first_seen(mine * chunk + stop - 1) > first_key or scoring.mask is not None
                 yield Piece(
                     queries=slice(i * chunk + start, i * chunk + stop),
                     keys=slice(j * chunk + first_key - theirs * chunk, j * chunk + seen),
                     first_query=mine * chunk + start,
                     first_key=first_key,
-                    masked=theirs == mine or scoring.first_seen(mine * chunk + stop - 1) > first_key,
+                    masked=theirs == mine or hides,
                 )
 
 
@@ -156,7 +157,7 @@ def _scores(
     if documents_BS is None and not piece.masked:
         return scores
     looking, seen = q_BKGqd.shape[3], k_BKsd.shape[2]
-    mask = visible(piece.first_query, looking, piece.first_key, seen, documents_BS, scores.device, scoring.window)
+    mask = visible(piece.first_query, looking, piece.first_key, seen, documents_BS, scores.device, scoring)
     return scores.masked_fill(~(mask if documents_BS is None else mask.unsqueeze(1)), float("-inf"))
 
 

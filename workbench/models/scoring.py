@@ -6,21 +6,28 @@ Legend: B batch, T tokens that look, S tokens that are seen, d head size.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from workbench.registry import load
 from workbench.spec.model import ModelConfig
+
+Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+"""Whether tokens [T, 1] may look at tokens [1, S], by their index in the row: [T, S]."""
 
 
 @dataclass(frozen=True)
 class Scoring:
     """scale: what q k^T is multiplied with; 1 / sqrt(d) by default. window: tokens that a query sees, itself the last
-    of them; all earlier ones by default. softcap: scores s become softcap * tanh(s / softcap)."""
+    of them; all earlier ones by default. softcap: scores s become softcap * tanh(s / softcap).
+    mask: what else a query does not see; all tokens see themselves."""
 
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
+    mask: Mask | None = None
 
     def scale_of(self, head_dim: int) -> float:
         return 1 / math.sqrt(head_dim) if self.scale is None else self.scale
@@ -40,6 +47,7 @@ def scoring_of(model: ModelConfig, layer: int) -> Scoring:
         scale=None if scalar is None else 1 / math.sqrt(scalar),
         window=model.window(layer),
         softcap=model.attn_logit_softcapping,
+        mask=load("workbench.models.masks", model.attention_mask, "MASK"),
     )
 
 
@@ -50,13 +58,16 @@ def visible(
     seen: int,
     documents_BS: torch.Tensor | None,
     device: torch.device,
-    window: int | None = None,
+    scoring: Scoring = PLAIN,
 ) -> torch.Tensor:
     """[T, S], or [B, 1, T, S] with documents: whether each of `tokens` tokens from `first` on may look at each of
     `seen` tokens from `first_seen` on. `documents_BS` are those of whole rows."""
     mask = torch.ones(tokens, seen, dtype=torch.bool, device=device).tril(first - first_seen)
-    if window is not None:
-        mask = mask.triu(first - first_seen - window + 1)
+    if scoring.window is not None:
+        mask = mask.triu(first - first_seen - scoring.window + 1)
+    if scoring.mask is not None:
+        queries = torch.arange(first, first + tokens, device=device)[:, None]
+        mask = mask & scoring.mask(queries, torch.arange(first_seen, first_seen + seen, device=device)[None])
     if documents_BS is None:
         return mask
     looking_BT1 = documents_BS[:, first : first + tokens, None]

@@ -117,9 +117,9 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
             f"kernels.backend='te' and model.attention_dropout={model.attention_dropout:g}: its dropout depends on the "
             "layout; use attention_dropout = 0 or backend = 'torch'"
         )
-    scoring = {"sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar"}
+    scoring = {"attention_mask", "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar"}
     for name, value in model.model_dump(include=scoring).items():
-        if value is not None:
+        if value not in (None, "causal"):
             found.append(
                 f"kernels.backend='te' and model.{name}={value}: its attention knows plain causal scores alone; "
                 "use backend = 'torch'"

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from collections.abc import Callable, Collection
+from difflib import get_close_matches
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from workbench.config import Config
+from workbench.registry import module_names
+from workbench.spec.norm_placement import PLACEMENTS
 from workbench.spec.rope import RopeScaling
 
 LayerType = Literal["full_attention", "sliding_attention"]
+
+
+def _one_of(word: str, known: Collection[str]) -> str:
+    if word not in known:
+        near = "".join(f"; did you mean {name!r}?" for name in get_close_matches(word, known, n=1))
+        raise ValueError(f"{word!r} is not one of {', '.join(known)}{near}")
+    return word
+
+
+def _file_of(package: str) -> Callable[[str], str]:
+    """Whether a word names a file of `package`, without importing it: the file may need torch."""
+    return lambda word: _one_of(word, module_names(package))
 
 
 class ModelConfig(Config):
@@ -23,11 +39,14 @@ class ModelConfig(Config):
     num_key_value_heads: int = Field(default=0, ge=0, description="Key/value heads; 0 means one per attention head.")
     head_dim: int = Field(default=0, ge=0, description="Size of a head; 0 means hidden_size / num_attention_heads.")
     max_position_embeddings: int = Field(default=2048, gt=0)
-    hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    hidden_act: Annotated[str, AfterValidator(_file_of("workbench.models.activations"))] = Field(
+        default="silu", description="silu, gelu, gelu_tanh, or what else has a file in workbench/models/activations."
+    )
     gated_mlp: bool = Field(default=True, description="Whether the MLP multiplies act(gate) with up (SwiGLU).")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-    norm_placement: Literal["pre", "post", "sandwich"] = Field(
-        default="pre", description="Norms of what enters attention and MLP (pre), of what leaves them (post), or both."
+    norm_placement: Annotated[str, AfterValidator(lambda word: _one_of(word, PLACEMENTS))] = Field(
+        default="pre",
+        description="Norms of what enters attention and MLP (pre), of what leaves them (post), or both (sandwich).",
     )
     norm_unit_offset: bool = Field(
         default=False, description="Norms multiply with 1 + weight, in fp32, and weights begin at 0."
@@ -58,6 +77,9 @@ class ModelConfig(Config):
     )
     final_logit_softcapping: float | None = Field(
         default=None, gt=0, description="Logits of the vocabulary head x become c * tanh(x / c) for this c."
+    )
+    attention_mask: Annotated[str, AfterValidator(_file_of("workbench.models.masks"))] = Field(
+        default="causal", description="causal, or what else has a file in workbench/models/masks."
     )
     sliding_window: int | None = Field(
         default=None, gt=0, description="Tokens that a query of a sliding layer sees: its own and those just before it."
@@ -160,9 +182,14 @@ class ModelConfig(Config):
         ]
 
     def _window_faults(self) -> list[str]:
-        if self.layer_types is None:
-            return []
         found = []
+        if self.attention_mask != "causal" and self.sliding_window is not None:
+            found.append(
+                f"attention_mask={self.attention_mask!r} and sliding_window={self.sliding_window} both say what tokens "
+                "see; remove one of them"
+            )
+        if self.layer_types is None:
+            return found
         if len(self.layer_types) != self.num_hidden_layers:
             found.append(
                 f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers={self.num_hidden_layers}; "

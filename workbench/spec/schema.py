@@ -11,6 +11,7 @@ from typing import Final
 from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
+from workbench.spec.norm_placement import PLACEMENTS, BlockNorms
 
 OPTIMIZER_PREFIX: Final = "optim."
 
@@ -98,18 +99,10 @@ def norm_specs(model: ModelConfig, layout: ParallelLayout, path: str, place: Pla
     return tuple(specs)
 
 
-def block_norms(model: ModelConfig) -> tuple[str | None, str | None, str | None, str | None]:
-    """The names of a layer's norms: before and after attention, before and after the MLP; None where there is none.
-
-    A norm that both branches of a parallel residual share is the one before attention.
-    """
-    if model.norm_placement == "pre":
-        if model.shared_norm:
-            return "input_layernorm", None, None, None
-        return "input_layernorm", None, "post_attention_layernorm", None
-    if model.norm_placement == "post":
-        return None, "post_attention_layernorm", None, "post_feedforward_layernorm"
-    return "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+def block_norms(model: ModelConfig) -> BlockNorms:
+    """A layer's norms. One that both branches of a parallel residual share is the one before attention."""
+    before_attention, after_attention, before_mlp, after_mlp = PLACEMENTS[model.norm_placement]
+    return before_attention, after_attention, None if model.shared_norm else before_mlp, after_mlp
 
 
 def qk_norm_specs(model: ModelConfig, base: str, layer: int) -> Iterator[ParameterSpec]:
