@@ -40,7 +40,7 @@ class ModelConfig(Config):
     head_dim: int = Field(default=0, ge=0, description="Size of a head; 0 means hidden_size / num_attention_heads.")
     max_position_embeddings: int = Field(default=2048, gt=0)
     hidden_act: Annotated[str, AfterValidator(_file_of("workbench.models.activations"))] = Field(
-        default="silu", description="silu, gelu, gelu_tanh, or what else has a file in workbench/models/activations."
+        default="silu", description="A file of workbench/models/activations: silu, gelu, gelu_tanh, or your own."
     )
     gated_mlp: bool = Field(default=True, description="Whether the MLP multiplies act(gate) with up (SwiGLU).")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
@@ -79,7 +79,7 @@ class ModelConfig(Config):
         default=None, gt=0, description="Logits of the vocabulary head x become c * tanh(x / c) for this c."
     )
     attention_mask: Annotated[str, AfterValidator(_file_of("workbench.models.masks"))] = Field(
-        default="causal", description="causal, or what else has a file in workbench/models/masks."
+        default="causal", description="A file of workbench/models/masks: causal, or your own."
     )
     sliding_window: int | None = Field(
         default=None, gt=0, description="Tokens that a query of a sliding layer sees: its own and those just before it."
