@@ -14,7 +14,13 @@ from workbench.errors import ConfigError, ConversionError
 from workbench.models.decoder import DecoderStage
 from workbench.models.generate import Sampling, choose, generate, load_model, logits
 
-CASES = ("llama, tied, grouped, llama3 rope", "gpt2, untied, own width, exact gelu")
+CASES = (
+    "llama, tied, grouped, llama3 rope",
+    "gpt2, untied, own width, exact gelu",
+    "gemma2, tied, grouped, capped",
+    "gemma3, tied, grouped, linear rope",
+    "olmo2, tied, grouped, biased, llama3 rope",
+)
 PROMPT = [5, 9, 31, 7]
 
 
