@@ -25,9 +25,11 @@ def gated_model(**changes: Any) -> ModelConfig:
 def sliding_model(**changes: Any) -> ModelConfig:
     """Sliding and full layers with rotations of their own, four norms a layer that scale by 1 + w, normed heads, capped
     scores and logits, a scale of scores and of embeddings."""
+    num_layers = changes.get("num_hidden_layers", 4)
+    kinds = ("sliding_attention", "full_attention", "sliding_attention", "sliding_attention")
     features: dict[str, Any] = dict(
         sliding_window=5,
-        layer_types=("sliding_attention", "full_attention", "sliding_attention", "sliding_attention"),
+        layer_types=(kinds * num_layers)[:num_layers],
         rope_theta=1000.0,
         rope_local_theta=10.0,
         qk_norm="head",

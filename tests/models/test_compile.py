@@ -68,11 +68,7 @@ def test_one_graph_communicates_over_tp_and_does_so_again_in_recompute(recompute
         _assert_same(*found)
 
 
-def alternating_model(**changes: Any) -> ModelConfig:
-    return sliding_model(layer_types=("sliding_attention", "full_attention") * (LAYERS // 2), **changes)
-
-
-@pytest.mark.parametrize(("make", "kinds"), [(alternating_model, 2), (post_norm_model, 1)])
+@pytest.mark.parametrize(("make", "kinds"), [(sliding_model, 2), (post_norm_model, 1)])
 def test_a_graph_serves_all_layers_that_attend_in_one_way(make: Callable[..., ModelConfig], kinds: int) -> None:
     for tp in (1, 2):
         for eager, compiled, graphs in run_ranks(tp, _eager_and_compiled, {}, torch.float32, tp, make):

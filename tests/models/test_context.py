@@ -87,7 +87,7 @@ def test_outputs_and_gradients_equal_the_plain_formula(
 
 
 @pytest.mark.parametrize("scoring", [PLAIN, Scoring(window=5), Scoring(scale=0.7, window=4, softcap=1.5)])
-@pytest.mark.parametrize(("tokens", "kv_heads"), [(6, 2), (150, 1)])
+@pytest.mark.parametrize(("tokens", "kv_heads"), [(6, 2), (150, 1), (2100, 1)])
 def test_one_rank_keeps_documents_apart(tokens: int, kv_heads: int, scoring: Scoring) -> None:
     parts, documents = _inputs(tokens, kv_heads, masked=True)
     for one, other in zip(

@@ -19,6 +19,9 @@ CASES = (
     "gpt2, untied, own width, exact gelu",
     "gpt_neox, parallel, a quarter turns",
     "phi3, grouped, tied, longrope",
+    "gemma2, tied, grouped, capped",
+    "gemma3, tied, grouped, linear rope",
+    "olmo2, tied, grouped, biased, llama3 rope",
 )
 # transformers keeps what it has in its cache when frequencies change (docs/decisions/0150-rope-by-length.md).
 CHANGING = ("llama, rope by length", "llama, longrope")

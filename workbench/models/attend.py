@@ -16,6 +16,9 @@ from workbench.models.scoring import PLAIN, Scoring, visible
 from workbench.parallel.dropout import dropout
 from workbench.parallel.softcap import soft_cap
 
+WINDOWED_QUERIES = 1024
+"""Queries of a window that are computed at once, if it is not longer: no mask is wider than they and their window."""
+
 
 @dataclass(frozen=True)
 class WeightDropout:
@@ -41,6 +44,8 @@ def attend(
     tokens, attended = q_BTHd.shape[1], k_BSKd.shape[1]
     if documents_BS is None and dropped is None and tokens == attended and suits(q_BTHd):
         return attend_blockwise(q_BTHd, k_BSKd, v_BSKd, scoring)
+    if scoring.window is not None and tokens > (span := max(scoring.window, WINDOWED_QUERIES)):
+        return _attend_by_spans(span, q_BTHd, k_BSKd, v_BSKd, documents_BS, dropped, scoring)
     if dropped is None and (unseen := scoring.first_seen(attended - tokens)):
         k_BSKd, v_BSKd, attended = k_BSKd[:, unseen:], v_BSKd[:, unseen:], attended - unseen
         documents_BS = None if documents_BS is None else documents_BS[:, unseen:]
@@ -58,8 +63,28 @@ def attend(
         mask = None if tokens in (1, attended) else causal_lower_right(tokens, attended)
     whole = mask is None and tokens == attended
     scale = scoring.scale_of(q_BTHd.shape[-1])
-    found = F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=whole, scale=scale)
-    return found.transpose(1, 2)
+    out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=whole, scale=scale)
+    return out_BHTd.transpose(1, 2)
+
+
+def _attend_by_spans(
+    span: int,
+    q_BTHd: torch.Tensor,
+    k_BSKd: torch.Tensor,
+    v_BSKd: torch.Tensor,
+    documents_BS: torch.Tensor | None,
+    dropped: WeightDropout | None,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """What `attend` gives, `span` queries at a time, each time with the keys up to the last of them."""
+    tokens, before = q_BTHd.shape[1], k_BSKd.shape[1] - q_BTHd.shape[1]
+    found = []
+    for start in range(0, tokens, span):
+        seen = slice(before + min(start + span, tokens))
+        documents = None if documents_BS is None else documents_BS[:, seen]
+        queries = q_BTHd[:, start : start + span]
+        found.append(attend(queries, k_BSKd[:, seen], v_BSKd[:, seen], documents, dropped, scoring))
+    return torch.cat(found, dim=1)
 
 
 def _attend_by_scores(

@@ -169,7 +169,7 @@ class ModelConfig(Config):
         if self.shared_norm and not (self.parallel_residual and self.norm_placement == "pre"):
             return [
                 "shared_norm=true is for parallel_residual = true and norm_placement = 'pre', not "
-                f"{str(self.parallel_residual).lower()} and {self.norm_placement!r}"
+                f"{str(self.parallel_residual).lower()} and {self.norm_placement!r}; set those, or shared_norm = false"
             ]
         return []
 
