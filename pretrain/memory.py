@@ -12,7 +12,7 @@ from workbench.spec.execution import Recompute
 from workbench.spec.geometry import ParameterSpec, Place
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import stage_specs
+from workbench.spec.schema import block_norms, stage_specs
 
 MASTER_BYTES = GRADIENT_BYTES = 4
 FORMAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -139,12 +139,12 @@ def _layer_activations(
     """Elements that a layer keeps for the backward of one microbatch, those of its rank's tokens: its input alone, if
     it is computed again whole.
 
-    Whole on every tensor rank, or cut by tokens under sequence parallelism: inputs and outputs of the two norms, and of
+    Whole on every tensor rank, or cut by tokens under sequence parallelism: inputs and outputs of the norms, and of
     an RMSNorm the value before its weight and the input in fp32, which counts twice in bf16. Cut over tp: query, key
-    and value, query and key after the rotation, the output of attention, and of the MLP up, (gate,) activation and
-    product. Under context parallelism also keys and values of the whole row, for each query head, or in a ring the
-    output of attention once more in fp32. Selective recompute keeps neither these, nor scores, nor the activation of a
-    gated MLP.
+    and value, query and key after their norms and after the rotation, the output of attention, and of the MLP up,
+    (gate,) activation and product. Under context parallelism also keys and values of the whole row, for each query
+    head, or in a ring the output of attention once more in fp32. Selective recompute keeps neither these, nor scores,
+    nor the activation of a gated MLP.
     """
     batch, shares = config.batch, layout.tp if layout.sequence_parallel else 1
     tokens = batch.micro_size * batch.seq_len // layout.cp
@@ -153,12 +153,16 @@ def _layer_activations(
     heads = model.num_attention_heads * model.head_dim
     kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
     norm = 2 if model.norm == "layernorm" else 3 if config.precision.compute == "fp32" else 4
-    whole = 2 * norm * model.hidden_size
+    whole = len(list(filter(None, block_norms(model)))) * norm * model.hidden_size
     gated = 3 if recompute == "selective" else 4
     mlp = (gated if model.gated_mlp else 2) * model.intermediate_size
     attention = 2 * heads + 2 * kv_heads
     if model.position_embedding == "rope":
         attention += heads + kv_heads
+    if model.qk_norm != "none":
+        attention += norm * (heads + kv_heads)
+    if recompute == "none" and model.attn_logit_softcapping is not None:
+        attention += _capped_scores(model, layout, batch.seq_len, on_cpu=on_cpu)
     if recompute == "none" and layout.cp > 1:
         attention += 2 * heads * (layout.cp if layout.context == "all_gather" else 1)
     elif recompute == "none" and on_cpu and batch.seq_len in SCORED_TOKENS:
@@ -167,6 +171,15 @@ def _layer_activations(
         attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
     cut = attention + mlp
     return tokens * (whole // shares + cut // layout.tp)
+
+
+def _capped_scores(model: ModelConfig, layout: ParallelLayout, seq_len: int, *, on_cpu: bool) -> int:
+    """Scores of one token that are kept because they are capped: as the cap gives them, and their softmax where it is
+    not counted already. A ring keeps none."""
+    if layout.cp > 1 and layout.context == "ring":
+        return 0
+    blockwise = on_cpu and layout.cp == 1 and seq_len in SCORED_TOKENS
+    return model.num_attention_heads * (seq_len * 5 // 8 if blockwise else 2 * seq_len)
 
 
 def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, scored: int) -> int:
@@ -180,7 +193,8 @@ def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConf
     rows = -(-model.vocab_size // layout.tp)
     tokens, chunk = config.batch.micro_size * config.batch.seq_len // layout.cp, config.kernels.loss_chunk_tokens
     compute = FORMAT_BYTES[config.precision.compute]
+    capped = 0 if model.final_logit_softcapping is None else compute  # what the cap's backward needs
     if not chunk:
-        return tokens * rows * (compute + (scored + 1) * MASTER_BYTES)
-    of_chunk = min(chunk, tokens) * rows * (compute + 2 * MASTER_BYTES)
+        return tokens * rows * (compute + (scored + 1) * (MASTER_BYTES + capped))
+    of_chunk = min(chunk, tokens) * rows * (compute + capped + 2 * MASTER_BYTES)
     return of_chunk + rows * model.hidden_size * MASTER_BYTES * scored

@@ -104,6 +104,7 @@ def whole(boxes: Boxes) -> dict[str, torch.Tensor]:
     return {name: values for name, _, values in boxes}
 
 
+NORMED = {"qk_norm": "head", "norm_placement": "post", "sliding_window": 3, "attn_logit_softcapping": 1.5}
 CASES = [
     (ParallelLayout(tp=2), LoraSpec(r=3), {}),
     (ParallelLayout(tp=4), LoraSpec(r=3, rslora=True), {}),
@@ -126,6 +127,8 @@ CASES = [
     (ParallelLayout(tp=2, cp=2, sequence_parallel=True), None, {"num_labels": 3}),
     (ParallelLayout(tp=2, cp=2, sequence_parallel=True, context="ring"), LoraSpec(r=3), {}),
     (ParallelLayout(tp=2, pp=2), None, {}),
+    (ParallelLayout(tp=4, sequence_parallel=True), LoraSpec(r=3), NORMED | {"qk_norm": "full"}),
+    (ParallelLayout(tp=2, cp=2), LoraSpec(r=3), NORMED | {"norm_unit_offset": True, "num_labels": 3}),
 ]
 
 

@@ -47,6 +47,7 @@ CHUNKS: Case = {"tp": 2, "loss_chunk": 5, "tied": False}
 CHUNKS_SP: Case = {**CHUNKS, "sp": True}
 UNTIED: Case = {"tp": 2, "tied": False}
 LABELS: Case = {"tp": 2, "sp": True, "head": "labels"}
+NORMED: Case = {"tp": 2, "model": "post"}
 REPLICAS: Case = {"dp": 2, "shard": "zero2"}
 SHOWN_BY: dict[str, tuple[Case, ...]] = {
     "workbench.parallel.collectives": (TP, SP, LABELS, CP),
@@ -57,6 +58,7 @@ SHOWN_BY: dict[str, tuple[Case, ...]] = {
     "workbench.parallel.chunked_loss": (CHUNKS,),
     "workbench.parallel.gradients": (COPIES, TIED, TP),
     "workbench.parallel.whole": (MUON,),
+    "workbench.models.norm": (NORMED,),
     "workbench.models.ring": (RING,),
     "pretrain.optimizer": (COPIES, TIED),
     "pretrain.step": (REPLICAS, TIED),

@@ -15,7 +15,6 @@ from pretrain.schedules import schedules
 from tests.pretrain.models import tiny_config, tiny_model
 from workbench.errors import LaunchError, LayoutError
 from workbench.spec.layout import ParallelLayout
-from workbench.spec.model import ModelConfig
 
 VALUES: dict[str, Any] = {
     "model": dict(PRESETS["llama-tiny"]),
@@ -224,9 +223,3 @@ def test_tokens_that_ranks_cannot_share_are_refused(
 def test_the_first_bound_ends_the_run(run: dict[str, Any], steps: int | None) -> None:
     config = EngineConfig.model_validate({"run": run, "batch": {"global_size": 8, "micro_size": 8, "seq_len": 12}})
     assert config.planned_steps() == steps
-
-
-@pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_is_a_whole_model(name: str) -> None:
-    model = ModelConfig.model_validate(PRESETS[name])
-    assert model.num_attention_heads * model.head_dim == model.hidden_size

@@ -6,12 +6,12 @@ Legend: B batch, T tokens, D hidden, F ffn (local).
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from workbench.models.recompute import recomputed
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
+from workbench.registry import load
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.model import ModelConfig
 
@@ -24,7 +24,7 @@ class MLP(nn.Module):
         path = f"layers.{layer}.mlp"
         self.up_proj = ColumnParallelLinear(mesh, specs[f"{path}.up_proj.weight"], specs.get(f"{path}.up_proj.bias"))
         self.down_proj = RowParallelLinear(mesh, specs[f"{path}.down_proj.weight"], specs.get(f"{path}.down_proj.bias"))
-        self.activation = model.hidden_act
+        self.activation = load("workbench.models.activations", model.hidden_act, "ACTIVATION")
         self.gated = model.gated_mlp
         self.recompute = False
 
@@ -34,13 +34,6 @@ class MLP(nn.Module):
     def _activate(self, projected: torch.Tensor) -> torch.Tensor:
         """[B, T, F] from what `up_proj` gives."""
         if not self.gated:
-            return activate(projected, self.activation)
+            return self.activation(projected)
         gate_BTF, up_BTF = projected.split(self.up_proj.output_sizes, dim=-1)
-        return activate(gate_BTF, self.activation) * up_BTF
-
-
-def activate(x: torch.Tensor, name: str) -> torch.Tensor:
-    """The activation that `name` stands for; gelu_tanh is the tanh approximation (arXiv:1606.08415, sec. 2)."""
-    if name == "silu":
-        return F.silu(x)
-    return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")
+        return self.activation(gate_BTF) * up_BTF
