@@ -36,3 +36,18 @@ def biased_model(**changes: Any) -> ModelConfig:
         mlp_bias=True,
     )
     return gated_model(**{**features, **changes})
+
+
+def latent_model(**changes: Any) -> ModelConfig:
+    """Keys and values from a latent, queries too; values smaller than keys; biases on the way down."""
+    features: dict[str, Any] = dict(
+        num_key_value_heads=4,
+        q_lora_rank=12,
+        kv_lora_rank=10,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=6,
+        attention_bias=True,
+        attention_output_bias=True,
+    )
+    return gated_model(**{**features, **changes})

@@ -92,8 +92,9 @@ def perturb(parameters: list[LiveParameter]) -> None:
     """Gives norms and biases values of their own, so that a swapped or forgotten one is seen."""
     for parameter in parameters:
         if parameter.spec.init in ("ones", "zeros"):
-            for part, (shard, view) in zip(parameter.spec.parts, shard_views(parameter, parameter.data), strict=False):
-                noise = normal(shard.name, part.shape, shard.box, seed=11, std=0.3)
+            shapes = {part.name: part.shape for part in parameter.spec.parts}
+            for shard, view in shard_views(parameter, parameter.data):
+                noise = normal(shard.name, shapes[shard.name], shard.box, seed=11, std=0.3)
                 view.add_(noise.to(view.dtype))
 
 

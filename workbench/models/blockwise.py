@@ -28,7 +28,7 @@ def attend_blockwise(q_BTHd: torch.Tensor, k_BTKd: torch.Tensor, v_BTKd: torch.T
     batch, tokens, _, size = q_BTHd.shape
     num_kv = k_BTKd.shape[2]
     q_BKGTd = q_BTHd.unflatten(2, (num_kv, -1)).permute(0, 2, 3, 1, 4)
-    keys, values = (part.transpose(1, 2).reshape(batch * num_kv, tokens, size) for part in (k_BTKd, v_BTKd))
+    keys, values = (part.transpose(1, 2).reshape(batch * num_kv, tokens, -1) for part in (k_BTKd, v_BTKd))
     seen_keys, seen_values = keys.chunk(BLOCKS, dim=1), values.chunk(BLOCKS, dim=1)
     mask_TT = torch.full((tokens, tokens), float("-inf"), dtype=keys.dtype, device=keys.device).triu(1)
     outputs = []
@@ -40,5 +40,5 @@ def attend_blockwise(q_BTHd: torch.Tensor, k_BTKd: torch.Tensor, v_BTKd: torch.T
         rows = q_BKGCd.reshape(batch * num_kv, -1, size)
         mask = mask_TT[start:stop, :stop].repeat(q_BKGCd.shape[2], 1).expand(batch * num_kv, -1, -1)
         weights = torch.baddbmm(mask, rows, k_S.transpose(1, 2), alpha=1 / math.sqrt(size)).softmax(dim=-1)
-        outputs.append((weights @ v_S).view(q_BKGCd.shape))
+        outputs.append((weights @ v_S).view(*q_BKGCd.shape[:-1], -1))
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)

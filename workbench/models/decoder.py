@@ -16,6 +16,7 @@ from torch import nn
 
 from workbench.models.attention import Attention, KeyValueCache
 from workbench.models.batch import Batch, LocalBatch, local_batch
+from workbench.models.latent_attention import LatentAttention
 from workbench.models.mlp import MLP
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
@@ -48,7 +49,7 @@ class Block(nn.Module):
         super().__init__()
         path = f"layers.{layer}"
         self.input_layernorm = build_norm(model, mesh, specs, f"{path}.input_layernorm")
-        self.self_attn = Attention(model, mesh, specs, layer)
+        self.self_attn = (LatentAttention if model.kv_lora_rank else Attention)(model, mesh, specs, layer)
         self.post_attention_layernorm = build_norm(model, mesh, specs, f"{path}.post_attention_layernorm")
         self.mlp = MLP(model, mesh, specs, layer)
         self.path = path

@@ -14,7 +14,8 @@ from workbench.spec.model import ModelConfig, RopeScaling
 
 def rope_frequencies(model: ModelConfig, device: torch.device) -> torch.Tensor:
     """Angle per position for each pair of dimensions, [d/2] fp32."""
-    exponent = torch.arange(0, model.head_dim, 2, dtype=torch.int64, device=device).to(torch.float32) / model.head_dim
+    size = model.rotary_dim
+    exponent = torch.arange(0, size, 2, dtype=torch.int64, device=device).to(torch.float32) / size
     frequencies = 1.0 / (model.rope_theta**exponent)
     scaling = model.rope_scaling
     if scaling is None:

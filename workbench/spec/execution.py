@@ -117,6 +117,11 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
             f"kernels.backend='te' and model.attention_dropout={model.attention_dropout:g}: its dropout depends on the "
             "layout; use attention_dropout = 0 or backend = 'torch'"
         )
+    if model.kv_lora_rank:
+        found.append(
+            f"kernels.backend='te' and model.kv_lora_rank={model.kv_lora_rank}: its attention is not given latents; "
+            "use backend = 'torch'"
+        )
     if layout.cp > 1:
         found.append(
             f"kernels.backend='te' and cp={layout.cp}: its attention does not know how we deal out a sequence; "

@@ -3,7 +3,8 @@
 An adapted projection computes x W^T + s (x A^T) B^T (Hu et al., arXiv:2106.09685). Every logical projection has a pair
 of its own, also where several are fused in one run-time parameter, so that adapters are exchanged as plain renames.
 A column-parallel projection has A whole on every rank and B cut like the outputs; a row-parallel one has A cut like
-the inputs and B whole. Each rank sees part of the gradient of a whole factor.
+the inputs and B whole. Each rank sees part of the gradient of a whole factor. A projection that is whole on every rank
+has whole factors, whose gradients are whole or partial as its own.
 """
 
 from __future__ import annotations
@@ -92,10 +93,10 @@ def resolved_targets(model: ModelConfig, lora: LoraSpec) -> tuple[str, ...]:
     return tuple(name for name in known if name in lora.targets)
 
 
-def layer_pairs(model: ModelConfig, lora: LoraSpec, layer: int) -> Iterator[LoraPair]:
+def layer_pairs(model: ModelConfig, lora: LoraSpec, layout: ParallelLayout, layer: int) -> Iterator[LoraPair]:
     """The adapters of one layer."""
     targets = resolved_targets(model, lora)
-    for base in layer_specs(model, ParallelLayout(), layer):
+    for base in layer_specs(model, layout, layer):
         parts = tuple(part for part in base.parts if _leaf(part) in targets) if base.role == "matrix" else ()
         if parts:
             path = f"{base.path.removesuffix('.weight')}.delta"
@@ -106,7 +107,7 @@ def layer_pairs(model: ModelConfig, lora: LoraSpec, layer: int) -> Iterator[Lora
 
 def adapter_specs(model: ModelConfig, lora: LoraSpec, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
     """Every run-time parameter that an adapter checkpoint holds: the pairs, and the sequence head if there is one."""
-    pairs = (pair for layer in range(model.num_hidden_layers) for pair in layer_pairs(model, lora, layer))
+    pairs = (pair for layer in range(model.num_hidden_layers) for pair in layer_pairs(model, lora, layout, layer))
     heads = [spec for spec in head_specs(model, layout) if model.num_labels and spec.role == "head"]
     return (*(spec for pair in pairs for spec in (pair.a, pair.b)), *heads)
 
@@ -130,14 +131,14 @@ def _a(base: Part, r: int) -> Part:
     shape = (r, base.shape[1])
     if base.dim == 1:
         return Part(factor_names(base.name)[0], shape, dim=1, units=base.units)
-    return Part(factor_names(base.name)[0], shape, partial_grad=True)
+    return Part(factor_names(base.name)[0], shape, partial_grad=base.partial_grad or base.dim is not None)
 
 
 def _b(base: Part, r: int) -> Part:
     shape = (base.shape[0], r)
     if base.dim == 0:
         return Part(factor_names(base.name)[1], shape, dim=0, units=base.units, replicate=base.replicate)
-    return Part(factor_names(base.name)[1], shape, partial_grad=True)
+    return Part(factor_names(base.name)[1], shape, partial_grad=base.partial_grad or base.dim is not None)
 
 
 def _leaf(part: Part) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Final
 
+from workbench.spec.attention_schema import latent_specs
 from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -45,19 +46,23 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
         names = ("gate_proj", "up_proj") if model.gated_mlp else ("up_proj",)
         return tuple(Part(f"{base}.mlp.{name}.{suffix}", (ffn, *columns), dim=0) for name in names)
 
-    o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * d), dim=1, units=heads)
+    o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * model.value_head_dim), dim=1, units=heads)
     down_proj = Part(f"{base}.mlp.down_proj.weight", (hidden, ffn), dim=1)
     residual: Initial = "residual" if model.scale_residual_init else "normal"
     at = (layer,)
     specs = [
         *norm_specs(model, layout, f"{base}.input_layernorm", layer),
-        ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),
+        *(
+            latent_specs(model, layout, layer)
+            if model.kv_lora_rank
+            else (ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),)
+        ),
         ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
         *norm_specs(model, layout, f"{base}.post_attention_layernorm", layer),
         ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
     ]
-    if model.attention_bias:
+    if model.attention_bias and not model.kv_lora_rank:
         specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
     if model.attention_output_bias:
         o_bias = Part(f"{base}.self_attn.o_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
