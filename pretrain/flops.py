@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
 
 CONVENTION = "matrix products forward and backward (3 x 2 per weight), attention in full, recompute not counted"
@@ -27,10 +28,28 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Floating-point operations to train on one token, by CONVENTION; the embedding lookup is none, the head counts."""
     heads, kv_heads, d = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
+    if model.latent is not None:
+        attention = _latent_weights(model, model.latent)
     mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
-    scores = 2 * seq_len * heads * d  # in units of 2 FLOPs: queries by keys, and probabilities by values
+    scores = (
+        seq_len * heads * (d + model.value_head_dim)
+    )  # in units of 2 FLOPs: queries by keys, and probabilities by values
     head = 0 if model.num_labels else model.hidden_size * model.vocab_size
     return 6.0 * (model.num_hidden_layers * (attention + mlp + scores) + head)
+
+
+def _latent_weights(model: ModelConfig, latent: LatentSizes) -> int:
+    """Elements of the matrices of one layer's latent attention."""
+    hidden, heads, kv_rank, q_rank = (
+        model.hidden_size,
+        model.num_attention_heads,
+        latent.kv_lora_rank,
+        latent.q_lora_rank,
+    )
+    queries = heads * latent.qk_head_dim
+    down = hidden * (kv_rank + latent.qk_rope_head_dim)
+    up = kv_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim) + queries * (q_rank or hidden)
+    return down + hidden * (q_rank or 0) + up + heads * latent.v_head_dim * hidden
 
 
 def find_peak(asked: float | str, device: torch.device, dtype: torch.dtype) -> Peak | None:

@@ -7,6 +7,9 @@ from typing import Any
 
 import torch
 from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    DeepseekV3ForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -47,6 +50,16 @@ GPT2: dict[str, Any] = {
     "eos_token_id": 2,
 }
 
+DEEPSEEK: dict[str, Any] = {
+    **LLAMA,
+    "q_lora_rank": 12,
+    "kv_lora_rank": 10,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 6,
+    "first_k_dense_replace": 4,
+}
+
 CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     "llama, untied, a KV head per head": (LlamaForCausalLM, LlamaConfig, LLAMA),
     "llama, tied, grouped, llama3 rope": (
@@ -78,6 +91,26 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         LlamaForSequenceClassification,
         LlamaConfig,
         {**LLAMA, "num_labels": 3, "pad_token_id": 0, "num_key_value_heads": 2},
+    ),
+    "deepseek_v3, latents for all, biased": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {**DEEPSEEK, "attention_bias": True, "rms_norm_eps": 1e-3},
+    ),
+    "deepseek_v3, no query latent, tied, linear rope": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {**DEEPSEEK, "q_lora_rank": None, "tie_word_embeddings": True, "rope_parameters": LINEAR_ROPE},
+    ),
+    "deepseek_v3, wide values, halves": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {**DEEPSEEK, "v_head_dim": 14, "qk_rope_head_dim": 6, "rope_interleave": False, "vocab_size": 97},
+    ),
+    "deepseek_v3 classifier": (
+        DeepseekV3ForSequenceClassification,
+        DeepseekV3Config,
+        {**DEEPSEEK, "num_labels": 3, "pad_token_id": 0},
     ),
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "gpt2, untied, own width, exact gelu": (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
 
 
@@ -38,16 +39,10 @@ def biased_model(**changes: Any) -> ModelConfig:
     return gated_model(**{**features, **changes})
 
 
-def latent_model(**changes: Any) -> ModelConfig:
-    """Keys and values from a latent, queries too; values smaller than keys; biases on the way down."""
+def latent_model(q_lora_rank: int | None = 12, **changes: Any) -> ModelConfig:
+    """Keys and values from a latent, queries too or not; values smaller than keys; biases on the way down."""
+    latent = LatentSizes(q_lora_rank=q_lora_rank, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
     features: dict[str, Any] = dict(
-        num_key_value_heads=4,
-        q_lora_rank=12,
-        kv_lora_rank=10,
-        qk_nope_head_dim=8,
-        qk_rope_head_dim=4,
-        v_head_dim=6,
-        attention_bias=True,
-        attention_output_bias=True,
+        num_key_value_heads=4, latent=latent, attention_bias=True, attention_output_bias=True
     )
     return gated_model(**{**features, **changes})

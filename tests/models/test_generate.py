@@ -14,7 +14,11 @@ from workbench.errors import ConfigError, ConversionError
 from workbench.models.decoder import DecoderStage
 from workbench.models.generate import Sampling, choose, generate, load_model, logits
 
-CASES = ("llama, tied, grouped, llama3 rope", "gpt2, untied, own width, exact gelu")
+CASES = (
+    "llama, tied, grouped, llama3 rope",
+    "gpt2, untied, own width, exact gelu",
+    "deepseek_v3, no query latent, tied, linear rope",
+)
 PROMPT = [5, 9, 31, 7]
 
 

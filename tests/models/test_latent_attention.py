@@ -15,8 +15,8 @@ from workbench.spec.layout import ParallelLayout
 
 MODELS = {
     "latents": latent_model(),
-    "no query latent": latent_model(q_lora_rank=0, attention_bias=False, attention_output_bias=False),
-    "dropout": latent_model(attention_dropout=0.2, hidden_dropout=0.1, v_head_dim=16),
+    "no query latent": latent_model(q_lora_rank=None, attention_bias=False, attention_output_bias=False),
+    "dropout": latent_model(attention_dropout=0.2, hidden_dropout=0.1),
 }
 SP: dict[str, Any] = {"sequence_parallel": True}
 RING: dict[str, Any] = {"context": "ring"}

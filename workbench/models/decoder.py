@@ -49,7 +49,7 @@ class Block(nn.Module):
         super().__init__()
         path = f"layers.{layer}"
         self.input_layernorm = build_norm(model, mesh, specs, f"{path}.input_layernorm")
-        self.self_attn = (LatentAttention if model.kv_lora_rank else Attention)(model, mesh, specs, layer)
+        self.self_attn = (LatentAttention if model.latent else Attention)(model, mesh, specs, layer)
         self.post_attention_layernorm = build_norm(model, mesh, specs, f"{path}.post_attention_layernorm")
         self.mlp = MLP(model, mesh, specs, layer)
         self.path = path

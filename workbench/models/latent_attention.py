@@ -40,7 +40,9 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.path = path = f"layers.{layer}.self_attn"
         self.down_proj = DuplicatedLinear(mesh, specs[f"{path}.down_proj.weight"], specs.get(f"{path}.down_proj.bias"))
-        if model.q_lora_rank:
+        assert model.latent is not None
+        self.sizes = sizes = model.latent
+        if sizes.q_lora_rank:
             self.q_a_layernorm = RMSNorm(mesh, specs[f"{path}.q_a_layernorm.weight"], NORM_EPS)
             self.q_b_proj = ColumnParallelLinear(mesh, specs[f"{path}.q_b_proj.weight"], entered=True)
         else:
@@ -48,7 +50,7 @@ class LatentAttention(nn.Module):
         self.kv_a_layernorm = RMSNorm(mesh, specs[f"{path}.kv_a_layernorm.weight"], NORM_EPS)
         self.kv_b_proj = ColumnParallelLinear(mesh, specs[f"{path}.kv_b_proj.weight"], entered=True)
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"], specs.get(f"{path}.o_proj.bias"))
-        self.model, self.mesh, self.layer = model, mesh, layer
+        self.mesh, self.layer, self.dropout = mesh, layer, model.attention_dropout
         self.recompute = False
         self.first_head = model.num_attention_heads // mesh.tp.size * mesh.tp.rank
 
@@ -60,15 +62,17 @@ class LatentAttention(nn.Module):
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         assert rope is not None, "latents come with rotary positions"
-        model = self.model
-        widths = (model.q_lora_rank, model.kv_lora_rank, model.qk_rope_head_dim)
+        sizes = self.sizes
+        widths = (sizes.q_lora_rank or 0, sizes.kv_lora_rank, sizes.qk_rope_head_dim)
         q_BtC, kv_BtC, k_rope_Btd = self.down_proj(x_BtD).split(widths, dim=-1)
-        if model.q_lora_rank:
+        if sizes.q_lora_rank:
             q_BtC = self.q_a_layernorm(q_BtC)
         latents_BtC = torch.cat((q_BtC, self.kv_a_layernorm(kv_BtC), k_rope_Btd), dim=-1)
         q_BTC, kv_BTC, k_rope_BTd = whole_input(latents_BtC, self.mesh).split(widths, dim=-1)
-        q_BTHd = (self.q_b_proj(q_BTC) if model.q_lora_rank else self.q_proj(x_BtD)).unflatten(-1, (-1, model.head_dim))
-        q_nope_BTHd, q_rope_BTHd = q_BTHd.split((model.qk_nope_head_dim, model.qk_rope_head_dim), dim=-1)
+        q_BTHd = (self.q_b_proj(q_BTC) if sizes.q_lora_rank else self.q_proj(x_BtD)).unflatten(
+            -1, (-1, sizes.qk_head_dim)
+        )
+        q_nope_BTHd, q_rope_BTHd = q_BTHd.split((sizes.qk_nope_head_dim, sizes.qk_rope_head_dim), dim=-1)
         q_BTHd = torch.cat((q_nope_BTHd, apply_rope(q_rope_BTHd, rope)), dim=-1)
         k_rope_BTd = apply_rope(k_rope_BTd.unsqueeze(2), rope).squeeze(2)
         attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, kv_BTC, k_rope_BTd, batch, cache)
@@ -86,8 +90,8 @@ class LatentAttention(nn.Module):
         if cache is not None:
             return attend(q_BTHd, *self._expand(*cache.extend(self.layer, kv_BTC, k_rope_BTd)))
         dropped = None
-        if self.model.attention_dropout and batch.dropout is not None:
-            dropped = WeightDropout(self.model.attention_dropout, batch.dropout.rows(self.path), self.first_head)
+        if self.dropout and batch.dropout is not None:
+            dropped = WeightDropout(self.dropout, batch.dropout.rows(self.path), self.first_head)
         if self.mesh.layout.context == "ring":
             return attend_in_context(q_BTHd, *self._expand(kv_BTC, k_rope_BTd), batch.documents, dropped, self.mesh)
         row_BSC = gather_context(torch.cat((kv_BTC, k_rope_BTd), dim=-1), self.mesh.cp)
@@ -96,7 +100,7 @@ class LatentAttention(nn.Module):
 
     def _expand(self, kv_BSC: torch.Tensor, k_rope_BSd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of this rank's heads, each [B, S, H, d]."""
-        sizes = (self.model.qk_nope_head_dim, self.model.v_head_dim)
+        sizes = (self.sizes.qk_nope_head_dim, self.sizes.v_head_dim)
         k_nope_BSHd, v_BSHd = self.kv_b_proj(kv_BSC).unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
         shared_BSHd = k_rope_BSd.unsqueeze(2).expand(-1, -1, k_nope_BSHd.shape[2], -1)
         return torch.cat((k_nope_BSHd, shared_BSHd), dim=-1), v_BSHd

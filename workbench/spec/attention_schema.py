@@ -8,25 +8,27 @@ below are whole; under sequence parallelism they are those of a rank's own token
 from __future__ import annotations
 
 from workbench.spec.geometry import ParameterSpec, Part
+from workbench.spec.latent import LatentSizes
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 
-def latent_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple[ParameterSpec, ...]:
+def latent_specs(
+    model: ModelConfig, latent: LatentSizes, layout: ParallelLayout, layer: int
+) -> tuple[ParameterSpec, ...]:
     """Everything between the hidden states and the heads of one layer.
 
     The projections down are one parameter. Without q_lora_rank the queries come straight from the hidden states.
     """
     base, at = f"layers.{layer}.self_attn", (layer,)
     heads, hidden, partial = model.num_attention_heads, model.hidden_size, layout.sequence_parallel
-    q_rank, kv_rank = model.q_lora_rank, model.kv_lora_rank
-    widths = {"q_a_proj": q_rank, "kv_a_proj_with_mqa": kv_rank + model.qk_rope_head_dim}
+    q_rank, kv_rank = latent.q_lora_rank, latent.kv_lora_rank
+    widths = {"q_a_proj": q_rank} if q_rank else {}
+    widths["kv_a_proj_with_mqa"] = kv_rank + latent.qk_rope_head_dim
 
     def down(suffix: str, *columns: int) -> tuple[Part, ...]:
         return tuple(
-            Part(f"{base}.{name}.{suffix}", (width, *columns), partial_grad=partial)
-            for name, width in widths.items()
-            if name != "q_a_proj" or q_rank
+            Part(f"{base}.{name}.{suffix}", (width, *columns), partial_grad=partial) for name, width in widths.items()
         )
 
     def up(name: str, head_dim: int, inputs: int) -> ParameterSpec:
@@ -45,5 +47,5 @@ def latent_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tupl
     else:
         specs.append(up("q_proj", model.head_dim, hidden))
     specs.append(norm("kv_a_layernorm", kv_rank))
-    specs.append(up("kv_b_proj", model.qk_nope_head_dim + model.v_head_dim, kv_rank))
+    specs.append(up("kv_b_proj", latent.qk_nope_head_dim + latent.v_head_dim, kv_rank))
     return tuple(specs)

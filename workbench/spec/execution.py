@@ -117,9 +117,9 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
             f"kernels.backend='te' and model.attention_dropout={model.attention_dropout:g}: its dropout depends on the "
             "layout; use attention_dropout = 0 or backend = 'torch'"
         )
-    if model.kv_lora_rank:
+    if model.latent is not None:
         found.append(
-            f"kernels.backend='te' and model.kv_lora_rank={model.kv_lora_rank}: its attention is not given latents; "
+            "kernels.backend='te' and model.latent: keys and values from a latent do not reach its attention; "
             "use backend = 'torch'"
         )
     if layout.cp > 1:

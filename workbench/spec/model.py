@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from workbench.config import Config
+from workbench.spec.latent import LatentSizes
 
 
 class RopeScaling(Config):
@@ -34,19 +35,8 @@ class ModelConfig(Config):
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(default=0, ge=0, description="Key/value heads; 0 means one per attention head.")
     head_dim: int = Field(default=0, ge=0, description="Size of a head; 0 means hidden_size / num_attention_heads.")
-    kv_lora_rank: int = Field(
-        default=0,
-        ge=0,
-        description="Width of the latent that keys and values come from (multi-head latent attention, "
-        "arXiv:2405.04434, sec. 2.1); 0: they come straight from the hidden states.",
-    )
-    q_lora_rank: int = Field(default=0, ge=0, description="Width of the latent that queries come from; 0: none.")
-    qk_nope_head_dim: int = Field(default=0, ge=0, description="Part of a latent head's key without positions.")
-    qk_rope_head_dim: int = Field(default=0, ge=0, description="The rotary part, whose key all latent heads share.")
-    v_head_dim: int = Field(default=0, ge=0, description="Size of a latent head's value.")
-    rope_interleave: bool = Field(
-        default=False,
-        description="Whether Hugging Face files hold rotary dimensions in pairs; logical tensors hold them in halves.",
+    latent: LatentSizes | None = Field(
+        default=None, description="Keys and values from a latent (multi-head latent attention); head_dim follows."
     )
     max_position_embeddings: int = Field(default=2048, gt=0)
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
@@ -82,8 +72,8 @@ class ModelConfig(Config):
         heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
         if not values.get("num_key_value_heads") and isinstance(heads, int):
             values["num_key_value_heads"] = heads
-        if values.get("kv_lora_rank") and not values.get("head_dim"):
-            values["head_dim"] = values.get("qk_nope_head_dim", 0) + values.get("qk_rope_head_dim", 0)
+        if not values.get("head_dim") and (latent := values.get("latent")):
+            values["head_dim"] = LatentSizes.model_validate(latent).qk_head_dim
         if not values.get("head_dim") and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             values["head_dim"] = hidden // heads if hidden % heads == 0 else 0
         return values
@@ -100,44 +90,34 @@ class ModelConfig(Config):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
+        if self.latent is not None:
+            self._check_latent(self.latent)
         if self.position_embedding == "rope" and self.rotary_dim % 2:
-            name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
-            raise ValueError(f"rotary positions need an even {name}, not {self.rotary_dim}")
+            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.rope_scaling is not None and self.position_embedding != "rope":
             raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
         return self
 
-    @model_validator(mode="after")
-    def _check_latent_sizes(self) -> Self:
-        sizes = ("q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        given = [f"{name}={value}" for name in sizes if (value := self.model_dump()[name])]
-        if not self.kv_lora_rank:
-            if given:
-                raise ValueError(f"{', '.join(given)} without kv_lora_rank; give it or remove them")
-            return self
-        missing = [name for name in sizes[1:] if not self.model_dump()[name]]
-        if missing:
-            raise ValueError(f"kv_lora_rank={self.kv_lora_rank} needs {', '.join(missing)} as well")
-        if self.head_dim != self.qk_nope_head_dim + self.qk_rope_head_dim:
+    def _check_latent(self, latent: LatentSizes) -> None:
+        if self.head_dim != latent.qk_head_dim:
             raise ValueError(
-                f"head_dim={self.head_dim} is not qk_nope_head_dim={self.qk_nope_head_dim} + "
-                f"qk_rope_head_dim={self.qk_rope_head_dim}; leave it out"
+                f"head_dim={self.head_dim} is not qk_nope_head_dim={latent.qk_nope_head_dim} + "
+                f"qk_rope_head_dim={latent.qk_rope_head_dim}; leave it out"
             )
         if self.num_key_value_heads != self.num_attention_heads:
             raise ValueError(
-                f"num_key_value_heads={self.num_key_value_heads}, but with kv_lora_rank every one of "
-                f"num_attention_heads={self.num_attention_heads} has its own; make them equal"
+                f"num_key_value_heads={self.num_key_value_heads}, but each of num_attention_heads="
+                f"{self.num_attention_heads} has its own key and value from the latent; make them equal"
             )
         if self.position_embedding != "rope":
-            raise ValueError(f"kv_lora_rank={self.kv_lora_rank} needs position_embedding = 'rope'")
-        return self
+            raise ValueError(f"latent attention needs position_embedding = 'rope', not {self.position_embedding!r}")
 
     @property
     def rotary_dim(self) -> int:
-        """Dimensions of a head that turn with the position."""
-        return self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
+        """Dimensions of each head that rotary positions turn."""
+        return self.head_dim if self.latent is None else self.latent.qk_rope_head_dim
 
     @property
     def value_head_dim(self) -> int:
-        """Size of a head's value; queries and keys have head_dim."""
-        return self.v_head_dim if self.kv_lora_rank else self.head_dim
+        """Size of a head's value; that of its query and key is head_dim."""
+        return self.head_dim if self.latent is None else self.latent.v_head_dim

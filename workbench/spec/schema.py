@@ -53,8 +53,8 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
     specs = [
         *norm_specs(model, layout, f"{base}.input_layernorm", layer),
         *(
-            latent_specs(model, layout, layer)
-            if model.kv_lora_rank
+            latent_specs(model, model.latent, layout, layer)
+            if model.latent is not None
             else (ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),)
         ),
         ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
@@ -62,7 +62,7 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
         ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
     ]
-    if model.attention_bias and not model.kv_lora_rank:
+    if model.attention_bias and model.latent is None:
         specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
     if model.attention_output_bias:
         o_bias = Part(f"{base}.self_attn.o_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
