@@ -10,6 +10,7 @@ from pretrain.config import EngineConfig, OptimTable
 from pretrain.simulate import peak_in_flight, simulate_step
 from workbench.spec.execution import Recompute
 from workbench.spec.geometry import ParameterSpec, Place
+from workbench.spec.latent import LatentSizes
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import stage_specs
@@ -150,12 +151,17 @@ def _layer_activations(
     tokens = batch.micro_size * batch.seq_len // layout.cp
     if recompute == "full":
         return tokens * model.hidden_size // shares
-    heads = model.num_attention_heads * model.head_dim
-    kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
     norm = 2 if model.norm == "layernorm" else 3 if config.precision.compute == "fp32" else 4
-    whole = 2 * norm * model.hidden_size
     gated = 3 if recompute == "selective" else 4
     mlp = (gated if model.gated_mlp else 2) * model.intermediate_size
+    if model.latent is not None:
+        own, gathered, cut = _latent_activations(
+            model, model.latent, layout, config, on_cpu=on_cpu, recompute=recompute
+        )
+        return tokens * ((2 * norm * model.hidden_size + own) // shares + gathered + (cut + mlp) // layout.tp)
+    heads = model.num_attention_heads * model.head_dim
+    kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
+    whole = 2 * norm * model.hidden_size
     attention = 2 * heads + 2 * kv_heads
     if model.position_embedding == "rope":
         attention += heads + kv_heads
@@ -167,6 +173,36 @@ def _layer_activations(
         attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
     cut = attention + mlp
     return tokens * (whole // shares + cut // layout.tp)
+
+
+def _latent_activations(
+    model: ModelConfig,
+    latent: LatentSizes,
+    layout: ParallelLayout,
+    config: EngineConfig,
+    *,
+    on_cpu: bool,
+    recompute: Recompute,
+) -> tuple[int, int, int]:
+    """Elements a token that latent attention keeps: of a rank's tokens, of all its context rank's, and cut by heads.
+
+    The first: what leads down and what the norms of latents keep. The second: latents that the heads read. The third:
+    query and output of attention, and unless they are computed again key, value and what both come from; with the
+    scores or of the whole row as in other attention.
+    """
+    heads, seq_len = model.num_attention_heads, config.batch.seq_len
+    normed = (latent.q_lora_rank or 0) + latent.kv_lora_rank
+    down, query, value = normed + latent.qk_rope_head_dim, latent.qk_head_dim, latent.v_head_dim
+    own = down + normed * (1 if config.precision.compute == "fp32" else 3)
+    if recompute == "selective":
+        return own, down, heads * (query + value)
+    keys = query + latent.qk_nope_head_dim + value
+    if layout.cp == 1 and on_cpu and seq_len in SCORED_TOKENS:
+        return own, down, heads * (2 * query + value + keys + (query + value) * 5 // 2 + seq_len * 5 // 8)
+    if layout.cp > 1 and layout.context == "ring":
+        return own, down, heads * (query + keys + (query + value) + 3 * value)
+    outputs = (2 if layout.cp > 1 else 1) * value  # of each chunk, and together
+    return own, down * layout.cp, heads * (query + outputs + keys * layout.cp)
 
 
 def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, scored: int) -> int:
