@@ -31,25 +31,21 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     if model.latent is not None:
         attention = _latent_weights(model, model.latent)
     mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
+    seen = sum(min(seq_len, model.window(layer) or seq_len) for layer in range(model.num_hidden_layers))
     scores = (
-        seq_len * heads * (d + model.value_head_dim)
+        seen * heads * (d + model.value_head_dim)
     )  # in units of 2 FLOPs: queries by keys, and probabilities by values
     head = 0 if model.num_labels else model.hidden_size * model.vocab_size
-    return 6.0 * (model.num_hidden_layers * (attention + mlp + scores) + head)
+    return 6.0 * (model.num_hidden_layers * (attention + mlp) + scores + head)
 
 
 def _latent_weights(model: ModelConfig, latent: LatentSizes) -> int:
     """Elements of the matrices of one layer's latent attention."""
-    hidden, heads, kv_rank, q_rank = (
-        model.hidden_size,
-        model.num_attention_heads,
-        latent.kv_lora_rank,
-        latent.q_lora_rank,
-    )
-    queries = heads * latent.qk_head_dim
-    down = hidden * (kv_rank + latent.qk_rope_head_dim)
-    up = kv_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim) + queries * (q_rank or hidden)
-    return down + hidden * (q_rank or 0) + up + heads * latent.v_head_dim * hidden
+    hidden, heads, q_rank = model.hidden_size, model.num_attention_heads, latent.q_lora_rank
+    down = hidden * ((q_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim)
+    queries = (q_rank or hidden) * heads * latent.qk_head_dim
+    keys = latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+    return down + queries + keys + heads * latent.v_head_dim * hidden
 
 
 def find_peak(asked: float | str, device: torch.device, dtype: torch.dtype) -> Peak | None:

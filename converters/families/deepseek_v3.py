@@ -7,16 +7,18 @@ kv_a_proj_with_mqa. In logical tensors these rows are in halves.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from converters.families.llama import rules as llama_rules
+from converters.families import _same_names as same_names
 from converters.family import Family
-from converters.fields import ACTIVATIONS, Field, FieldFault, Fixed, Foreign, OptionalField, Rope, Switch, TokenId
+from converters.fields import ACTIVATIONS, Field, FieldFault, Fixed, Foreign, OptionalField, Switch, TokenId
+from converters.rope_fields import Rope
 from converters.rules import Halve, Rule
 from workbench.spec.model import ModelConfig
 
-ATTENTION: Final = "layers.{i}.self_attn"
+MSCALE: Final = "mscale_all_dim"
+ROPE: Final = Rope()
 DEFAULTS: Final = {
     "kv_lora_rank": 512,
     "q_lora_rank": 1536,
@@ -29,18 +31,25 @@ DEFAULTS: Final = {
 
 @dataclass(frozen=True)
 class Latent:
-    """The sizes of latent attention, one key each; the size of a head follows from them."""
+    """The sizes of latent attention, from which that of a head follows, and rotary positions, by whose stretch scores
+    may grow."""
 
-    keys: tuple[str, ...] = tuple(DEFAULTS)
-    fields: tuple[str, ...] = ("latent", "head_dim")
+    keys: tuple[str, ...] = (*DEFAULTS, *ROPE.keys)
+    fields: tuple[str, ...] = ("latent", "head_dim", *ROPE.fields)
 
     def load(self, given: Foreign) -> dict[str, Any]:
-        return {"latent": {key: given.get(key, default) for key, default in DEFAULTS.items()}}
+        sizes = {key: given.get(key, default) for key, default in DEFAULTS.items()}
+        table = given.get("rope_parameters") or given.get("rope_scaling") or {}
+        return {**ROPE.load(given), "latent": {**sizes, MSCALE: table.get(MSCALE) or 0.0}}
 
     def dump(self, model: ModelConfig) -> dict[str, Any]:
         if model.latent is None:
             raise FieldFault("latent=None: this family has latent attention")
-        return model.latent.model_dump()
+        sizes, said = model.latent.model_dump(), ROPE.dump(model)
+        if growth := sizes.pop(MSCALE):
+            for table in filter(None, (said["rope_parameters"], said["rope_scaling"])):
+                table[MSCALE] = growth
+        return {**sizes, **said}
 
 
 @dataclass(frozen=True)
@@ -63,18 +72,15 @@ class DenseLayers:
 def rules(model: ModelConfig) -> tuple[Rule, ...]:
     """Where each logical tensor lies."""
     assert model.latent is not None
-    sizes = model.latent
-    halve_q = (Halve(0, sizes.qk_nope_head_dim, sizes.qk_head_dim),) if sizes.rope_interleave else ()
-    halve_k = (Halve(0, rank := sizes.kv_lora_rank, rank + sizes.qk_rope_head_dim),) if sizes.rope_interleave else ()
-    views: dict[str, tuple[Halve, ...]] = {
-        **dict.fromkeys(("q_proj.weight", "q_b_proj.weight"), halve_q),
-        **dict.fromkeys(("kv_a_proj_with_mqa.weight", "kv_a_proj_with_mqa.bias"), halve_k),
-        **dict.fromkeys(("q_a_proj.weight", "q_a_proj.bias", "q_a_layernorm.weight"), ()),
-        **dict.fromkeys(("kv_a_layernorm.weight", "kv_b_proj.weight"), ()),
-    }
-    latent = [Rule(f"{ATTENTION}.{name}", f"model.{ATTENTION}.{name}", view) for name, view in views.items()]
-    own = {rule.logical for rule in latent}
-    return (*(rule for rule in llama_rules(model) if rule.logical not in own), *latent)
+    sizes, views = model.latent, {}
+    if sizes.rope_interleave:
+        halve_q = Halve(0, sizes.qk_nope_head_dim, sizes.qk_head_dim)
+        halve_k = Halve(0, sizes.kv_lora_rank, sizes.kv_lora_rank + sizes.qk_rope_head_dim)
+        views = {"q_proj": halve_q, "q_b_proj": halve_q, "kv_a_proj_with_mqa": halve_k}
+    return tuple(
+        replace(rule, view=(views[module],)) if (module := rule.logical.split(".")[-2]) in views else rule
+        for rule in same_names.rules(model)
+    )
 
 
 FAMILY = Family(
@@ -99,7 +105,6 @@ FAMILY = Family(
         Switch("attention_bias", ("attention_bias", "attention_output_bias"), default=False),
         Field("attention_dropout", default=0.0),
         Field("initializer_range", default=0.02),
-        Rope(),
         Fixed("moe_layer_freq", (1,)),
         TokenId("bos_token_id", default=0),
         TokenId("eos_token_id", default=1),
@@ -115,4 +120,5 @@ FAMILY = Family(
         "ep_size",
     ),
     rules=rules,
+    ignored=(same_names.INVERSE_FREQUENCIES,),
 )

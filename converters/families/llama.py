@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from converters.family import Family, IgnoredTensor
-from converters.fields import ACTIVATIONS, Field, OptionalField, Rope, Switch, TokenId
+from converters.fields import ACTIVATIONS, Field, OptionalField, Switch, TokenId
+from converters.rope_fields import Rope
 from converters.rules import Rule
 from workbench.spec.model import ModelConfig
 

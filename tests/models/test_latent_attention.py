@@ -113,7 +113,7 @@ def test_decoding_keeps_the_latent_and_the_shared_key_alone() -> None:
         parts = [built.module(None, Batch(piece), "logits", cache) for piece in ids.split((4, 3, 1, 1), dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), whole, rtol=1e-12, atol=1e-12)
     empty = torch.empty(2, 0, dtype=torch.float64)
-    kept = cache.extend(3, empty.new_empty(2, 0, 10), empty.new_empty(2, 0, 4))
+    kept = cache.extend(3, empty.new_empty(2, 0, 10), empty.new_empty(2, 0, 4), None)
     assert [tuple(part.shape) for part in kept] == [(2, 9, 10), (2, 9, 4)]
 
 

@@ -44,6 +44,7 @@ class LocalBatch:
     input_ids: [B, T]. labels: [B, T], or [B]. lengths: [B]. dropout: as in the batch. positions: [T] or [B, T].
     documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions:
     [t] and [t] or [B, t], the same of the tokens whose hidden states this rank has (fewer under sequence parallelism).
+    reach: [] or [B], the length of the longest sequence in each row, which is the same on all ranks.
     """
 
     input_ids: torch.Tensor
@@ -55,6 +56,7 @@ class LocalBatch:
     tokens: torch.Tensor
     hidden_tokens: torch.Tensor
     hidden_positions: torch.Tensor
+    reach: torch.Tensor
 
 
 def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
@@ -88,7 +90,16 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
         tokens=tokens,
         hidden_tokens=hidden(tokens),
         hidden_positions=hidden(positions),
+        reach=_reach(batch, start),
     )
+
+
+def _reach(batch: Batch, start: int) -> torch.Tensor:
+    if batch.positions is not None:
+        return batch.positions.amax(dim=-1) + 1
+    if batch.lengths is not None:
+        return batch.lengths + start
+    return torch.full((), start + batch.input_ids.shape[1], device=batch.input_ids.device)
 
 
 def padded_length(length: int, layout: ParallelLayout) -> int:

@@ -9,6 +9,9 @@ D hidden, C width of a latent, H heads (local), d head size.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+
 import torch
 from torch import nn
 
@@ -19,11 +22,13 @@ from workbench.models.context import attend_in_context, attend_to_row
 from workbench.models.norm import RMSNorm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import apply_rope
+from workbench.models.scoring import Scoring, scoring_of
 from workbench.parallel.context import gather_context
 from workbench.parallel.linear import ColumnParallelLinear, DuplicatedLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.sequence import whole_input
 from workbench.spec.geometry import ParameterSpec
+from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
 
 NORM_EPS = 1e-6
@@ -51,6 +56,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = ColumnParallelLinear(mesh, specs[f"{path}.kv_b_proj.weight"], entered=True)
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"], specs.get(f"{path}.o_proj.bias"))
         self.mesh, self.layer, self.dropout = mesh, layer, model.attention_dropout
+        self.scoring = _scoring(model, sizes, layer)
         self.recompute = False
         self.first_head = model.num_attention_heads // mesh.tp.size * mesh.tp.rank
 
@@ -88,15 +94,18 @@ class LatentAttention(nn.Module):
     ) -> torch.Tensor:
         """What each head sees, [B, T, H, d]. Communicates over cp."""
         if cache is not None:
-            return attend(q_BTHd, *self._expand(*cache.extend(self.layer, kv_BTC, k_rope_BTd)))
+            seen = cache.extend(self.layer, kv_BTC, k_rope_BTd, self.scoring.window)
+            return attend(q_BTHd, *self._expand(*seen), scoring=self.scoring)
         dropped = None
         if self.dropout and batch.dropout is not None:
             dropped = WeightDropout(self.dropout, batch.dropout.rows(self.path), self.first_head)
         if self.mesh.layout.context == "ring":
-            return attend_in_context(q_BTHd, *self._expand(kv_BTC, k_rope_BTd), batch.documents, dropped, self.mesh)
+            k_BTHd, v_BTHd = self._expand(kv_BTC, k_rope_BTd)
+            return attend_in_context(q_BTHd, k_BTHd, v_BTHd, batch.documents, dropped, self.mesh, self.scoring)
         row_BSC = gather_context(torch.cat((kv_BTC, k_rope_BTd), dim=-1), self.mesh.cp)
         kv_BSC, k_rope_BSd = row_BSC.split((kv_BTC.shape[-1], k_rope_BTd.shape[-1]), dim=-1)
-        return attend_to_row(q_BTHd, *self._expand(kv_BSC, k_rope_BSd), batch.documents, dropped, self.mesh.cp)
+        k_BSHd, v_BSHd = self._expand(kv_BSC, k_rope_BSd)
+        return attend_to_row(q_BTHd, k_BSHd, v_BSHd, batch.documents, dropped, self.mesh.cp, self.scoring)
 
     def _expand(self, kv_BSC: torch.Tensor, k_rope_BSd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of this rank's heads, each [B, S, H, d]."""
@@ -104,3 +113,12 @@ class LatentAttention(nn.Module):
         k_nope_BSHd, v_BSHd = self.kv_b_proj(kv_BSC).unflatten(-1, (-1, sum(sizes))).split(sizes, dim=-1)
         shared_BSHd = k_rope_BSd.unsqueeze(2).expand(-1, -1, k_nope_BSHd.shape[2], -1)
         return torch.cat((k_nope_BSHd, shared_BSHd), dim=-1), v_BSHd
+
+
+def _scoring(model: ModelConfig, sizes: LatentSizes, layer: int) -> Scoring:
+    """How a layer scores: where rotary positions are stretched, scores grow with the factor."""
+    scoring, stretch = scoring_of(model, layer), model.rope_scaling
+    if stretch is None or stretch.factor <= 1 or not sizes.mscale_all_dim:
+        return scoring
+    growth = 0.1 * sizes.mscale_all_dim * math.log(stretch.factor) + 1
+    return replace(scoring, scale=scoring.scale_of(sizes.qk_head_dim) * growth**2)

@@ -22,6 +22,11 @@ class LatentSizes(Config):
     qk_nope_head_dim: int = Field(gt=0, description="Size of the part of a query or key without position.")
     qk_rope_head_dim: int = Field(gt=0, description="Size of the rotary part.")
     v_head_dim: int = Field(gt=0, description="Size of a value.")
+    mscale_all_dim: float = Field(
+        default=0.0,
+        ge=0,
+        description="Scores are multiplied with (0.1 mscale_all_dim ln(factor) + 1)^2 for the factor of rope_scaling.",
+    )
     rope_interleave: bool = Field(
         default=False,
         description="Whether Hugging Face files hold the rotary part in pairs; logical tensors hold it in halves.",
