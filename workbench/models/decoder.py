@@ -17,6 +17,7 @@ from torch import nn
 from workbench.models.attention import Attention, KeyValueCache
 from workbench.models.batch import Batch, LocalBatch, local_batch
 from workbench.models.mlp import MLP
+from workbench.models.moe import SparseMLP
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
@@ -50,7 +51,11 @@ class Block(nn.Module):
         self.input_layernorm = build_norm(model, mesh, specs, f"{path}.input_layernorm")
         self.self_attn = Attention(model, mesh, specs, layer)
         self.post_attention_layernorm = build_norm(model, mesh, specs, f"{path}.post_attention_layernorm")
-        self.mlp = MLP(model, mesh, specs, layer)
+        self.mlp: MLP | SparseMLP
+        if model.has_experts(layer):
+            self.mlp = SparseMLP(model, mesh, specs, layer)
+        else:
+            self.mlp = MLP(model, mesh, specs, f"{path}.mlp")
         self.path = path
         self.dropout = model.hidden_dropout
         self.recompute = False
@@ -75,7 +80,8 @@ class Block(nn.Module):
     ) -> torch.Tensor:
         attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, batch, cache)
         x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
-        transformed_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
+        normed_BTD = self.post_attention_layernorm(x_BTD)
+        transformed_BTD = self.mlp(normed_BTD, batch) if isinstance(self.mlp, SparseMLP) else self.mlp(normed_BTD)
         return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
 
 

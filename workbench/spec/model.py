@@ -7,6 +7,7 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from workbench.config import Config
+from workbench.spec.moe import MixtureOfExperts
 
 
 class RopeScaling(Config):
@@ -45,6 +46,7 @@ class ModelConfig(Config):
     attention_bias: bool = Field(default=False, description="Biases on the query, key and value projections.")
     attention_output_bias: bool = Field(default=False, description="A bias on the attention output projection.")
     mlp_bias: bool = False
+    moe: MixtureOfExperts | None = Field(default=None, description="Experts in place of the MLP of some layers.")
     tie_word_embeddings: bool = False
     embed_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -88,4 +90,10 @@ class ModelConfig(Config):
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.rope_scaling is not None and self.position_embedding != "rope":
             raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
+        if self.moe is not None and self.mlp_bias:
+            raise ValueError("mlp_bias=true and moe: experts have no biases; remove one of them")
         return self
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer has experts in place of its one MLP."""
+        return self.moe is not None and self.moe.has_experts(layer)
