@@ -112,6 +112,7 @@ FAMILY = Family(
         "gated_mlp": False,
         "norm": "layernorm",
         "position_embedding": "learned",
+        "moe": None,
         "attention_bias": True,
         "attention_output_bias": True,
         "mlp_bias": True,

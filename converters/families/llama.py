@@ -66,7 +66,7 @@ FAMILY = Family(
         TokenId("eos_token_id", default=2),
         TokenId("pad_token_id"),
     ),
-    features={"gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope"},
+    features={"gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope", "moe": None},
     training_only={"embed_dropout": 0.0, "hidden_dropout": 0.0, "scale_residual_init": False},
     harmless=("pretraining_tp",),
     rules=rules,
