@@ -63,7 +63,8 @@ class Family:
     """One model family of transformers.
 
     prefix: what a model with a head puts before the names of its body; files of the bare body lack it.
-    features: fields of ModelConfig that have one value in this family. unused: fields that mean nothing in it.
+    features: fields of ModelConfig that have one value in this family; what is named nowhere has its default, which for
+    a feature is to be without it. unused: fields that mean nothing in it.
     training_only: fields that the family cannot say and inference does not need, with the value they get on import.
     harmless: keys beyond HARMLESS that may have any value.
     """
@@ -159,9 +160,15 @@ class Family:
         values = model.model_dump()
         return [
             f"{name}={values[name]!r} has no place, only {only!r}"
-            for name, only in self.features.items()
+            for name, only in self._fixed().items()
             if values[name] != only
         ]
+
+    def _fixed(self) -> dict[str, Any]:
+        named = {name for rule in self.fields for name in rule.fields} | {*self.training_only, *self.unused}
+        defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
+        unnamed = {name: value for name, value in defaults.items() if name not in named | {"num_labels"}}
+        return {**unnamed, **self.features}
 
     def left_out(self, model: ModelConfig) -> dict[str, Any]:
         """Fields of `model` that only training reads and that the family cannot say."""

@@ -329,10 +329,11 @@ class EngineConfig(Config):
 
 def length_faults(model: ModelConfig, seq_len: int) -> list[str]:
     """Why sequences of `seq_len` tokens are too long for the model, if they are."""
-    if seq_len > model.max_position_embeddings:
+    if seq_len > model.max_length:
+        scaled = "" if model.max_length == model.max_position_embeddings else f" x factor = {model.max_length}"
         return [
-            f"batch.seq_len={seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings}; "
-            "lower the one or raise the other"
+            f"batch.seq_len={seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings}"
+            f"{scaled}; lower the one or raise the other"
         ]
     return []
 

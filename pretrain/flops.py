@@ -28,9 +28,10 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     heads, kv_heads, d = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
     mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
-    scores = 2 * seq_len * heads * d  # in units of 2 FLOPs: queries by keys, and probabilities by values
+    seen = sum(min(seq_len, model.window(layer) or seq_len) for layer in range(model.num_hidden_layers))
+    scores = 2 * seen * heads * d  # in units of 2 FLOPs: queries by keys, and probabilities by values
     head = 0 if model.num_labels else model.hidden_size * model.vocab_size
-    return 6.0 * (model.num_hidden_layers * (attention + mlp + scores) + head)
+    return 6.0 * (model.num_hidden_layers * (attention + mlp) + scores + head)
 
 
 def find_peak(asked: float | str, device: torch.device, dtype: torch.dtype) -> Peak | None:

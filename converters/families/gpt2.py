@@ -112,12 +112,11 @@ FAMILY = Family(
         "gated_mlp": False,
         "norm": "layernorm",
         "position_embedding": "learned",
-        "moe": None,
         "attention_bias": True,
         "attention_output_bias": True,
         "mlp_bias": True,
     },
-    unused=("rope_theta", "rope_scaling"),
+    unused=("rope_theta",),
     training_only={"scale_residual_init": True},
     # reorder_and_upcast_attn only moves the place of one cast under mixed precision; n_ctx repeats n_positions.
     harmless=(

@@ -22,6 +22,31 @@ def gated_model(**changes: Any) -> ModelConfig:
     return ModelConfig(**{**features, **changes})
 
 
+def sliding_model(**changes: Any) -> ModelConfig:
+    """Sliding and full layers with rotations of their own, four norms a layer that scale by 1 + w, normed heads, capped
+    scores and logits, a scale of scores and of embeddings."""
+    features: dict[str, Any] = dict(
+        sliding_window=5,
+        layer_types=("sliding_attention", "full_attention", "sliding_attention", "sliding_attention"),
+        rope_theta=1000.0,
+        rope_local_theta=10.0,
+        qk_norm="head",
+        norm_placement="sandwich",
+        norm_unit_offset=True,
+        scale_embeddings=True,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.0,
+        tie_word_embeddings=True,
+    )
+    return gated_model(**{**features, **changes})
+
+
+def post_norm_model(**changes: Any) -> ModelConfig:
+    """Norms of what leaves attention and MLP, queries and keys normed over their whole width, every layer sliding."""
+    return gated_model(**{"norm_placement": "post", "qk_norm": "full", "sliding_window": 4, **changes})
+
+
 def biased_model(**changes: Any) -> ModelConfig:
     """Learned positions, LayerNorm, plain GELU MLP, biases everywhere."""
     features: dict[str, Any] = dict(

@@ -5,7 +5,6 @@ Legend: B batch, T tokens, S tokens attended to, H heads (local), K key/value he
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +12,9 @@ import torch.nn.functional as F
 from torch.nn.attention.bias import causal_lower_right
 
 from workbench.models.blockwise import attend_blockwise, suits
+from workbench.models.scoring import PLAIN, Scoring, visible
 from workbench.parallel.dropout import dropout
+from workbench.parallel.softcap import soft_cap
 
 
 @dataclass(frozen=True)
@@ -31,46 +32,49 @@ def attend(
     v_BSKd: torch.Tensor,
     documents_BS: torch.Tensor | None = None,
     dropped: WeightDropout | None = None,
+    scoring: Scoring = PLAIN,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v, [B, T, H, d]: each token attends to itself and those before it in its document.
+    """softmax(scores) v, [B, T, H, d]: each token attends to itself and those before it in its document and window.
 
     The queries are those of the last T of the S tokens.
     """
     tokens, attended = q_BTHd.shape[1], k_BSKd.shape[1]
     if documents_BS is None and dropped is None and tokens == attended and suits(q_BTHd):
-        return attend_blockwise(q_BTHd, k_BSKd, v_BSKd)
+        return attend_blockwise(q_BTHd, k_BSKd, v_BSKd, scoring)
+    if dropped is None and (unseen := scoring.first_seen(attended - tokens)):
+        k_BSKd, v_BSKd, attended = k_BSKd[:, unseen:], v_BSKd[:, unseen:], attended - unseen
+        documents_BS = None if documents_BS is None else documents_BS[:, unseen:]
     groups = q_BTHd.shape[2] // k_BSKd.shape[2]
     q_BHTd = q_BTHd.transpose(1, 2)
     k_BHSd, v_BHSd = (_repeat_heads(part.transpose(1, 2), groups) for part in (k_BSKd, v_BSKd))
-    if dropped is not None:
-        mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device)
-        return _attend_with_dropout(q_BHTd, k_BHSd, v_BHSd, mask, dropped).transpose(1, 2)
-    if documents_BS is not None:
-        mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device)
+    slides = scoring.first_seen(attended - 1) > 0
+    by_scores = dropped is not None or scoring.softcap is not None
+    if by_scores or documents_BS is not None or slides:
+        mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device, scoring.window)
+        if by_scores:
+            return _attend_by_scores(q_BHTd, k_BHSd, v_BHSd, mask, dropped, scoring).transpose(1, 2)
     else:
         # Not a tensor: a GPU's kernels know this mask, and of a long row it would be larger than the activations.
         mask = None if tokens in (1, attended) else causal_lower_right(tokens, attended)
     whole = mask is None and tokens == attended
-    return F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=whole).transpose(1, 2)
+    scale = scoring.scale_of(q_BTHd.shape[-1])
+    found = F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=whole, scale=scale)
+    return found.transpose(1, 2)
 
 
-def visible(
-    first: int, tokens: int, first_seen: int, seen: int, documents_BS: torch.Tensor | None, device: torch.device
+def _attend_by_scores(
+    q_BHTd: torch.Tensor,
+    k_BHSd: torch.Tensor,
+    v_BHSd: torch.Tensor,
+    mask: torch.Tensor,
+    dropped: WeightDropout | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
-    """[T, S], or [B, 1, T, S] with documents: whether each of `tokens` tokens from `first` on may look at each of
-    `seen` tokens from `first_seen` on. `documents_BS` are those of whole rows."""
-    mask = torch.ones(tokens, seen, dtype=torch.bool, device=device).tril(first - first_seen)
-    if documents_BS is None:
-        return mask
-    looking_BT1 = documents_BS[:, first : first + tokens, None]
-    return (mask & (looking_BT1 == documents_BS[:, None, first_seen : first_seen + seen])).unsqueeze(1)
-
-
-def _attend_with_dropout(
-    q_BHTd: torch.Tensor, k_BHSd: torch.Tensor, v_BHSd: torch.Tensor, mask: torch.Tensor, dropped: WeightDropout
-) -> torch.Tensor:
-    scores_BHTS = q_BHTd @ k_BHSd.transpose(-1, -2) / math.sqrt(q_BHTd.shape[-1])
+    scores_BHTS = q_BHTd @ k_BHSd.transpose(-1, -2) * scoring.scale_of(q_BHTd.shape[-1])
+    scores_BHTS = soft_cap(scores_BHTS, scoring.softcap)
     weights_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")).softmax(dim=-1)
+    if dropped is None:
+        return weights_BHTS @ v_BHSd
     _, heads, tokens, attended = weights_BHTS.shape
     device = q_BHTd.device
     coordinates = (

@@ -47,6 +47,7 @@ class LocalBatch:
     documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions:
     [t] and [t] or [B, t], the same of the tokens whose hidden states this rank has (fewer under sequence parallelism).
     loss_scale: as in the batch. num_labels: labels of the whole batch that count; 0 without labels.
+    reach: [] or [B], the length of the longest sequence in each row, which is the same on all ranks.
     """
 
     input_ids: torch.Tensor
@@ -60,6 +61,7 @@ class LocalBatch:
     hidden_positions: torch.Tensor
     loss_scale: torch.Tensor | None
     num_labels: torch.Tensor | int
+    reach: torch.Tensor
 
 
 def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
@@ -95,7 +97,16 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
         hidden_positions=hidden(positions),
         loss_scale=batch.loss_scale,
         num_labels=0 if batch.labels is None else (batch.labels != IGNORE).sum(),
+        reach=_reach(batch, start),
     )
+
+
+def _reach(batch: Batch, start: int) -> torch.Tensor:
+    if batch.positions is not None:
+        return batch.positions.amax(dim=-1) + 1
+    if batch.lengths is not None:
+        return batch.lengths + start
+    return torch.full((), start + batch.input_ids.shape[1], device=batch.input_ids.device)
 
 
 def padded_length(length: int, layout: ParallelLayout) -> int:

@@ -34,28 +34,33 @@ from workbench.parallel.embedding import (
 from workbench.parallel.loss import IGNORE, accumulation_dtype, vocab_parallel_cross_entropy
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.sequence import whole_input
+from workbench.parallel.softcap import soft_cap
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.layout import ParallelLayout, virtual_stage
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import stage_specs, tied_head
+from workbench.spec.schema import block_norms, stage_specs, tied_head
 
 Output = Literal["loss", "token_losses", "logits"]
+Rope = tuple[torch.Tensor, torch.Tensor]
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One transformer layer: x + norm(attention(norm(x))), then the same with the MLP, or both of one x in parallel;
+    which of the norms there are is the model's `norm_placement`."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
         path = f"layers.{layer}"
-        self.input_layernorm = build_norm(model, mesh, specs, f"{path}.input_layernorm")
         self.self_attn = Attention(model, mesh, specs, layer)
-        self.post_attention_layernorm = build_norm(model, mesh, specs, f"{path}.post_attention_layernorm")
+        self.parallel_residual, self.shared_norm = model.parallel_residual, model.shared_norm
         self.mlp: MLP | SparseMLP
         if model.has_experts(layer):
             self.mlp = SparseMLP(model, mesh, specs, layer)
         else:
             self.mlp = MLP(model, mesh, specs, f"{path}.mlp")
+        self.norms = block_norms(model)
+        for name in filter(None, self.norms):
+            self.add_module(name, build_norm(model, mesh, specs, f"{path}.{name}"))
         self.path = path
         self.dropout = model.hidden_dropout
         self.recompute = False
@@ -64,7 +69,7 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        rope: Rope | None,
         batch: LocalBatch,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
@@ -74,15 +79,23 @@ class Block(nn.Module):
     def _transform(
         self,
         x_BTD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        rope: Rope | None,
         batch: LocalBatch,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
-        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, batch, cache)
-        x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
-        normed_BTD = self.post_attention_layernorm(x_BTD)
+        before_attention, after_attention, before_mlp, after_mlp = (self._norm(name) for name in self.norms)
+        normed_BTD = before_attention(x_BTD)
+        attended_BTD = after_attention(self.self_attn(normed_BTD, rope, batch, cache))
+        attended_BTD = drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
+        if not self.shared_norm:
+            normed_BTD = before_mlp(x_BTD if self.parallel_residual else x_BTD + attended_BTD)
         transformed_BTD = self.mlp(normed_BTD, batch) if isinstance(self.mlp, SparseMLP) else self.mlp(normed_BTD)
+        transformed_BTD = after_mlp(transformed_BTD)
+        x_BTD = x_BTD + attended_BTD
         return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
+
+    def _norm(self, name: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        return (lambda x_BTD: x_BTD) if name is None else self.get_submodule(name)
 
 
 class DecoderStage(nn.Module):
@@ -104,6 +117,8 @@ class DecoderStage(nn.Module):
         self.chunks = layout.chunks(model.num_hidden_layers)[stage]
         self.has_embedding, self.has_head = stage == 0, stage == layout.last_stage
         self.tied = tied_head(model)
+        # Rounded as an activation is, as in the reference models; not on the meta device, on which stages are built.
+        self.embed_scale = float(torch.tensor(model.hidden_size**0.5, dtype=compute_dtype, device="cpu"))
         if self.has_embedding or (self.has_head and self.tied):
             self.embed_tokens = VocabParallelEmbedding(mesh, specs["embed_tokens.weight"])
         if self.has_embedding and model.position_embedding == "learned":
@@ -138,12 +153,10 @@ class DecoderStage(nn.Module):
         if self.is_first(chunk):
             hidden_BTD = self._embed(local)
         assert hidden_BTD is not None
-        rope = None
-        if self.model.position_embedding == "rope":
-            rope = rope_table(self.model, local.positions, self.compute_dtype)
+        ropes = self._ropes(local)
         with self.region():
             for index in self.chunks[chunk]:
-                hidden_BTD = self.layers[str(index)](hidden_BTD, rope, local, cache)
+                hidden_BTD = self.layers[str(index)](hidden_BTD, ropes[self.model.slides(index)], local, cache)
         if cache is not None:
             cache.length += batch.input_ids.shape[1]
         if not self.is_last(chunk):
@@ -163,15 +176,27 @@ class DecoderStage(nn.Module):
 
     def _embed(self, batch: LocalBatch) -> torch.Tensor:
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
+        if self.model.scale_embeddings:
+            x_BTD = x_BTD * self.embed_scale
         if self.model.position_embedding == "learned":
             x_BTD = x_BTD + self.embed_positions(batch.hidden_positions, self.compute_dtype)
         return drop_hidden(x_BTD, self.model.embed_dropout, batch, "embed")
+
+    def _ropes(self, batch: LocalBatch) -> tuple[Rope | None, Rope | None]:
+        """The rotations of layers that see all tokens, and of those that slide."""
+        if self.model.position_embedding != "rope":
+            return None, None
+        table = rope_table(self.model, batch.positions, batch.reach, self.compute_dtype)
+        if self.model.rope_local_theta is None:
+            return table, table
+        return table, rope_table(self.model, batch.positions, batch.reach, self.compute_dtype, local=True)
 
     def _predict(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         """Loss, losses or logits of the tokens of this context rank."""
         if output != "logits" and self.loss_chunk_tokens:
             return self._chunked_losses(x_BTD, batch, output)
         logits_BTV = self.embed_tokens.logits(x_BTD) if self.tied else self.lm_head(x_BTD)
+        logits_BTV = soft_cap(logits_BTV, self.model.final_logit_softcapping)
         if output == "logits":
             return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None
@@ -184,7 +209,8 @@ class DecoderStage(nn.Module):
         assert batch.labels is not None
         x_ND = whole_input(x_BTD, self.mesh).flatten(0, 1)
         weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
-        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens)
+        softcap = self.model.final_logit_softcapping
+        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens, softcap)
         if output == "loss":
             return chunked_loss(x_ND, weight, batch.labels.flatten(), how)
         return chunked_token_losses(x_ND, weight, batch.labels.flatten(), how).view(batch.labels.shape)

@@ -10,17 +10,17 @@ d head size, N = G * q rows of one piece (q queries), s its keys.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from workbench.models.attend import visible
+from workbench.models.scoring import PLAIN, Scoring, visible
 from workbench.parallel.context import context_chunks
 from workbench.parallel.loss import accumulation_dtype
 from workbench.parallel.mesh import Axis
+from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 QUERIES = 512
 
@@ -29,31 +29,36 @@ QUERIES = 512
 class Piece:
     """Queries of this rank and keys of another that they may see: where they lie there, and in the row.
 
-    `diagonal` says that each query sees the keys up to its own token only.
+    `masked` says that some query does not see some key: one after its own token, or one before its window.
     """
 
     queries: slice
     keys: slice
     first_query: int
     first_key: int
-    diagonal: bool
+    masked: bool
 
 
-def pieces(size: int, rank: int, source: int, tokens: int, longest: int = QUERIES) -> Iterator[Piece]:
-    """What `rank` computes with the keys of `source`, each rank having `tokens` tokens; what causality masks wholly is
-    left out. At most `longest` queries a piece."""
+def pieces(
+    size: int, rank: int, source: int, tokens: int, longest: int = QUERIES, scoring: Scoring = PLAIN
+) -> Iterator[Piece]:
+    """What `rank` computes with the keys of `source`, each rank having `tokens` tokens; what lies wholly after a query
+    or before its window is left out. At most `longest` queries a piece."""
     chunk = tokens // 2
     for i, mine in enumerate(context_chunks(size, rank)):
         for j, theirs in enumerate(context_chunks(size, source)):
             for start in range(0, chunk if theirs <= mine else 0, longest):
                 stop = min(start + longest, chunk)
                 seen = stop if theirs == mine else chunk
+                first_key = max(theirs * chunk, scoring.first_seen(mine * chunk + start))
+                if first_key >= theirs * chunk + seen:
+                    continue
                 yield Piece(
                     queries=slice(i * chunk + start, i * chunk + stop),
-                    keys=slice(j * chunk, j * chunk + seen),
+                    keys=slice(j * chunk + first_key - theirs * chunk, j * chunk + seen),
                     first_query=mine * chunk + start,
-                    first_key=theirs * chunk,
-                    diagonal=theirs == mine,
+                    first_key=first_key,
+                    masked=theirs == mine or scoring.first_seen(mine * chunk + stop - 1) > first_key,
                 )
 
 
@@ -63,25 +68,31 @@ def attend_in_ring(
     v_BTKd: torch.Tensor,
     documents_BS: torch.Tensor | None,
     axis: Axis,
+    scoring: Scoring = PLAIN,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v, [B, T, H, d], each token attending to itself and those before it in its document."""
+    """softmax(scores) v, [B, T, H, d]: each token attends to itself and those before it in its document and window."""
     q_BKGTd = q_BTHd.unflatten(2, (k_BTKd.shape[2], -1)).permute(0, 2, 3, 1, 4)
     kv_2BKTd = torch.stack((k_BTKd, v_BTKd)).transpose(2, 3)
-    out_BKGTd = _Ring.apply(q_BKGTd, kv_2BKTd, documents_BS, axis)
+    out_BKGTd = _Ring.apply(q_BKGTd, kv_2BKTd, documents_BS, axis, scoring)
     return out_BKGTd.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BKGTd: torch.Tensor, kv_2BKTd: torch.Tensor, documents_BS: torch.Tensor | None, axis: Axis
+        ctx: Any,
+        q_BKGTd: torch.Tensor,
+        kv_2BKTd: torch.Tensor,
+        documents_BS: torch.Tensor | None,
+        axis: Axis,
+        scoring: Scoring,
     ) -> torch.Tensor:
         wide = accumulation_dtype(q_BKGTd.dtype)
         out_BKGTd = q_BKGTd.new_zeros(q_BKGTd.shape, dtype=wide)
         lse_BKGT = q_BKGTd.new_full(q_BKGTd.shape[:-1], float("-inf"), dtype=wide)
         for source, (k_BKTd, v_BKTd) in _travel(kv_2BKTd, axis):
-            for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3]):
-                scores = _scores(q_BKGTd, k_BKTd, documents_BS, piece)
+            for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3], scoring=scoring):
+                scores = _scores(q_BKGTd, k_BKTd, documents_BS, piece, scoring)
                 found_lse = scores.logsumexp(dim=-1)
                 found = (_weights(scores, found_lse).to(v_BKTd.dtype).flatten(2, 3) @ v_BKTd[:, :, piece.keys]).to(wide)
                 _merge(
@@ -91,26 +102,28 @@ class _Ring(torch.autograd.Function):
                     found_lse,
                 )
         ctx.save_for_backward(q_BKGTd, kv_2BKTd, documents_BS, out_BKGTd, lse_BKGT)
-        ctx.axis = axis
+        ctx.axis, ctx.scoring = axis, scoring
         return out_BKGTd.to(q_BKGTd.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_BKGTd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_BKGTd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         q_BKGTd, kv_2BKTd, documents_BS, out_BKGTd, lse_BKGT = ctx.saved_tensors
-        axis, wide = ctx.axis, out_BKGTd.dtype
+        axis, scoring, wide = ctx.axis, ctx.scoring, out_BKGTd.dtype
+        scale = scoring.scale_of(q_BKGTd.shape[-1])
         dot_BKGT = (grad_BKGTd.to(wide) * out_BKGTd).sum(dim=-1)
         grad_q = torch.zeros_like(out_BKGTd)
         arriving = None
         for source, (k_BKTd, v_BKTd) in _travel(kv_2BKTd, axis):
             grad_kv = torch.zeros_like(kv_2BKTd, dtype=wide)
-            for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3]):
+            for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3], scoring=scoring):
                 rows = piece.queries
-                scores = _scores(q_BKGTd, k_BKTd, documents_BS, piece)
+                scores = _scores(q_BKGTd, k_BKTd, documents_BS, piece, scoring)
                 weights = _weights(scores, lse_BKGT[:, :, :, rows])
                 q_BKNd, grad_BKNd = (x[:, :, :, rows].flatten(2, 3) for x in (q_BKGTd, grad_BKGTd))
                 k_BKsd, v_BKsd = k_BKTd[:, :, piece.keys], v_BKTd[:, :, piece.keys]
                 grad_weights = (grad_BKNd @ v_BKsd.transpose(-1, -2)).to(wide).view(weights.shape)
-                grad_scores = weights * (grad_weights - dot_BKGT[:, :, :, rows, None]) / math.sqrt(q_BKNd.shape[-1])
+                grad_scores = weights * (grad_weights - dot_BKGT[:, :, :, rows, None]) * scale
+                grad_scores = through_soft_cap(grad_scores, scores, scoring.softcap)
                 weights_BKNs, grad_BKNs = (x.to(q_BKNd.dtype).flatten(2, 3) for x in (weights, grad_scores))
                 grad_q[:, :, :, rows] += (grad_BKNs @ k_BKsd).view_as(grad_q[:, :, :, rows])
                 grad_kv[0, :, :, piece.keys] += grad_BKNs.transpose(-1, -2) @ q_BKNd
@@ -119,7 +132,7 @@ class _Ring(torch.autograd.Function):
                 grad_kv += arriving.wait()
             arriving = axis.pass_on(grad_kv)
         assert arriving is not None
-        return grad_q.to(q_BKGTd.dtype), arriving.wait().to(kv_2BKTd.dtype), None, None
+        return grad_q.to(q_BKGTd.dtype), arriving.wait().to(kv_2BKTd.dtype), None, None, None
 
 
 def _travel(kv_2BKTd: torch.Tensor, axis: Axis) -> Iterator[tuple[int, torch.Tensor]]:
@@ -133,16 +146,17 @@ def _travel(kv_2BKTd: torch.Tensor, axis: Axis) -> Iterator[tuple[int, torch.Ten
 
 
 def _scores(
-    q_BKGTd: torch.Tensor, k_BKTd: torch.Tensor, documents_BS: torch.Tensor | None, piece: Piece
+    q_BKGTd: torch.Tensor, k_BKTd: torch.Tensor, documents_BS: torch.Tensor | None, piece: Piece, scoring: Scoring
 ) -> torch.Tensor:
-    """q k^T / sqrt(d) of one piece [B, K, G, q, s] in fp32 at least, -inf where a query may not look."""
+    """The scores of one piece [B, K, G, q, s] in fp32 at least, -inf where a query may not look."""
     q_BKGqd, k_BKsd = q_BKGTd[:, :, :, piece.queries], k_BKTd[:, :, piece.keys]
     scores = (q_BKGqd.flatten(2, 3) @ k_BKsd.transpose(-1, -2)).to(accumulation_dtype(q_BKGTd.dtype))
-    scores = scores.unflatten(2, q_BKGqd.shape[2:4]) / math.sqrt(q_BKGqd.shape[-1])
-    if documents_BS is None and not piece.diagonal:
+    scores = scores.unflatten(2, q_BKGqd.shape[2:4]) * scoring.scale_of(q_BKGqd.shape[-1])
+    scores = soft_cap(scores, scoring.softcap)
+    if documents_BS is None and not piece.masked:
         return scores
     looking, seen = q_BKGqd.shape[3], k_BKsd.shape[2]
-    mask = visible(piece.first_query, looking, piece.first_key, seen, documents_BS, scores.device)
+    mask = visible(piece.first_query, looking, piece.first_key, seen, documents_BS, scores.device, scoring.window)
     return scores.masked_fill(~(mask if documents_BS is None else mask.unsqueeze(1)), float("-inf"))
 
 

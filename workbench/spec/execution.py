@@ -117,6 +117,13 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
             f"kernels.backend='te' and model.attention_dropout={model.attention_dropout:g}: its dropout depends on the "
             "layout; use attention_dropout = 0 or backend = 'torch'"
         )
+    scoring = {"sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar"}
+    for name, value in model.model_dump(include=scoring).items():
+        if value is not None:
+            found.append(
+                f"kernels.backend='te' and model.{name}={value}: its attention knows plain causal scores alone; "
+                "use backend = 'torch'"
+            )
     if layout.cp > 1:
         found.append(
             f"kernels.backend='te' and cp={layout.cp}: its attention does not know how we deal out a sequence; "

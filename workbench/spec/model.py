@@ -8,21 +8,9 @@ from pydantic import Field, model_validator
 
 from workbench.config import Config
 from workbench.spec.moe import MixtureOfExperts
+from workbench.spec.rope import RopeScaling
 
-
-class RopeScaling(Config):
-    """How rotary frequencies are stretched beyond the trained length.
-
-    linear: positions divided by `factor`. by_parts: long wavelengths are divided by `factor`, short ones kept, and
-    those between `low_freq_factor` and `high_freq_factor` blended (transformers, modeling_rope_utils.py,
-    `_compute_llama3_parameters`).
-    """
-
-    kind: Literal["linear", "by_parts"]
-    factor: float = Field(gt=0)
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
+LayerType = Literal["full_attention", "sliding_attention"]
 
 
 class ModelConfig(Config):
@@ -39,10 +27,45 @@ class ModelConfig(Config):
     hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
     gated_mlp: bool = Field(default=True, description="Whether the MLP multiplies act(gate) with up (SwiGLU).")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_placement: Literal["pre", "post", "sandwich"] = Field(
+        default="pre", description="Norms of what enters attention and MLP (pre), of what leaves them (post), or both."
+    )
+    norm_unit_offset: bool = Field(
+        default=False, description="Norms multiply with 1 + weight, in fp32, and weights begin at 0."
+    )
     norm_eps: float = Field(default=1e-5, gt=0)
     position_embedding: Literal["rope", "learned"] = "rope"
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = Field(
+        default=1.0, gt=0, le=1, description="The first share of each head that rotary positions turn."
+    )
+    parallel_residual: bool = Field(
+        default=False, description="Both branches read the layer's input: x + attention(norm x) + mlp(norm x)."
+    )
+    shared_norm: bool = Field(default=False, description="One norm for both branches of a parallel residual.")
+    rope_local_theta: float | None = Field(
+        default=None, gt=0, description="The base of rotary positions in sliding layers, without rope_scaling."
+    )
+    scale_embeddings: bool = Field(default=False, description="Token embeddings are multiplied with sqrt(hidden_size).")
+    qk_norm: Literal["none", "head", "full"] = Field(
+        default="none", description="RMSNorm of queries and keys: of each head, or of all heads together (full)."
+    )
+    query_pre_attn_scalar: int | None = Field(
+        default=None, gt=0, description="Attention scores are divided by its square root; without it by head_dim's."
+    )
+    attn_logit_softcapping: float | None = Field(
+        default=None, gt=0, description="Attention scores s become c * tanh(s / c) for this c."
+    )
+    final_logit_softcapping: float | None = Field(
+        default=None, gt=0, description="Logits of the vocabulary head x become c * tanh(x / c) for this c."
+    )
+    sliding_window: int | None = Field(
+        default=None, gt=0, description="Tokens that a query of a sliding layer sees: its own and those just before it."
+    )
+    layer_types: tuple[LayerType, ...] | None = Field(
+        default=None, description="Which layers slide; without it all do if there is a sliding_window, else none."
+    )
     attention_bias: bool = Field(default=False, description="Biases on the query, key and value projections.")
     attention_output_bias: bool = Field(default=False, description="A bias on the attention output projection.")
     mlp_bias: bool = False
@@ -60,6 +83,18 @@ class ModelConfig(Config):
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
+
+    @property
+    def rotary_dim(self) -> int:
+        """Dimensions of each head that rotary positions turn."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence; scaling by length begins where max_position_embeddings end."""
+        if self.rope_scaling is not None and self.rope_scaling.kind == "by_length":
+            return int(self.max_position_embeddings * self.rope_scaling.factor)
+        return self.max_position_embeddings
 
     @model_validator(mode="before")
     @classmethod
@@ -86,13 +121,66 @@ class ModelConfig(Config):
                 f"num_attention_heads={self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
-        if self.position_embedding == "rope" and self.head_dim % 2:
-            raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
-        if self.rope_scaling is not None and self.position_embedding != "rope":
-            raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
+        faults = [*self._rope_faults(), *self._residual_faults(), *self._window_faults(), *self._norm_faults()]
+        if faults:
+            raise ValueError("; ".join(faults))
         if self.moe is not None and self.mlp_bias:
             raise ValueError("mlp_bias=true and moe: experts have no biases; remove one of them")
         return self
+
+    def _rope_faults(self) -> list[str]:
+        if self.position_embedding != "rope":
+            given = {
+                "rope_scaling": self.rope_scaling is not None,
+                "rope_local_theta": self.rope_local_theta is not None,
+                "partial_rotary_factor": self.rotary_dim < self.head_dim,
+            }
+            return [f"{name} is given, but position_embedding is not 'rope'" for name, said in given.items() if said]
+        if self.rotary_dim % 2 or not self.rotary_dim:
+            share = f" x partial_rotary_factor={self.partial_rotary_factor:g}" if self.partial_rotary_factor < 1 else ""
+            return [
+                f"rotary positions turn pairs of dimensions, but head_dim={self.head_dim}{share} is {self.rotary_dim}"
+            ]
+        return [] if self.rope_scaling is None else self.rope_scaling.size_faults(self.rotary_dim)
+
+    def _residual_faults(self) -> list[str]:
+        if self.shared_norm and not (self.parallel_residual and self.norm_placement == "pre"):
+            return [
+                "shared_norm=true is for parallel_residual = true and norm_placement = 'pre', not "
+                f"{str(self.parallel_residual).lower()} and {self.norm_placement!r}"
+            ]
+        return []
+
+    def _norm_faults(self) -> list[str]:
+        needs = {"qk_norm": self.qk_norm != "none", "norm_unit_offset": self.norm_unit_offset}
+        return [
+            f"{name} is for norm='rmsnorm', not {self.norm!r}; change one of them"
+            for name, given in needs.items()
+            if given and self.norm != "rmsnorm"
+        ]
+
+    def _window_faults(self) -> list[str]:
+        if self.layer_types is None:
+            return []
+        found = []
+        if len(self.layer_types) != self.num_hidden_layers:
+            found.append(
+                f"layer_types has {len(self.layer_types)} entries, but num_hidden_layers={self.num_hidden_layers}; "
+                "give one a layer"
+            )
+        if ("sliding_attention" in self.layer_types) != (self.sliding_window is not None):
+            slide = "layers that slide" if self.sliding_window is None else "no layer that slides"
+            found.append(f"layer_types has {slide}, but sliding_window={self.sliding_window}; change one of them")
+        return found
+
+    def slides(self, layer: int) -> bool:
+        """Whether attention of this layer sees `sliding_window` tokens and not all before."""
+        kinds = self.layer_types
+        return self.sliding_window is not None and (kinds is None or kinds[layer] == "sliding_attention")
+
+    def window(self, layer: int) -> int | None:
+        """Tokens that a query of this layer sees, its own the last; None: all before."""
+        return self.sliding_window if self.slides(layer) else None
 
     def has_experts(self, layer: int) -> bool:
         """Whether this layer has experts in place of its one MLP."""

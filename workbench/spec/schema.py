@@ -46,12 +46,18 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
     o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * d), dim=1, units=heads)
     residual: Initial = "residual" if model.scale_residual_init else "normal"
     at = (layer,)
+    before_attention, after_attention, before_mlp, after_mlp = (
+        () if name is None else norm_specs(model, layout, f"{base}.{name}", layer) for name in block_norms(model)
+    )
     specs = [
-        *norm_specs(model, layout, f"{base}.input_layernorm", layer),
+        *before_attention,
         ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
-        *norm_specs(model, layout, f"{base}.post_attention_layernorm", layer),
+        *qk_norm_specs(model, f"{base}.self_attn", layer),
+        *after_attention,
+        *before_mlp,
         *feed_forward_specs(model, layout, layer),
+        *after_mlp,
     ]
     if model.attention_bias:
         specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
@@ -109,11 +115,44 @@ def norm_specs(model: ModelConfig, layout: ParallelLayout, path: str, place: Pla
     """Scale, and shift if the norm has one. Under sequence parallelism each tensor rank norms other tokens, so it sees
     part of the gradient; so it is with all that acts between the cut layers."""
     weight = Part(f"{path}.weight", (model.hidden_size,), partial_grad=layout.sequence_parallel)
-    specs = [ParameterSpec(f"{path}.weight", (weight,), (place,), "norm", "ones")]
+    specs = [ParameterSpec(f"{path}.weight", (weight,), (place,), "norm", _norm_init(model))]
     if model.norm == "layernorm":
         bias = Part(f"{path}.bias", (model.hidden_size,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{path}.bias", (bias,), (place,), "norm", "zeros"))
     return tuple(specs)
+
+
+def block_norms(model: ModelConfig) -> tuple[str | None, str | None, str | None, str | None]:
+    """The names of a layer's norms: before and after attention, before and after the MLP; None where there is none.
+
+    A norm that both branches of a parallel residual share is the one before attention.
+    """
+    if model.norm_placement == "pre":
+        if model.shared_norm:
+            return "input_layernorm", None, None, None
+        return "input_layernorm", None, "post_attention_layernorm", None
+    if model.norm_placement == "post":
+        return None, "post_attention_layernorm", None, "post_feedforward_layernorm"
+    return "input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"
+
+
+def qk_norm_specs(model: ModelConfig, base: str, layer: int) -> Iterator[ParameterSpec]:
+    """Scales of queries and keys: one for all heads, of whose gradient each tensor rank sees the part of its heads; or
+    of the whole width, cut like the heads."""
+    if model.qk_norm == "none":
+        return
+    d = model.head_dim
+    for kind, count in (("q", model.num_attention_heads), ("k", model.num_key_value_heads)):
+        name = f"{base}.{kind}_norm.weight"
+        if model.qk_norm == "head":
+            part = Part(name, (d,), partial_grad=True)
+        else:
+            part = Part(name, (count * d,), dim=0, units=count, replicate=kind == "k")
+        yield ParameterSpec(name, (part,), (layer,), "norm", _norm_init(model))
+
+
+def _norm_init(model: ModelConfig) -> Initial:
+    return "zeros" if model.norm_unit_offset else "ones"
 
 
 def weight_of(name: str) -> str:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import CONFIG_MAPPING, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config
 
 from converters.family import detect_family, families, family_for, family_named
 from workbench.errors import ConversionError
-from workbench.spec.model import ModelConfig, RopeScaling
+from workbench.spec.model import ModelConfig
+from workbench.spec.rope import RopeScaling
 
 LLAMA3_ROPE = {
     "rope_type": "llama3",
@@ -40,6 +43,69 @@ CONFIGS: dict[str, dict[str, Any]] = {
     ).to_dict(),
     "llama classifier": LlamaConfig(architectures=["LlamaForSequenceClassification"], num_labels=3).to_dict(),
     "llama classifier of two": LlamaConfig(architectures=["LlamaForSequenceClassification"]).to_dict(),
+    "llama longrope without a factor": LlamaConfig(
+        architectures=["LlamaForCausalLM"],
+        hidden_size=32,
+        num_attention_heads=8,
+        rope_parameters={
+            "rope_type": "longrope",
+            "rope_theta": 10000.0,
+            "original_max_position_embeddings": 512,
+            "short_factor": [1.0, 1.2],
+            "long_factor": [1.0, 3.2],
+        },
+    ).to_dict(),
+    "pythia-160m of 2023": {
+        "architectures": ["GPTNeoXForCausalLM"],
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+        "hidden_act": "gelu",
+        "hidden_size": 768,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048,
+        "model_type": "gpt_neox",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 0.25,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float16",
+        "transformers_version": "4.24.0",
+        "use_cache": True,
+        "use_parallel_residual": True,
+        "vocab_size": 50304,
+    },
+    "gpt_neox defaults": GPTNeoXConfig(architectures=["GPTNeoXForCausalLM"]).to_dict(),
+    "phi3 defaults": Phi3Config(architectures=["Phi3ForCausalLM"]).to_dict(),
+    "phi3 of 2024": {
+        "architectures": ["Phi3ForCausalLM"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 1,
+        "embd_pdrop": 0.0,
+        "eos_token_id": 32000,
+        "hidden_act": "silu",
+        "hidden_size": 24,
+        "initializer_range": 0.02,
+        "intermediate_size": 64,
+        "max_position_embeddings": 131072,
+        "model_type": "phi3",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 2,
+        "num_key_value_heads": 4,
+        "original_max_position_embeddings": 4096,
+        "pad_token_id": 32000,
+        "resid_pdrop": 0.0,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"long_factor": [1.05, 1.1, 2.0], "short_factor": [1.0, 1.0, 1.05], "type": "longrope"},
+        "rope_theta": 10000.0,
+        "sliding_window": 262144,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "vocab_size": 32064,
+    },
     "gpt2 defaults": GPT2Config(architectures=["GPT2LMHeadModel"]).to_dict(),
     "gpt2 untied, own width": GPT2Config(
         architectures=["GPT2LMHeadModel"], n_embd=32, n_head=4, n_inner=100, tie_word_embeddings=False, resid_pdrop=0.0
@@ -119,20 +185,35 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
     model = family.load_config(CONFIGS[case])
     written = family.dump_config(model, "float32")
     assert family.load_config(written) == model
-    reader = {"llama": LlamaConfig, "gpt2": GPT2Config}[family.name]
+    reader = CONFIG_MAPPING[family.model_type]
     theirs, ours = reader(**CONFIGS[case]).to_dict(), reader(**written).to_dict()
-    theirs["rope_parameters"] = {k: v for k, v in (theirs.get("rope_parameters") or {}).items() if k != "type"}
-    ours["rope_parameters"] = ours.get("rope_parameters") or {}
+    theirs["rope_parameters"], ours["rope_parameters"] = rope_of(theirs), rope_of(ours)
     behaviour = {key for rule in family.fields for key in rule.keys} - {"eos_token_id", "rope_scaling"}
+    behaviour -= {"partial_rotary_factor", "original_max_position_embeddings"}  # in rope_parameters as well
     assert {key: ours.get(key) for key in behaviour} == {key: theirs.get(key) for key in behaviour}
 
 
+def rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers reads in `rope_parameters`, and for longrope the factor that it finds where none is said."""
+    found = {key: value for key, value in (config.get("rope_parameters") or {}).items() if key != "type"}
+    if found.get("rope_type") == "longrope":
+        found.setdefault("factor", config["max_position_embeddings"] / found["original_max_position_embeddings"])
+    return found
+
+
 @pytest.mark.parametrize("name", sorted(families()))
-def test_every_feature_of_a_model_has_one_place_in_the_family(name: str) -> None:
+def test_no_feature_of_a_model_has_two_places_in_the_family(name: str) -> None:
     family = family_named(name)
     claimed = [field for rule in family.fields for field in rule.fields]
     claimed += [*family.features, *family.training_only, *family.unused, "num_labels"]
-    assert sorted(claimed) == sorted(ModelConfig.model_fields)
+    assert len(claimed) == len(set(claimed)) and set(claimed) <= ModelConfig.model_fields.keys()
+
+
+def test_a_feature_that_the_family_does_not_name_is_refused_on_export() -> None:
+    family = family_named("gpt2")
+    model = family.load_config({}).model_copy(update={"sliding_window": 8})
+    with pytest.raises(ConversionError, match="sliding_window=8 has no place, only None"):
+        family.dump_config(model, "float32")
 
 
 def test_scaled_rotary_positions_become_the_named_feature() -> None:
@@ -150,7 +231,7 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
     ("case", "change", "words"),
     [
         ("llama defaults", {"sliding_window": 4096}, ["sliding_window=4096 is unknown", "'llama'"]),
-        ("llama defaults", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type='yarn'", "linear"]),
+        ("llama defaults", {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}, ["rope_type='ntk'", "linear"]),
         ("llama defaults", {"hidden_act": "relu"}, ["hidden_act='relu'", "silu"]),
         ("llama defaults", {"rope_theta": 5.0}, ["rope_theta is given as 5.0 and as 10000.0"]),
         ("llama defaults", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
@@ -180,6 +261,8 @@ def test_what_has_no_place_is_refused_by_name(case: str, change: dict[str, Any],
         ("llama", {"head_dim": 6, "num_attention_heads": 3, "num_key_value_heads": 3}, ["hidden_size=32", "=3"]),
         ("gpt2", {"num_key_value_heads": 2}, ["num_key_value_heads=2 is not num_attention_heads=4"]),
         ("gpt2", {"position_embedding": "rope"}, ["position_embedding='rope'"]),
+        ("llama", {"parallel_residual": True}, ["parallel_residual=True has no place, only False"]),
+        ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5 has no place here, only 1.0"]),
     ],
 )
 def test_a_model_that_the_family_cannot_say_is_refused_by_field(
@@ -196,22 +279,26 @@ def test_a_model_that_the_family_cannot_say_is_refused_by_field(
         assert word in str(error.value)
 
 
+def test_the_page_of_families_has_a_line_for_each() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "families.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(families())
+
+
 def test_a_model_finds_its_family_by_what_it_is() -> None:
     for case in ("llama classifier", "gpt2 defaults"):
         family = detect_family(CONFIGS[case], "config.json")
         assert family_for(family.load_config(CONFIGS[case])) is family
-    odd = ModelConfig(
-        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, norm="layernorm"
-    )
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    odd = ModelConfig(**sizes, num_attention_heads=2, norm="layernorm", position_embedding="learned")
     with pytest.raises(ConversionError, match=r"(?s)gpt2.*gated_mlp=True.*llama.*norm='layernorm'"):
         family_for(odd)
 
 
 def test_an_unknown_model_type_names_the_known_families() -> None:
-    with pytest.raises(ConversionError, match=r"model_type='mamba'.*gpt2, llama.*--family"):
+    with pytest.raises(ConversionError, match=r"model_type='mamba'.*gpt2, .*llama.*--family"):
         detect_family({"model_type": "mamba"}, "config.json")
-    with pytest.raises(ConversionError, match=r"'bert' is not known; use one of: gpt2, llama"):
-        family_named("bert")
+    with pytest.raises(ConversionError, match=r"'bart' is not known; use one of: .*gpt2, .*llama"):
+        family_named("bart")
 
 
 def test_a_model_that_became_a_classifier_gets_labels_and_its_class() -> None:
