@@ -24,6 +24,8 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -32,8 +34,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     StableLmForSequenceClassification,
@@ -103,6 +109,13 @@ GEMMA: dict[str, Any] = {
 BY_LAYER_ROPE: dict[str, Any] = {
     "full_attention": LINEAR_ROPE,
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+}
+
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "router_aux_loss_coef": 0.0,
 }
 
 CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
@@ -326,6 +339,61 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
             "tie_word_embeddings": True,
             "use_parallel_residual": True,
             "partial_rotary_factor": 0.5,
+        },
+    ),
+    "mixtral, untied, grouped": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.0},
+    ),
+    "mixtral, tied, one expert a token, sliding": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {
+            **LLAMA,
+            "head_dim": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "sliding_window": 9,
+            "tie_word_embeddings": True,
+            "router_aux_loss_coef": 0.0,
+        },
+    ),
+    "qwen2_moe, untied, some layers dense": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {**LLAMA, **EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+    ),
+    "qwen2_moe, tied, grouped, unbiased, llama3 rope": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {
+            **LLAMA,
+            **EXPERTS,
+            "num_key_value_heads": 2,
+            "shared_expert_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "qwen3_moe, untied, wide heads": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**LLAMA, **EXPERTS, "head_dim": 12, "norm_topk_prob": True},
+    ),
+    "qwen3_moe, tied, grouped, biased, some layers dense": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            **LLAMA,
+            **EXPERTS,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
         },
     ),
     "stablelm classifier": (

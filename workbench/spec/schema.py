@@ -188,6 +188,23 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(tensor.numel for tensor in logical_tensors(model, "F32").values())
 
 
+def num_active_parameters(model: ModelConfig) -> int:
+    """Those of `num_parameters` that compute a token: of the experts of a layer only the ones that it takes."""
+    if model.moe is None:
+        return num_parameters(model)
+    layers, idle = (
+        model.moe.sparse_layers(model.num_hidden_layers),
+        model.moe.num_experts - model.moe.num_experts_per_tok,
+    )
+    return num_parameters(model) - len(layers) * idle * expert_size(model)
+
+
+def expert_size(model: ModelConfig) -> int:
+    """Elements of one expert."""
+    assert model.moe is not None
+    return model.hidden_size * model.moe.moe_intermediate_size * (3 if model.gated_mlp else 2)
+
+
 def stage_specs(model: ModelConfig, layout: ParallelLayout, stage: int) -> Iterator[ParameterSpec]:
     """The parameters that live on `stage` of the pipeline."""
     here = stage_places(model, layout, stage)
