@@ -30,13 +30,23 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
     if model.latent is not None:
         attention = _latent_weights(model, model.latent)
-    mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
+    feed_forward = sum(_feed_forward(model, layer) for layer in range(model.num_hidden_layers))
     seen = sum(min(seq_len, model.window(layer) or seq_len) for layer in range(model.num_hidden_layers))
-    scores = (
-        seen * heads * (d + model.value_head_dim)
-    )  # in units of 2 FLOPs: queries by keys, and probabilities by values
+    # In units of 2 FLOPs: queries by keys, and probabilities by values.
+    scores = seen * heads * (d + model.value_head_dim)
     head = 0 if model.num_labels else model.hidden_size * model.vocab_size
-    return 6.0 * (model.num_hidden_layers * (attention + mlp) + scores + head)
+    return 6.0 * (model.num_hidden_layers * attention + feed_forward + scores + head)
+
+
+def _feed_forward(model: ModelConfig, layer: int) -> int:
+    """Weights that multiply a token in the MLP of a layer, or in its router, the experts that it takes and the shared
+    one."""
+    product = model.hidden_size * (3 if model.gated_mlp else 2)
+    moe = model.moe
+    if moe is None or not moe.has_experts(layer):
+        return product * model.intermediate_size
+    width = moe.num_experts_per_tok * moe.moe_intermediate_size + moe.shared_expert_intermediate_size
+    return product * width + model.hidden_size * (moe.num_experts + moe.shared_expert_gate)
 
 
 def _latent_weights(model: ModelConfig, latent: LatentSizes) -> int:

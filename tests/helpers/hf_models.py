@@ -27,6 +27,8 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -35,8 +37,12 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     StableLmForSequenceClassification,
@@ -117,9 +123,24 @@ DEEPSEEK: dict[str, Any] = {
     "v_head_dim": 6,
     "first_k_dense_replace": 4,
 }
+DEEPSEEK_EXPERTS: dict[str, Any] = {
+    "first_k_dense_replace": 1,
+    "n_routed_experts": 8,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "n_group": 4,
+    "topk_group": 2,
+}
 DEEPSEEK_ROPE: dict[str, Any] = {
     **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
     **{"mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1},
+}
+EXPERTS: dict[str, Any] = {
+    "num_experts": 6,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 24,
+    "router_aux_loss_coef": 0.0,
 }
 
 CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
@@ -336,6 +357,21 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         DeepseekV3Config,
         {**DEEPSEEK, "v_head_dim": 14, "qk_rope_head_dim": 6, "rope_interleave": False, "vocab_size": 97},
     ),
+    "deepseek_v3, experts": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {**DEEPSEEK, **DEEPSEEK_EXPERTS},
+    ),
+    "deepseek_v3, experts in all layers, two shared, tied": (
+        DeepseekV3ForCausalLM,
+        DeepseekV3Config,
+        {
+            **DEEPSEEK,
+            **DEEPSEEK_EXPERTS,
+            **{"first_k_dense_replace": 0, "n_shared_experts": 2, "norm_topk_prob": False, "tie_word_embeddings": True},
+            **{"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+        },
+    ),
     "deepseek_v3 classifier": (
         DeepseekV3ForSequenceClassification,
         DeepseekV3Config,
@@ -365,6 +401,61 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    "mixtral, untied, grouped": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.0},
+    ),
+    "mixtral, tied, one expert a token, sliding": (
+        MixtralForCausalLM,
+        MixtralConfig,
+        {
+            **LLAMA,
+            "head_dim": 12,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 1,
+            "sliding_window": 9,
+            "tie_word_embeddings": True,
+            "router_aux_loss_coef": 0.0,
+        },
+    ),
+    "qwen2_moe, untied, some layers dense": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {**LLAMA, **EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
+    ),
+    "qwen2_moe, tied, grouped, unbiased, llama3 rope": (
+        Qwen2MoeForCausalLM,
+        Qwen2MoeConfig,
+        {
+            **LLAMA,
+            **EXPERTS,
+            "num_key_value_heads": 2,
+            "shared_expert_intermediate_size": 24,
+            "decoder_sparse_step": 2,
+            "qkv_bias": False,
+            "norm_topk_prob": True,
+            "tie_word_embeddings": True,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "qwen3_moe, untied, wide heads": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {**LLAMA, **EXPERTS, "head_dim": 12, "norm_topk_prob": True},
+    ),
+    "qwen3_moe, tied, grouped, biased, some layers dense": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        {
+            **LLAMA,
+            **EXPERTS,
+            "num_key_value_heads": 2,
+            "attention_bias": True,
+            "mlp_only_layers": [1],
+            "tie_word_embeddings": True,
+        },
+    ),
     "stablelm classifier": (
         StableLmForSequenceClassification,
         StableLmConfig,
@@ -386,6 +477,9 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
                 parameter.copy_(1.0 + 0.3 * noise)
             else:
                 parameter.copy_(0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.15 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -57,9 +57,11 @@ def attend(
         # Not a tensor: a GPU's kernels know this mask, and of a long row it would be larger than the activations.
         mask = None if tokens in (1, attended) else causal_lower_right(tokens, attended)
     whole = mask is None and tokens == attended
-    scale = scoring.scale_of(q_BTHd.shape[-1])
+    scale, size = scoring.scale_of(q_BTHd.shape[-1]), v_BSKd.shape[-1]
+    if q_BHTd.device.type == "cpu" and size != q_BHTd.shape[-1]:
+        q_BHTd, k_BHSd, v_BHSd = _of_one_size(q_BHTd, k_BHSd, v_BHSd)
     found = F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=whole, scale=scale)
-    return found.transpose(1, 2)
+    return found[..., :size].transpose(1, 2)
 
 
 def _attend_by_scores(
@@ -83,6 +85,12 @@ def _attend_by_scores(
         torch.arange(attended, device=device),
     )
     return dropout(weights_BHTS, dropped.probability, dropped.rows_B, coordinates) @ v_BHSd
+
+
+def _of_one_size(*heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Vectors with zeros at their ends: for values of another size a CPU has no fused kernel, and keeps all scores."""
+    size = max(part.shape[-1] for part in heads)
+    return tuple(F.pad(part, (0, size - part.shape[-1])) for part in heads)
 
 
 def _repeat_heads(x_BKSd: torch.Tensor, groups: int) -> torch.Tensor:

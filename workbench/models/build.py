@@ -11,6 +11,8 @@ from torch import nn
 
 from workbench.models.attention import Attention
 from workbench.models.decoder import DecoderStage
+from workbench.models.mlp import MLP
+from workbench.models.moe import Experts
 from workbench.models.norm import LayerNorm, RMSNorm
 from workbench.models.recompute import HostMemory
 from workbench.parallel.backends import NormKind, open_executor
@@ -79,13 +81,15 @@ def _equip(stage: DecoderStage, options: StageOptions, mesh: Mesh) -> Gemm:
             layer.gemm = gemm = executor.linear(*layer.weight.shape)
         elif isinstance(layer, ParallelModule):
             layer.gemm = head
+        if isinstance(layer, MLP | Experts):
+            layer.recompute = options.recompute == "selective"
         if isinstance(layer, RMSNorm | LayerNorm) and not (isinstance(layer, RMSNorm) and layer.is_cut):
             kind: NormKind = "rmsnorm" if isinstance(layer, RMSNorm) else "layernorm"
             layer.normalise = executor.norm(kind, layer.weight.numel(), layer.eps)
     host = HostMemory(pinned=mesh.device.type == "cuda")
     for block in stage.layers.values():
         block.recompute = options.recompute == "full"
-        block.self_attn.recompute = block.mlp.recompute = options.recompute == "selective"
+        block.self_attn.recompute = options.recompute == "selective"
         if options.offload:
             block.saving = host.saving
         if isinstance(block.self_attn, Attention):

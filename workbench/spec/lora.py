@@ -22,7 +22,7 @@ from workbench.errors import ConfigError
 from workbench.spec.geometry import LogicalTensor, ParameterSpec, Part
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import head_specs, layer_specs
+from workbench.spec.schema import feed_forward_specs, head_specs, layer_specs
 
 A_SUFFIX, B_SUFFIX = "lora_A.weight", "lora_B.weight"
 
@@ -72,14 +72,16 @@ class LoraPair:
 
 def projections(model: ModelConfig) -> tuple[str, ...]:
     """The names of the projections in a layer that can be adapted, in network order."""
-    return tuple(
-        _leaf(part) for spec in layer_specs(model, ParallelLayout(), 0) if spec.role == "matrix" for part in spec.parts
-    )
+    return tuple(_leaf(part) for spec in _adaptable(model, ParallelLayout(), 0) for part in spec.parts)
 
 
 def resolved_targets(model: ModelConfig, lora: LoraSpec) -> tuple[str, ...]:
     """The projections that `lora` adapts, in network order; ConfigError for a name that the model does not have."""
     known = projections(model)
+    if lora.targets == "all" and model.moe is not None:
+        raise ConfigError(
+            f'targets = "all": the model has experts, to which there are no adapters; name some of {", ".join(known)}'
+        )
     if lora.targets == "all":
         return known
     unknown = [name for name in lora.targets if name not in known]
@@ -96,8 +98,8 @@ def resolved_targets(model: ModelConfig, lora: LoraSpec) -> tuple[str, ...]:
 def layer_pairs(model: ModelConfig, lora: LoraSpec, layout: ParallelLayout, layer: int) -> Iterator[LoraPair]:
     """The adapters of one layer."""
     targets = resolved_targets(model, lora)
-    for base in layer_specs(model, layout, layer):
-        parts = tuple(part for part in base.parts if _leaf(part) in targets) if base.role == "matrix" else ()
+    for base in _adaptable(model, layout, layer):
+        parts = tuple(part for part in base.parts if _leaf(part) in targets)
         if parts:
             path = f"{base.path.removesuffix('.weight')}.delta"
             a = ParameterSpec(f"{path}.lora_A", tuple(_a(p, lora.r) for p in parts), base.places, "matrix", "fan_in")
@@ -125,6 +127,12 @@ def factor_names(weight: str) -> tuple[str, str]:
     """The names of A and B that adapt the logical tensor `weight`."""
     module = weight.removesuffix(".weight")
     return f"{module}.{A_SUFFIX}", f"{module}.{B_SUFFIX}"
+
+
+def _adaptable(model: ModelConfig, layout: ParallelLayout, layer: int) -> list[ParameterSpec]:
+    """The matrices of a layer; where layers have experts, those of attention alone."""
+    fixed = {s.path for s in feed_forward_specs(model, layout, layer)} if model.moe is not None else set()
+    return [s for s in layer_specs(model, layout, layer) if s.role == "matrix" and s.path not in fixed]
 
 
 def _a(base: Part, r: int) -> Part:

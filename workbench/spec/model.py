@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from workbench.config import Config
 from workbench.spec.latent import LatentSizes
+from workbench.spec.moe import MixtureOfExperts
 from workbench.spec.rope import RopeScaling
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -72,6 +73,7 @@ class ModelConfig(Config):
     attention_bias: bool = Field(default=False, description="Biases on the query, key and value projections.")
     attention_output_bias: bool = Field(default=False, description="A bias on the attention output projection.")
     mlp_bias: bool = False
+    moe: MixtureOfExperts | None = Field(default=None, description="Experts in place of the MLP of some layers.")
     tie_word_embeddings: bool = False
     embed_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -137,6 +139,8 @@ class ModelConfig(Config):
             faults += self._latent_faults(self.latent)
         if faults:
             raise ValueError("; ".join(faults))
+        if self.moe is not None and self.mlp_bias:
+            raise ValueError("mlp_bias=true and moe: experts have no biases; remove one of them")
         return self
 
     def _rope_faults(self) -> list[str]:
@@ -192,6 +196,10 @@ class ModelConfig(Config):
     def window(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, its own the last; None: all before."""
         return self.sliding_window if self.slides(layer) else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer has experts in place of its one MLP."""
+        return self.moe is not None and self.moe.has_experts(layer)
 
     def _latent_faults(self, latent: LatentSizes) -> list[str]:
         found = []

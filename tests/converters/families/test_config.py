@@ -117,6 +117,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         attention_bias=True,
         rope_parameters=DEEPSEEK_ROPE,
     ).to_dict(),
+    "deepseek_v3 defaults": DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]).to_dict(),
     "deepseek_v3, no query latent, halves": DeepseekV3Config(
         architectures=["DeepseekV3ForCausalLM"],
         first_k_dense_replace=2,
@@ -257,7 +258,7 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
         ("llama defaults", {"architectures": ["LlamaForTokenClassification"]}, ["LlamaForTokenClassification"]),
         ("llama defaults", {"hidden_size": "wide"}, ["hidden_size"]),
         ("llama defaults", {"rms_norm_eps": -1.0}, ["norm_eps"]),
-        ("deepseek_v3, dense", {"first_k_dense_replace": 3}, ["first_k_dense_replace=3", "58 of 61 layers", "experts"]),
+        ("deepseek_v3 defaults", {"scoring_func": "softmax"}, ["scoring_func='softmax'", "only 'sigmoid'"]),
         ("deepseek_v3, dense", {"kv_lora_rank": None}, ["kv_lora_rank"]),
         ("deepseek_v3, dense", {"num_key_value_heads": 8}, ["num_key_value_heads=8", "num_attention_heads=128"]),
         ("gpt2 defaults", {"scale_attn_weights": False}, ["scale_attn_weights=False", "only True"]),

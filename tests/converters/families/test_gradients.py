@@ -26,6 +26,9 @@ def save_gradients(case: str, ids: torch.Tensor, folder: Path) -> Path:
     model(ids, labels=ids).loss.backward()
     for parameter in model.parameters():
         parameter.data = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.zero_()
     model.save_pretrained(folder)
     return folder
 
