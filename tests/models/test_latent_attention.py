@@ -9,7 +9,7 @@ from unittest.mock import patch
 import pytest
 import torch
 
-from tests.helpers.models import latent_model
+from tests.helpers.models import grouped_model, latent_model
 from tests.helpers.parity import ADAMW, SAMPLES, Observed, assert_observed, train_three_steps
 from tests.helpers.ranks import run_ranks
 from workbench.models.attend import attend
@@ -28,6 +28,8 @@ Sent = tuple[str, str, tuple[int, ...]]
 MODELS = {
     "latents": latent_model(),
     "no query latent": latent_model(q_lora_rank=None, attention_bias=False, attention_output_bias=False),
+    "experts": latent_model(moe=grouped_model().moe),
+    "windows": latent_model(sliding_window=4, layer_types=("sliding_attention", "full_attention") * 2),
     "dropout": latent_model(attention_dropout=0.2, hidden_dropout=0.1),
 }
 SP: dict[str, Any] = {"sequence_parallel": True}
@@ -46,13 +48,15 @@ CASES: list[tuple[str, dict[str, Any], bool, str]] = [
     ("no query latent", {"tp": 2, "cp": 2, **SP, **RING}, False, "full"),
     ("dropout", {"tp": 2, "cp": 2, **SP}, False, "none"),
     ("latents", {"dp": 2, "shard": "zero3"}, False, "none"),
+    ("experts", {"tp": 2, "dp": 2, "ep": 2, **SP}, False, "selective"),
+    ("windows", {"tp": 2, "cp": 2, **SP, **RING}, True, "none"),
     ("latents", {"tp": 2, "dp": 2, "shard": "zero3", **SP}, False, "none"),
 ]
 
 
 @cache
 def _reference(name: str, documents: bool) -> Observed:
-    return train_three_steps(MODELS[name], ParallelLayout(), "gpipe", 4, documents)
+    return train_three_steps(MODELS[name], ParallelLayout(), "gpipe", 1, documents)
 
 
 @pytest.mark.parity

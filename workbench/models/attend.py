@@ -9,13 +9,14 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.backends.cuda import SDPAParams, can_use_flash_attention
 from torch.nn.attention.bias import causal_lower_right
 
 from workbench.models.blockwise import attend_blockwise, suits
 from workbench.models.scoring import PLAIN, Scoring, visible
 from workbench.parallel.dropout import dropout
 from workbench.parallel.softcap import soft_cap
+
+FLASH_SIZE = 256  # of a head, at the most (PyTorch, sdp_utils.cpp, check_head_dim_size_flash)
 
 
 @dataclass(frozen=True)
@@ -61,11 +62,14 @@ def attend(
 
 
 def shares_heads(q_BHTd: torch.Tensor, k_BKSd: torch.Tensor, v_BKSd: torch.Tensor) -> bool:
-    """Whether a fused kernel reads each key/value head for all query heads that share it: a GPU's flash kernel does,
-    but where that does not run, keys and values must be repeated, or scores would be kept."""
-    if q_BHTd.device.type != "cuda":
-        return False
-    return bool(can_use_flash_attention(SDPAParams(q_BHTd, k_BKSd, v_BKSd, None, 0.0, True, True)))
+    """Whether a fused kernel reads each key/value head for all query heads that share it.
+
+    A GPU's flash kernel does, and runs wherever bf16 does; where it does not, keys and values must be repeated, or
+    scores would be kept. Not asked of torch (`can_use_flash_attention`), for torch.compile cannot trace the question.
+    """
+    size = q_BHTd.shape[-1]
+    runs = q_BHTd.device.type == "cuda" and q_BHTd.dtype == torch.bfloat16 and size <= FLASH_SIZE
+    return runs and k_BKSd.shape[-1] == v_BKSd.shape[-1] == size
 
 
 def _fused(
