@@ -19,6 +19,7 @@ CASES = (
     "gpt2, untied, own width, exact gelu",
     "gpt_neox, parallel, a quarter turns",
     "phi3, grouped, tied, longrope",
+    "qwen2_moe, untied, some layers dense",
 )
 # transformers keeps what it has in its cache when frequencies change (docs/decisions/0150-rope-by-length.md).
 CHANGING = ("llama, rope by length", "llama, longrope")
