@@ -7,9 +7,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    DeepseekV3Config,
-    DeepseekV3ForCausalLM,
-    DeepseekV3ForSequenceClassification,
     Gemma2Config,
     Gemma2ForCausalLM,
     Gemma2ForSequenceClassification,
@@ -27,8 +24,6 @@ from transformers import (
     LlamaForSequenceClassification,
     MistralConfig,
     MistralForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
     Olmo2Config,
     Olmo2ForCausalLM,
     Phi3Config,
@@ -37,25 +32,17 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen2ForCausalLM,
-    Qwen2MoeConfig,
-    Qwen2MoeForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3MoeConfig,
-    Qwen3MoeForCausalLM,
     StableLmConfig,
     StableLmForCausalLM,
     StableLmForSequenceClassification,
 )
 
-LLAMA3_ROPE: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+from tests.helpers.hf_experts import EXPERT_CASES
+from tests.helpers.hf_latents import LATENT_CASES
+from tests.helpers.hf_sizes import LLAMA, LLAMA3_ROPE
+
 LINEAR_ROPE: dict[str, Any] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
 YARN_ROPE: dict[str, Any] = {
     "rope_type": "yarn",
@@ -72,17 +59,6 @@ LONG_ROPE: dict[str, Any] = {
     "long_factor": [1.0, 1.5, 4.0, 9.0],
 }
 
-LLAMA: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 NEOX: dict[str, Any] = {
     "vocab_size": 107,
     "hidden_size": 32,
@@ -112,35 +88,6 @@ GEMMA: dict[str, Any] = {
 BY_LAYER_ROPE: dict[str, Any] = {
     "full_attention": LINEAR_ROPE,
     "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
-}
-
-DEEPSEEK: dict[str, Any] = {
-    **LLAMA,
-    "q_lora_rank": 12,
-    "kv_lora_rank": 10,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 6,
-    "first_k_dense_replace": 4,
-}
-DEEPSEEK_EXPERTS: dict[str, Any] = {
-    "first_k_dense_replace": 1,
-    "n_routed_experts": 8,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "n_group": 4,
-    "topk_group": 2,
-}
-DEEPSEEK_ROPE: dict[str, Any] = {
-    **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16},
-    **{"mscale": 1.0, "mscale_all_dim": 0.7, "beta_fast": 32, "beta_slow": 1},
-}
-EXPERTS: dict[str, Any] = {
-    "num_experts": 6,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 24,
-    "router_aux_loss_coef": 0.0,
 }
 
 CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
@@ -342,41 +289,6 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         Gemma3TextConfig,
         {**GEMMA, "num_labels": 3, "pad_token_id": 0},
     ),
-    "deepseek_v3, latents for all, biased, yarn": (
-        DeepseekV3ForCausalLM,
-        DeepseekV3Config,
-        {**DEEPSEEK, "attention_bias": True, "rms_norm_eps": 1e-3, "rope_parameters": DEEPSEEK_ROPE},
-    ),
-    "deepseek_v3, no query latent, tied, linear rope": (
-        DeepseekV3ForCausalLM,
-        DeepseekV3Config,
-        {**DEEPSEEK, "q_lora_rank": None, "tie_word_embeddings": True, "rope_parameters": LINEAR_ROPE},
-    ),
-    "deepseek_v3, wide values, halves": (
-        DeepseekV3ForCausalLM,
-        DeepseekV3Config,
-        {**DEEPSEEK, "v_head_dim": 14, "qk_rope_head_dim": 6, "rope_interleave": False, "vocab_size": 97},
-    ),
-    "deepseek_v3, experts": (
-        DeepseekV3ForCausalLM,
-        DeepseekV3Config,
-        {**DEEPSEEK, **DEEPSEEK_EXPERTS},
-    ),
-    "deepseek_v3, experts in all layers, two shared, tied": (
-        DeepseekV3ForCausalLM,
-        DeepseekV3Config,
-        {
-            **DEEPSEEK,
-            **DEEPSEEK_EXPERTS,
-            **{"first_k_dense_replace": 0, "n_shared_experts": 2, "norm_topk_prob": False, "tie_word_embeddings": True},
-            **{"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
-        },
-    ),
-    "deepseek_v3 classifier": (
-        DeepseekV3ForSequenceClassification,
-        DeepseekV3Config,
-        {**DEEPSEEK, "num_labels": 3, "pad_token_id": 0},
-    ),
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "gpt2, untied, own width, exact gelu": (
         GPT2LMHeadModel,
@@ -401,61 +313,8 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
-    "mixtral, untied, grouped": (
-        MixtralForCausalLM,
-        MixtralConfig,
-        {**LLAMA, "num_key_value_heads": 2, "num_local_experts": 4, "router_aux_loss_coef": 0.0},
-    ),
-    "mixtral, tied, one expert a token, sliding": (
-        MixtralForCausalLM,
-        MixtralConfig,
-        {
-            **LLAMA,
-            "head_dim": 12,
-            "num_local_experts": 8,
-            "num_experts_per_tok": 1,
-            "sliding_window": 9,
-            "tie_word_embeddings": True,
-            "router_aux_loss_coef": 0.0,
-        },
-    ),
-    "qwen2_moe, untied, some layers dense": (
-        Qwen2MoeForCausalLM,
-        Qwen2MoeConfig,
-        {**LLAMA, **EXPERTS, "shared_expert_intermediate_size": 40, "mlp_only_layers": [0]},
-    ),
-    "qwen2_moe, tied, grouped, unbiased, llama3 rope": (
-        Qwen2MoeForCausalLM,
-        Qwen2MoeConfig,
-        {
-            **LLAMA,
-            **EXPERTS,
-            "num_key_value_heads": 2,
-            "shared_expert_intermediate_size": 24,
-            "decoder_sparse_step": 2,
-            "qkv_bias": False,
-            "norm_topk_prob": True,
-            "tie_word_embeddings": True,
-            "rope_parameters": LLAMA3_ROPE,
-        },
-    ),
-    "qwen3_moe, untied, wide heads": (
-        Qwen3MoeForCausalLM,
-        Qwen3MoeConfig,
-        {**LLAMA, **EXPERTS, "head_dim": 12, "norm_topk_prob": True},
-    ),
-    "qwen3_moe, tied, grouped, biased, some layers dense": (
-        Qwen3MoeForCausalLM,
-        Qwen3MoeConfig,
-        {
-            **LLAMA,
-            **EXPERTS,
-            "num_key_value_heads": 2,
-            "attention_bias": True,
-            "mlp_only_layers": [1],
-            "tie_word_embeddings": True,
-        },
-    ),
+    **EXPERT_CASES,
+    **LATENT_CASES,
     "stablelm classifier": (
         StableLmForSequenceClassification,
         StableLmConfig,

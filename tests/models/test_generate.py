@@ -20,6 +20,7 @@ CASES = (
     "gpt_neox, parallel, a quarter turns",
     "phi3, grouped, tied, longrope",
     "deepseek_v3, no query latent, tied, linear rope",
+    "qwen2_moe, untied, some layers dense",
 )
 # transformers keeps what it has in its cache when frequencies change (docs/decisions/0150-rope-by-length.md).
 CHANGING = ("llama, rope by length", "llama, longrope")

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, DeepseekV3Config, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config
+from transformers import (
+    CONFIG_MAPPING,
+    DeepseekV3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from converters.family import detect_family, families, family_for, family_named
 from workbench.errors import ConversionError
@@ -129,6 +139,60 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2 untied, own width": GPT2Config(
         architectures=["GPT2LMHeadModel"], n_embd=32, n_head=4, n_inner=100, tie_word_embeddings=False, resid_pdrop=0.0
     ).to_dict(),
+    "mixtral defaults": MixtralConfig(architectures=["MixtralForCausalLM"]).to_dict(),
+    "qwen2_moe defaults": Qwen2MoeConfig(architectures=["Qwen2MoeForCausalLM"]).to_dict(),
+    "qwen2_moe, all else": Qwen2MoeConfig(
+        architectures=["Qwen2MoeForCausalLM"],
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=112,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        router_aux_loss_coef=0.01,
+        qkv_bias=False,
+        use_sliding_window=True,
+        sliding_window=64,
+        max_window_layers=8,
+    ).to_dict(),
+    "qwen3_moe defaults": Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]).to_dict(),
+    "qwen3_moe of 2025": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
     "gpt2 of 2019": {
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
@@ -207,8 +271,11 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
     reader = CONFIG_MAPPING[family.model_type]
     theirs, ours = reader(**CONFIGS[case]).to_dict(), reader(**written).to_dict()
     theirs["rope_parameters"], ours["rope_parameters"] = rope_of(theirs), rope_of(ours)
+    if ours.get("head_dim") is not None and theirs.get("head_dim") is None:
+        theirs["head_dim"] = theirs["hidden_size"] // theirs["num_attention_heads"]  # what transformers then takes
     behaviour = {key for rule in family.fields for key in rule.keys} - {"eos_token_id", "rope_scaling"}
     behaviour -= {"partial_rotary_factor", "original_max_position_embeddings"}  # in rope_parameters as well
+    behaviour -= {"max_window_layers"}  # in layer_types as well
     assert {key: ours.get(key) for key in behaviour} == {key: theirs.get(key) for key in behaviour}
 
 
