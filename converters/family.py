@@ -66,7 +66,8 @@ class Family:
     features: fields of ModelConfig that have one value in this family; what is named nowhere has its default, which for
     a feature is to be without it. unused: fields that mean nothing in it.
     training_only: fields that the family cannot say and inference does not need, with the value they get on import.
-    harmless: keys beyond HARMLESS that may have any value.
+    harmless: keys beyond HARMLESS that may have any value. also_read: another table of rules, by which some files of
+    this family are stored; written are always those of `rules`.
     """
 
     name: str
@@ -78,6 +79,7 @@ class Family:
     features: Mapping[str, Any]
     training_only: Mapping[str, Any]
     rules: Callable[[ModelConfig], tuple[Rule, ...]]
+    also_read: Callable[[ModelConfig], tuple[Rule, ...]] | None = None
     unused: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
     ignored: tuple[IgnoredTensor, ...] = ()
@@ -175,9 +177,12 @@ class Family:
         values = model.model_dump()
         return {name: values[name] for name, usual in self.training_only.items() if values[name] != usual}
 
-    def bind(self, model: ModelConfig) -> dict[str, Rule]:
-        """The rule of each logical tensor of `model`, layers filled in; ConversionError for a tensor without one."""
-        table = {rule.logical: rule for rule in self.rules(model)}
+    def bind(self, model: ModelConfig, rules: tuple[Rule, ...] | None = None) -> dict[str, Rule]:
+        """The rule of each logical tensor of `model`, layers filled in; ConversionError for a tensor without one.
+
+        By `rules`, or those of the family.
+        """
+        table = {rule.logical: rule for rule in rules or self.rules(model)}
         bound: dict[str, Rule] = {}
         homeless: list[str] = []
         for name in logical_tensors(model, "F32"):

@@ -52,3 +52,17 @@ class SlidingLayers:
         kinds = [KINDS[model.slides(layer)] for layer in range(model.num_hidden_layers)]
         switch: Mapping[str, Any] = {"use_sliding_window": model.sliding_window is not None} if self.switched else {}
         return {"sliding_window": model.sliding_window, "layer_types": kinds, **switch}
+
+
+@dataclass(frozen=True)
+class AllSlide:
+    """`sliding_window` of all layers, which counts only if `use_sliding_window` is true."""
+
+    keys: tuple[str, ...] = ("sliding_window", "use_sliding_window")
+    fields: tuple[str, ...] = ("sliding_window",)
+
+    def load(self, given: Foreign) -> dict[str, Any]:
+        return {"sliding_window": given.get("sliding_window", 4096) if given.get("use_sliding_window") else None}
+
+    def dump(self, model: ModelConfig) -> dict[str, Any]:
+        return {"sliding_window": model.sliding_window, "use_sliding_window": model.sliding_window is not None}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
 
 CONVENTION = "matrix products forward and backward (3 x 2 per weight), attention in full, recompute not counted"
@@ -27,11 +28,34 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """Floating-point operations to train on one token, by CONVENTION; the embedding lookup is none, the head counts."""
     heads, kv_heads, d = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
-    mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
+    if model.latent is not None:
+        attention = _latent_weights(model, model.latent)
+    feed_forward = sum(_feed_forward(model, layer) for layer in range(model.num_hidden_layers))
     seen = sum(min(seq_len, model.window(layer) or seq_len) for layer in range(model.num_hidden_layers))
-    scores = 2 * seen * heads * d  # in units of 2 FLOPs: queries by keys, and probabilities by values
+    # In units of 2 FLOPs: queries by keys, and probabilities by values.
+    scores = seen * heads * (d + model.value_head_dim)
     head = 0 if model.num_labels else model.hidden_size * model.vocab_size
-    return 6.0 * (model.num_hidden_layers * (attention + mlp) + scores + head)
+    return 6.0 * (model.num_hidden_layers * attention + feed_forward + scores + head)
+
+
+def _feed_forward(model: ModelConfig, layer: int) -> int:
+    """Weights that multiply a token in the MLP of a layer, or in its router, the experts that it takes and the shared
+    one."""
+    product = model.hidden_size * (3 if model.gated_mlp else 2)
+    moe = model.moe
+    if moe is None or not moe.has_experts(layer):
+        return product * model.intermediate_size
+    width = moe.num_experts_per_tok * moe.moe_intermediate_size + moe.shared_expert_intermediate_size
+    return product * width + model.hidden_size * (moe.num_experts + moe.shared_expert_gate)
+
+
+def _latent_weights(model: ModelConfig, latent: LatentSizes) -> int:
+    """Elements of the matrices of one layer's latent attention."""
+    hidden, heads, q_rank = model.hidden_size, model.num_attention_heads, latent.q_lora_rank
+    down = hidden * ((q_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim)
+    queries = (q_rank or hidden) * heads * latent.qk_head_dim
+    keys = latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+    return down + queries + keys + heads * latent.v_head_dim * hidden
 
 
 def find_peak(asked: float | str, device: torch.device, dtype: torch.dtype) -> Peak | None:

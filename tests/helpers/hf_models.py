@@ -39,14 +39,10 @@ from transformers import (
     StableLmForSequenceClassification,
 )
 
-LLAMA3_ROPE: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 16,
-}
+from tests.helpers.hf_experts import EXPERT_CASES
+from tests.helpers.hf_latents import LATENT_CASES
+from tests.helpers.hf_sizes import LLAMA, LLAMA3_ROPE
+
 LINEAR_ROPE: dict[str, Any] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
 YARN_ROPE: dict[str, Any] = {
     "rope_type": "yarn",
@@ -63,17 +59,6 @@ LONG_ROPE: dict[str, Any] = {
     "long_factor": [1.0, 1.5, 4.0, 9.0],
 }
 
-LLAMA: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 NEOX: dict[str, Any] = {
     "vocab_size": 107,
     "hidden_size": 32,
@@ -328,6 +313,8 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    **EXPERT_CASES,
+    **LATENT_CASES,
     "stablelm classifier": (
         StableLmForSequenceClassification,
         StableLmConfig,
@@ -349,6 +336,9 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
                 parameter.copy_(1.0 + 0.3 * noise)
             else:
                 parameter.copy_(0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.15 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
 
 
@@ -63,3 +64,44 @@ def biased_model(**changes: Any) -> ModelConfig:
         mlp_bias=True,
     )
     return gated_model(**{**features, **changes})
+
+
+def latent_model(q_lora_rank: int | None = 12, **changes: Any) -> ModelConfig:
+    """Keys and values from a latent, queries too or not; values smaller than keys; biases on the way down."""
+    latent = LatentSizes(q_lora_rank=q_lora_rank, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+    features: dict[str, Any] = dict(
+        num_key_value_heads=4, latent=latent, attention_bias=True, attention_output_bias=True
+    )
+    return gated_model(**{**features, **changes})
+
+
+def sparse_model(**changes: Any) -> ModelConfig:
+    """Experts in all layers but the first, of which each token takes two of four, with every loss of a router."""
+    moe: dict[str, Any] = dict(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=(0,),
+        router_aux_loss_coef=0.05,
+        router_z_loss_coef=0.02,
+    )
+    return gated_model(**{"moe": {**moe, **changes.pop("moe", {})}, **changes})
+
+
+def grouped_model(**changes: Any) -> ModelConfig:
+    """Sigmoid scores, groups of experts, a correction bias that moves, a shared expert with a gate of its own."""
+    moe: dict[str, Any] = dict(
+        num_experts=8,
+        num_experts_per_tok=3,
+        mlp_only_layers=(),
+        decoder_sparse_step=2,
+        scoring="sigmoid",
+        n_group=4,
+        topk_group=2,
+        e_score_correction_bias=True,
+        bias_update_rate=0.01,
+        routed_scaling_factor=1.7,
+        shared_expert_intermediate_size=40,
+        shared_expert_gate=True,
+    )
+    return sparse_model(**{"moe": {**moe, **changes.pop("moe", {})}, **changes})

@@ -22,6 +22,8 @@ CASES = (
     "gemma2, tied, grouped, capped",
     "gemma3, tied, grouped, linear rope",
     "olmo2, tied, grouped, biased, llama3 rope",
+    "deepseek_v3, no query latent, tied, linear rope",
+    "qwen2_moe, untied, some layers dense",
 )
 # transformers keeps what it has in its cache when frequencies change (docs/decisions/0150-rope-by-length.md).
 CHANGING = ("llama, rope by length", "llama, longrope")

@@ -47,6 +47,8 @@ def _linear(name: str, proof: str) -> Feature:
 
 ATTENTION = "`tests/models/test_attention_features.py`"
 TE = "`tests/parallel/backends/test_te.py`, on a GPU `test_te_gpu.py`"
+EXPERTS = "`tests/models/test_moe.py`"
+SPARSE = {"moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}}
 FEATURES = (
     Feature("tensor", "tensor parallelism", MATRIX, {"parallel.tp": 2}),
     Feature(
@@ -71,6 +73,8 @@ FEATURES = (
             ("hybrid zero3", "zero3", {"parallel.shard_size": 2}),
         )
     ),
+    Feature("experts", "experts", EXPERTS, {}, model=SPARSE),
+    Feature("experts", "expert parallelism", EXPERTS, {"parallel.ep": 2}, {"parallel.dp": 4}, SPARSE),
     Feature("recompute", "recompute selective", MATRIX, {"recompute.mode": "selective"}),
     Feature("recompute", "recompute full", MATRIX, {"recompute.mode": "full"}),
     Feature("loss", "loss in chunks", MATRIX, {"kernels.loss_chunk_tokens": 5}),

@@ -19,7 +19,14 @@ from pretrain.config import (
 from pretrain.memory import SCORED_TOKENS, estimate_memory
 from pretrain.optimizer import Optimizer
 from tests.helpers.allocations import Allocations
-from tests.helpers.models import biased_model, gated_model, post_norm_model, sliding_model
+from tests.helpers.models import (
+    biased_model,
+    gated_model,
+    latent_model,
+    post_norm_model,
+    sliding_model,
+    sparse_model,
+)
 from tests.helpers.ranks import run_ranks
 from workbench.models import blockwise
 from workbench.models.batch import Batch
@@ -46,7 +53,9 @@ def config(compute="fp32", **parallel) -> EngineConfig:
     )
 
 
-@pytest.mark.parametrize("make", [gated_model, biased_model, post_norm_model, sliding_model])
+@pytest.mark.parametrize(
+    "make", [gated_model, biased_model, post_norm_model, sliding_model, sparse_model, latent_model]
+)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_one_process_keeps_about_what_is_estimated(make, compute):
     model = make(**LARGER)
@@ -69,7 +78,7 @@ def test_one_process_keeps_about_what_is_estimated(make, compute):
     assert real <= estimated <= 1.6 * real
 
 
-@pytest.mark.parametrize("make", [gated_model, biased_model, post_norm_model, sliding_model])
+@pytest.mark.parametrize("make", [gated_model, biased_model, post_norm_model, sliding_model, latent_model])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("chunk", [0, 32])

@@ -18,6 +18,7 @@ from workbench.parallel.softcap import soft_cap
 
 WINDOWED_QUERIES = 1024
 """Queries of a window that are computed at once, if it is not longer: no mask is wider than they and their window."""
+FLASH_SIZE = 256  # of a head, at the most (PyTorch, sdp_utils.cpp, check_head_dim_size_flash)
 
 
 @dataclass(frozen=True)
@@ -49,22 +50,20 @@ def attend(
     if dropped is None and (unseen := scoring.first_seen(attended - tokens)):
         k_BSKd, v_BSKd, attended = k_BSKd[:, unseen:], v_BSKd[:, unseen:], attended - unseen
         documents_BS = None if documents_BS is None else documents_BS[:, unseen:]
-    groups = q_BTHd.shape[2] // k_BSKd.shape[2]
-    q_BHTd = q_BTHd.transpose(1, 2)
-    k_BHSd, v_BHSd = (_repeat_heads(part.transpose(1, 2), groups) for part in (k_BSKd, v_BSKd))
+    q_BHTd, k_BKSd, v_BKSd = (part.transpose(1, 2) for part in (q_BTHd, k_BSKd, v_BSKd))
     hides = scoring.first_seen(attended - 1) > 0 or scoring.mask is not None
     by_scores = dropped is not None or scoring.softcap is not None
     if by_scores or documents_BS is not None or hides:
         mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device, scoring)
+        k_BHSd, v_BHSd = _repeat_heads(q_BHTd, k_BKSd), _repeat_heads(q_BHTd, v_BKSd)
         if by_scores:
             return _attend_by_scores(q_BHTd, k_BHSd, v_BHSd, mask, dropped, scoring).transpose(1, 2)
-    else:
-        # Not a tensor: a GPU's kernels know this mask, and of a long row it would be larger than the activations.
-        mask = None if tokens in (1, attended) else causal_lower_right(tokens, attended)
-    whole = mask is None and tokens == attended
-    scale = scoring.scale_of(q_BTHd.shape[-1])
-    out_BHTd = F.scaled_dot_product_attention(q_BHTd, k_BHSd, v_BHSd, attn_mask=mask, is_causal=whole, scale=scale)
-    return out_BHTd.transpose(1, 2)
+        return _fused(q_BHTd, k_BHSd, v_BHSd, mask, scoring).transpose(1, 2)
+    # Not a tensor: a GPU's kernels know this mask, and of a long row it would be larger than the activations.
+    causal = None if tokens in (1, attended) else causal_lower_right(tokens, attended)
+    if not shares_heads(q_BHTd, k_BKSd, v_BKSd):
+        k_BKSd, v_BKSd = _repeat_heads(q_BHTd, k_BKSd), _repeat_heads(q_BHTd, v_BKSd)
+    return _fused(q_BHTd, k_BKSd, v_BKSd, causal, scoring).transpose(1, 2)
 
 
 def _attend_by_spans(
@@ -85,6 +84,31 @@ def _attend_by_spans(
         queries = q_BTHd[:, start : start + span]
         found.append(attend(queries, k_BSKd[:, seen], v_BSKd[:, seen], documents, dropped, scoring))
     return torch.cat(found, dim=1)
+
+
+def shares_heads(q_BHTd: torch.Tensor, k_BKSd: torch.Tensor, v_BKSd: torch.Tensor) -> bool:
+    """Whether a fused kernel reads each key/value head for all query heads that share it.
+
+    A GPU's flash kernel does, and runs wherever bf16 does; where it does not, keys and values must be repeated, or
+    scores would be kept. Not asked of torch (`can_use_flash_attention`), for torch.compile cannot trace the question.
+    """
+    size = q_BHTd.shape[-1]
+    runs = q_BHTd.device.type == "cuda" and q_BHTd.dtype == torch.bfloat16 and size <= FLASH_SIZE
+    return runs and k_BKSd.shape[-1] == v_BKSd.shape[-1] == size
+
+
+def _fused(
+    q_BHTd: torch.Tensor, k_BKSd: torch.Tensor, v_BKSd: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
+) -> torch.Tensor:
+    """softmax(q k^T scale) v, [B, H, T, d], without keeping scores; without a mask causal, if all tokens look."""
+    whole = mask is None and q_BHTd.shape[2] == k_BKSd.shape[2]
+    scale, size = scoring.scale_of(q_BHTd.shape[-1]), v_BKSd.shape[-1]
+    if q_BHTd.device.type == "cpu" and size != q_BHTd.shape[-1]:
+        q_BHTd, k_BKSd, v_BKSd = _of_one_size(q_BHTd, k_BKSd, v_BKSd)
+    grouped = k_BKSd.shape[1] < q_BHTd.shape[1]
+    return F.scaled_dot_product_attention(
+        q_BHTd, k_BKSd, v_BKSd, attn_mask=mask, is_causal=whole, scale=scale, enable_gqa=grouped
+    )[..., :size]
 
 
 def _attend_by_scores(
@@ -110,6 +134,13 @@ def _attend_by_scores(
     return dropout(weights_BHTS, dropped.probability, dropped.rows_B, coordinates) @ v_BHSd
 
 
-def _repeat_heads(x_BKSd: torch.Tensor, groups: int) -> torch.Tensor:
-    """Each key/value head repeated for the `groups` query heads that share it."""
+def _of_one_size(*heads: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Vectors with zeros at their ends: for values of another size a CPU has no fused kernel, and keeps all scores."""
+    size = max(part.shape[-1] for part in heads)
+    return tuple(F.pad(part, (0, size - part.shape[-1])) for part in heads)
+
+
+def _repeat_heads(q_BHTd: torch.Tensor, x_BKSd: torch.Tensor) -> torch.Tensor:
+    """Each key/value head repeated for the query heads that share it."""
+    groups = q_BHTd.shape[1] // x_BKSd.shape[1]
     return x_BKSd if groups == 1 else x_BKSd.repeat_interleave(groups, dim=1)

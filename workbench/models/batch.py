@@ -26,7 +26,8 @@ class Batch:
     predicted; [B] class numbers for a sequence head; None where only logits are wanted. lengths: [B], real tokens of
     each row, None when all rows are full. dropout: what the dropout masks depend on; None switches dropout off.
     positions: [B, S], the place of each token in its sequence; None for 0 to S-1. documents: [B, S], the number of the
-    document that each token belongs to, which it does not look beyond; None when a row is one document.
+    document that each token belongs to, which it does not look beyond; None when a row is one document. loss_scale: by
+    what the gradient of the summed loss will be multiplied; None where no backward follows.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +36,7 @@ class Batch:
     dropout: DropoutKey | None = None
     positions: torch.Tensor | None = None
     documents: torch.Tensor | None = None
+    loss_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class LocalBatch:
     input_ids: [B, T]. labels: [B, T], or [B]. lengths: [B]. dropout: as in the batch. positions: [T] or [B, T].
     documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions:
     [t] and [t] or [B, t], the same of the tokens whose hidden states this rank has (fewer under sequence parallelism).
+    loss_scale: as in the batch. num_labels: labels of the whole batch that count; 0 without labels.
     reach: [] or [B], the length of the longest sequence in each row, which is the same on all ranks.
     """
 
@@ -56,6 +59,8 @@ class LocalBatch:
     tokens: torch.Tensor
     hidden_tokens: torch.Tensor
     hidden_positions: torch.Tensor
+    loss_scale: torch.Tensor | None
+    num_labels: torch.Tensor | int
     reach: torch.Tensor
 
 
@@ -90,6 +95,8 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
         tokens=tokens,
         hidden_tokens=hidden(tokens),
         hidden_positions=hidden(positions),
+        loss_scale=batch.loss_scale,
+        num_labels=0 if batch.labels is None else (batch.labels != IGNORE).sum(),
         reach=_reach(batch, start),
     )
 

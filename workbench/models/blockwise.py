@@ -31,7 +31,7 @@ def attend_blockwise(
     batch, tokens, _, size = q_BTHd.shape
     num_kv = k_BTKd.shape[2]
     q_BKGTd = q_BTHd.unflatten(2, (num_kv, -1)).permute(0, 2, 3, 1, 4)
-    keys, values = (part.transpose(1, 2).reshape(batch * num_kv, tokens, size) for part in (k_BTKd, v_BTKd))
+    keys, values = (part.transpose(1, 2).reshape(batch * num_kv, tokens, -1) for part in (k_BTKd, v_BTKd))
     seen_keys, seen_values = keys.chunk(BLOCKS, dim=1), values.chunk(BLOCKS, dim=1)
     sees_TT = visible(0, tokens, 0, tokens, None, keys.device, scoring)
     mask_TT = keys.new_zeros(tokens, tokens).masked_fill_(~sees_TT, float("-inf"))
@@ -50,5 +50,5 @@ def attend_blockwise(
             scores = torch.baddbmm(mask, rows, k_S.transpose(1, 2), alpha=scale)
         else:
             scores = soft_cap(rows @ k_S.transpose(1, 2) * scale, scoring.softcap) + mask
-        outputs.append((scores.softmax(dim=-1) @ v_S).view(q_BKGCd.shape))
+        outputs.append((scores.softmax(dim=-1) @ v_S).view(*q_BKGCd.shape[:-1], -1))
     return torch.cat(outputs, dim=3).permute(0, 3, 1, 2, 4).flatten(2, 3)

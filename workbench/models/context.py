@@ -11,7 +11,7 @@ from workbench.models.attend import WeightDropout, attend
 from workbench.models.ring import attend_in_ring
 from workbench.models.scoring import PLAIN, Scoring
 from workbench.parallel.context import context_chunks, gather_context
-from workbench.parallel.mesh import Mesh
+from workbench.parallel.mesh import Axis, Mesh
 
 
 def attend_in_context(
@@ -29,9 +29,24 @@ def attend_in_context(
     if mesh.layout.context == "ring":
         assert dropped is None, "the ring has no dropout"
         return attend_in_ring(q_BTHd, k_BTKd, v_BTKd, documents_BS, mesh.cp, scoring)
-    k_BSKd, v_BSKd = gather_context(torch.cat((k_BTKd, v_BTKd), dim=-1), mesh.cp).chunk(2, dim=-1)
+    kv_BSKd = gather_context(torch.cat((k_BTKd, v_BTKd), dim=-1), mesh.cp)
+    k_BSKd, v_BSKd = kv_BSKd.tensor_split((k_BTKd.shape[-1],), dim=-1)
+    return attend_to_row(q_BTHd, k_BSKd, v_BSKd, documents_BS, dropped, mesh.cp, scoring)
+
+
+def attend_to_row(
+    q_BTHd: torch.Tensor,
+    k_BSKd: torch.Tensor,
+    v_BSKd: torch.Tensor,
+    documents_BS: torch.Tensor | None,
+    dropped: WeightDropout | None,
+    axis: Axis,
+    scoring: Scoring,
+) -> torch.Tensor:
+    """What `attend` gives for the tokens of this rank, with the keys and values of the whole row. No communication."""
+    numbers = context_chunks(axis.size, axis.rank)
     found = []
-    for number, q_chunk in zip(context_chunks(mesh.cp.size, mesh.cp.rank), q_BTHd.chunk(2, dim=1), strict=True):
+    for number, q_chunk in zip(numbers, q_BTHd.chunk(len(numbers), dim=1), strict=True):
         stop = (number + 1) * q_chunk.shape[1]
         documents = None if documents_BS is None else documents_BS[:, :stop]
         found.append(attend(q_chunk, k_BSKd[:, :stop], v_BSKd[:, :stop], documents, dropped, scoring))

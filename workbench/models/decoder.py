@@ -16,7 +16,9 @@ from torch import nn
 
 from workbench.models.attention import Attention, KeyValueCache
 from workbench.models.batch import Batch, LocalBatch, local_batch
+from workbench.models.latent_attention import LatentAttention
 from workbench.models.mlp import MLP
+from workbench.models.moe import SparseMLP
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
@@ -50,9 +52,13 @@ class Block(nn.Module):
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
         path = f"layers.{layer}"
-        self.self_attn = Attention(model, mesh, specs, layer)
+        self.self_attn = (LatentAttention if model.latent else Attention)(model, mesh, specs, layer)
         self.parallel_residual, self.shared_norm = model.parallel_residual, model.shared_norm
-        self.mlp = MLP(model, mesh, specs, layer)
+        self.mlp: MLP | SparseMLP
+        if model.has_experts(layer):
+            self.mlp = SparseMLP(model, mesh, specs, layer)
+        else:
+            self.mlp = MLP(model, mesh, specs, f"{path}.mlp")
         self.norms = block_norms(model)
         for name in filter(None, self.norms):
             self.add_module(name, build_norm(model, mesh, specs, f"{path}.{name}"))
@@ -84,7 +90,8 @@ class Block(nn.Module):
         attended_BTD = drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
         if not self.shared_norm:
             normed_BTD = before_mlp(x_BTD if self.parallel_residual else x_BTD + attended_BTD)
-        transformed_BTD = after_mlp(self.mlp(normed_BTD))
+        transformed_BTD = self.mlp(normed_BTD, batch) if isinstance(self.mlp, SparseMLP) else self.mlp(normed_BTD)
+        transformed_BTD = after_mlp(transformed_BTD)
         x_BTD = x_BTD + attended_BTD
         return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
 

@@ -19,9 +19,8 @@ from workbench.spec.model import ModelConfig
 class MLP(nn.Module):
     """down(act(up x)), or down(act(gate x) * up x) when gated (arXiv:2002.05202); gate and up are one GEMM."""
 
-    def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
+    def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], path: str) -> None:
         super().__init__()
-        path = f"layers.{layer}.mlp"
         self.up_proj = ColumnParallelLinear(mesh, specs[f"{path}.up_proj.weight"], specs.get(f"{path}.up_proj.bias"))
         self.down_proj = RowParallelLinear(mesh, specs[f"{path}.down_proj.weight"], specs.get(f"{path}.down_proj.bias"))
         self.activation = load("workbench.models.activations", model.hidden_act, "ACTIVATION")

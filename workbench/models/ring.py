@@ -5,7 +5,7 @@ No rank holds the keys of a whole row, nor the scores of more than QUERIES queri
 in fp32 at least. Backward goes round as well: gradients of keys and values travel with them and end where they belong.
 
 Legend: B batch, T tokens of this rank, S tokens of the row, K key/value heads (local), G query heads that share one,
-d head size, N = G * q rows of one piece (q queries), s its keys.
+d head size (that of queries and keys, of values, or in `kv` both), N = G * q rows of one piece (q queries), s its keys.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def attend_in_ring(
 ) -> torch.Tensor:
     """softmax(scores) v, [B, T, H, d]: each token attends to itself and those before it in its document and window."""
     q_BKGTd = q_BTHd.unflatten(2, (k_BTKd.shape[2], -1)).permute(0, 2, 3, 1, 4)
-    kv_2BKTd = torch.stack((k_BTKd, v_BTKd)).transpose(2, 3)
-    out_BKGTd = _Ring.apply(q_BKGTd, kv_2BKTd, documents_BS, axis, scoring)
+    kv_BKTd = torch.cat((k_BTKd, v_BTKd), dim=-1).transpose(1, 2)
+    out_BKGTd = _Ring.apply(q_BKGTd, kv_BKTd, documents_BS, axis, scoring)
     return out_BKGTd.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
@@ -83,15 +83,17 @@ class _Ring(torch.autograd.Function):
     def forward(
         ctx: Any,
         q_BKGTd: torch.Tensor,
-        kv_2BKTd: torch.Tensor,
+        kv_BKTd: torch.Tensor,
         documents_BS: torch.Tensor | None,
         axis: Axis,
         scoring: Scoring,
     ) -> torch.Tensor:
         wide = accumulation_dtype(q_BKGTd.dtype)
-        out_BKGTd = q_BKGTd.new_zeros(q_BKGTd.shape, dtype=wide)
+        size = q_BKGTd.shape[-1]
+        out_BKGTd = q_BKGTd.new_zeros((*q_BKGTd.shape[:-1], kv_BKTd.shape[-1] - size), dtype=wide)
         lse_BKGT = q_BKGTd.new_full(q_BKGTd.shape[:-1], float("-inf"), dtype=wide)
-        for source, (k_BKTd, v_BKTd) in _travel(kv_2BKTd, axis):
+        for source, arrived in _travel(kv_BKTd, axis):
+            k_BKTd, v_BKTd = arrived.tensor_split((size,), dim=-1)
             for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3], scoring=scoring):
                 scores = _scores(q_BKGTd, k_BKTd, documents_BS, piece, scoring)
                 found_lse = scores.logsumexp(dim=-1)
@@ -102,20 +104,23 @@ class _Ring(torch.autograd.Function):
                     found.unflatten(2, found_lse.shape[2:]),
                     found_lse,
                 )
-        ctx.save_for_backward(q_BKGTd, kv_2BKTd, documents_BS, out_BKGTd, lse_BKGT)
+        ctx.save_for_backward(q_BKGTd, kv_BKTd, documents_BS, out_BKGTd, lse_BKGT)
         ctx.axis, ctx.scoring = axis, scoring
         return out_BKGTd.to(q_BKGTd.dtype)
 
     @staticmethod
     def backward(ctx: Any, grad_BKGTd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
-        q_BKGTd, kv_2BKTd, documents_BS, out_BKGTd, lse_BKGT = ctx.saved_tensors
+        q_BKGTd, kv_BKTd, documents_BS, out_BKGTd, lse_BKGT = ctx.saved_tensors
         axis, scoring, wide = ctx.axis, ctx.scoring, out_BKGTd.dtype
-        scale = scoring.scale_of(q_BKGTd.shape[-1])
+        size = q_BKGTd.shape[-1]
+        scale = scoring.scale_of(size)
         dot_BKGT = (grad_BKGTd.to(wide) * out_BKGTd).sum(dim=-1)
-        grad_q = torch.zeros_like(out_BKGTd)
+        grad_q = torch.zeros_like(q_BKGTd, dtype=wide)
         arriving = None
-        for source, (k_BKTd, v_BKTd) in _travel(kv_2BKTd, axis):
-            grad_kv = torch.zeros_like(kv_2BKTd, dtype=wide)
+        for source, arrived in _travel(kv_BKTd, axis):
+            k_BKTd, v_BKTd = arrived.tensor_split((size,), dim=-1)
+            grad_kv = torch.zeros_like(kv_BKTd, dtype=wide)
+            grad_k, grad_v = grad_kv.tensor_split((size,), dim=-1)
             for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3], scoring=scoring):
                 rows = piece.queries
                 scores = _scores(q_BKGTd, k_BKTd, documents_BS, piece, scoring)
@@ -127,23 +132,23 @@ class _Ring(torch.autograd.Function):
                 grad_scores = through_soft_cap(grad_scores, scores, scoring.softcap)
                 weights_BKNs, grad_BKNs = (x.to(q_BKNd.dtype).flatten(2, 3) for x in (weights, grad_scores))
                 grad_q[:, :, :, rows] += (grad_BKNs @ k_BKsd).view_as(grad_q[:, :, :, rows])
-                grad_kv[0, :, :, piece.keys] += grad_BKNs.transpose(-1, -2) @ q_BKNd
-                grad_kv[1, :, :, piece.keys] += weights_BKNs.transpose(-1, -2) @ grad_BKNd
+                grad_k[:, :, piece.keys] += grad_BKNs.transpose(-1, -2) @ q_BKNd
+                grad_v[:, :, piece.keys] += weights_BKNs.transpose(-1, -2) @ grad_BKNd
             if arriving is not None:
                 grad_kv += arriving.wait()
             arriving = axis.pass_on(grad_kv)
         assert arriving is not None
-        return grad_q.to(q_BKGTd.dtype), arriving.wait().to(kv_2BKTd.dtype), None, None, None
+        return grad_q.to(q_BKGTd.dtype), arriving.wait().to(kv_BKTd.dtype), None, None, None
 
 
-def _travel(kv_2BKTd: torch.Tensor, axis: Axis) -> Iterator[tuple[int, torch.Tensor]]:
+def _travel(kv_BKTd: torch.Tensor, axis: Axis) -> Iterator[tuple[int, torch.Tensor]]:
     """Keys and values of every context rank with the rank they belong to, its own first; the next are under way while
     the caller computes."""
     for step in range(axis.size):
-        arriving = axis.pass_on(kv_2BKTd) if step + 1 < axis.size else None
-        yield (axis.rank - step) % axis.size, kv_2BKTd
+        arriving = axis.pass_on(kv_BKTd) if step + 1 < axis.size else None
+        yield (axis.rank - step) % axis.size, kv_BKTd
         if arriving is not None:
-            kv_2BKTd = arriving.wait()
+            kv_BKTd = arriving.wait()
 
 
 def _scores(

@@ -10,6 +10,8 @@ from pydantic import AfterValidator, Field, model_validator
 
 from workbench.config import Config
 from workbench.registry import module_names
+from workbench.spec.latent import LatentSizes
+from workbench.spec.moe import MixtureOfExperts
 from workbench.spec.norm_placement import PLACEMENTS
 from workbench.spec.rope import RopeScaling
 
@@ -38,6 +40,9 @@ class ModelConfig(Config):
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(default=0, ge=0, description="Key/value heads; 0 means one per attention head.")
     head_dim: int = Field(default=0, ge=0, description="Size of a head; 0 means hidden_size / num_attention_heads.")
+    latent: LatentSizes | None = Field(
+        default=None, description="Keys and values from a latent (multi-head latent attention); head_dim follows."
+    )
     max_position_embeddings: int = Field(default=2048, gt=0)
     hidden_act: Annotated[str, AfterValidator(_file_of("workbench.models.activations"))] = Field(
         default="silu", description="A file of workbench/models/activations: silu, gelu, gelu_tanh, or your own."
@@ -90,6 +95,7 @@ class ModelConfig(Config):
     attention_bias: bool = Field(default=False, description="Biases on the query, key and value projections.")
     attention_output_bias: bool = Field(default=False, description="A bias on the attention output projection.")
     mlp_bias: bool = False
+    moe: MixtureOfExperts | None = Field(default=None, description="Experts in place of the MLP of some layers.")
     tie_word_embeddings: bool = False
     embed_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
@@ -107,7 +113,14 @@ class ModelConfig(Config):
     @property
     def rotary_dim(self) -> int:
         """Dimensions of each head that rotary positions turn."""
+        if self.latent is not None:
+            return self.latent.qk_rope_head_dim
         return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def value_head_dim(self) -> int:
+        """Size of a head's value; that of its query and key is head_dim."""
+        return self.head_dim if self.latent is None else self.latent.v_head_dim
 
     @property
     def max_length(self) -> int:
@@ -125,6 +138,8 @@ class ModelConfig(Config):
         heads, hidden = values.get("num_attention_heads"), values.get("hidden_size")
         if not values.get("num_key_value_heads") and isinstance(heads, int):
             values["num_key_value_heads"] = heads
+        if not values.get("head_dim") and (latent := values.get("latent")):
+            values["head_dim"] = LatentSizes.model_validate(latent).qk_head_dim
         if not values.get("head_dim") and isinstance(heads, int) and isinstance(hidden, int) and heads > 0:
             values["head_dim"] = hidden // heads if hidden % heads == 0 else 0
         return values
@@ -142,8 +157,12 @@ class ModelConfig(Config):
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         faults = [*self._rope_faults(), *self._residual_faults(), *self._window_faults(), *self._norm_faults()]
+        if self.latent is not None:
+            faults += self._latent_faults(self.latent)
         if faults:
             raise ValueError("; ".join(faults))
+        if self.moe is not None and self.mlp_bias:
+            raise ValueError("mlp_bias=true and moe: experts have no biases; remove one of them")
         return self
 
     def _rope_faults(self) -> list[str]:
@@ -208,3 +227,33 @@ class ModelConfig(Config):
     def window(self, layer: int) -> int | None:
         """Tokens that a query of this layer sees, its own the last; None: all before."""
         return self.sliding_window if self.slides(layer) else None
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether this layer has experts in place of its one MLP."""
+        return self.moe is not None and self.moe.has_experts(layer)
+
+    def _latent_faults(self, latent: LatentSizes) -> list[str]:
+        found = []
+        if self.head_dim != latent.qk_head_dim:
+            found.append(
+                f"head_dim={self.head_dim} is not qk_nope_head_dim={latent.qk_nope_head_dim} + "
+                f"qk_rope_head_dim={latent.qk_rope_head_dim}; leave it out"
+            )
+        if self.num_key_value_heads != self.num_attention_heads:
+            found.append(
+                f"num_key_value_heads={self.num_key_value_heads}, but each of num_attention_heads="
+                f"{self.num_attention_heads} has its own key and value from the latent; make them equal"
+            )
+        only = {
+            "position_embedding": "rope",
+            "partial_rotary_factor": 1.0,
+            "qk_norm": "none",
+            "norm_unit_offset": False,
+        }
+        values = self.model_dump(include=set(only))
+        found += [
+            f"{name}={values[name]!r} does not go with latent, only {value!r}"
+            for name, value in only.items()
+            if values[name] != value
+        ]
+        return found

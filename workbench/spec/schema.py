@@ -6,8 +6,11 @@ Layers are built from these specs, so a layer's `shards()` and the offline plann
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import Final
 
+from workbench.spec.attention_schema import latent_specs
+from workbench.spec.expert_specs import expert_specs, router_specs
 from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -32,7 +35,7 @@ def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[Paramet
 def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple[ParameterSpec, ...]:
     """The parameters of one transformer layer."""
     base = f"layers.{layer}"
-    hidden, ffn, d = model.hidden_size, model.intermediate_size, model.head_dim
+    hidden, d = model.hidden_size, model.head_dim
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
 
     def qkv(suffix: str, *columns: int) -> tuple[Part, ...]:
@@ -42,12 +45,7 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
             Part(f"{base}.self_attn.v_proj.{suffix}", (kv_heads * d, *columns), dim=0, units=kv_heads, replicate=True),
         )
 
-    def up(suffix: str, *columns: int) -> tuple[Part, ...]:
-        names = ("gate_proj", "up_proj") if model.gated_mlp else ("up_proj",)
-        return tuple(Part(f"{base}.mlp.{name}.{suffix}", (ffn, *columns), dim=0) for name in names)
-
-    o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * d), dim=1, units=heads)
-    down_proj = Part(f"{base}.mlp.down_proj.weight", (hidden, ffn), dim=1)
+    o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * model.value_head_dim), dim=1, units=heads)
     residual: Initial = "residual" if model.scale_residual_init else "normal"
     at = (layer,)
     before_attention, after_attention, before_mlp, after_mlp = (
@@ -55,25 +53,56 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
     )
     specs = [
         *before_attention,
-        ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),
+        *(
+            latent_specs(model, model.latent, layout, layer)
+            if model.latent is not None
+            else (ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),)
+        ),
         ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
         *qk_norm_specs(model, f"{base}.self_attn", layer),
         *after_attention,
         *before_mlp,
-        ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
-        ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
+        *feed_forward_specs(model, layout, layer),
         *after_mlp,
     ]
-    if model.attention_bias:
+    if model.attention_bias and model.latent is None:
         specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
     if model.attention_output_bias:
         o_bias = Part(f"{base}.self_attn.o_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{base}.self_attn.o_proj.bias", (o_bias,), at, "bias", "zeros"))
-    if model.mlp_bias:
-        specs.append(ParameterSpec(f"{base}.mlp.up_proj.bias", up("bias"), at, "bias", "zeros"))
-        down_bias = Part(f"{base}.mlp.down_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
-        specs.append(ParameterSpec(f"{base}.mlp.down_proj.bias", (down_bias,), at, "bias", "zeros"))
     return tuple(specs)
+
+
+def feed_forward_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> list[ParameterSpec]:
+    """The MLP of a layer, or its router, its experts and the one that they share."""
+    path, moe = f"layers.{layer}.mlp", model.moe
+    if moe is None or not moe.has_experts(layer):
+        return mlp_specs(model, layout, path, model.intermediate_size, layer)
+    specs = [*router_specs(model, moe, layout, layer), *expert_specs(model, moe, layout, layer)]
+    if width := moe.shared_expert_intermediate_size:
+        specs += mlp_specs(model, layout, f"{path}.shared_expert", width, layer)
+    return specs
+
+
+def mlp_specs(model: ModelConfig, layout: ParallelLayout, path: str, width: int, layer: int) -> list[ParameterSpec]:
+    """An MLP of this width."""
+    hidden, at = model.hidden_size, (layer,)
+    residual: Initial = "residual" if model.scale_residual_init else "normal"
+
+    def up(suffix: str, *columns: int) -> tuple[Part, ...]:
+        names = ("gate_proj", "up_proj") if model.gated_mlp else ("up_proj",)
+        return tuple(Part(f"{path}.{name}.{suffix}", (width, *columns), dim=0) for name in names)
+
+    down = Part(f"{path}.down_proj.weight", (hidden, width), dim=1)
+    specs = [
+        ParameterSpec(f"{path}.up_proj.weight", up("weight", hidden), at, "matrix"),
+        ParameterSpec(f"{path}.down_proj.weight", (down,), at, "matrix", residual),
+    ]
+    if model.mlp_bias:
+        specs.append(ParameterSpec(f"{path}.up_proj.bias", up("bias"), at, "bias", "zeros"))
+        down_bias = Part(f"{path}.down_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
+        specs.append(ParameterSpec(f"{path}.down_proj.bias", (down_bias,), at, "bias", "zeros"))
+    return specs
 
 
 def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
@@ -157,6 +186,23 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(tensor.numel for tensor in logical_tensors(model, "F32").values())
 
 
+def num_active_parameters(model: ModelConfig) -> int:
+    """Those of `num_parameters` that compute a token: of the experts of a layer only the ones that it takes."""
+    if model.moe is None:
+        return num_parameters(model)
+    layers, idle = (
+        model.moe.sparse_layers(model.num_hidden_layers),
+        model.moe.num_experts - model.moe.num_experts_per_tok,
+    )
+    return num_parameters(model) - len(layers) * idle * expert_size(model)
+
+
+def expert_size(model: ModelConfig) -> int:
+    """Elements of one expert."""
+    assert model.moe is not None
+    return model.hidden_size * model.moe.moe_intermediate_size * (3 if model.gated_mlp else 2)
+
+
 def stage_specs(model: ModelConfig, layout: ParallelLayout, stage: int) -> Iterator[ParameterSpec]:
     """The parameters that live on `stage` of the pipeline."""
     here = stage_places(model, layout, stage)
@@ -175,18 +221,19 @@ def stage_places(model: ModelConfig, layout: ParallelLayout, stage: int) -> set[
 
 def stored_shards(
     model: ModelConfig, layout: ParallelLayout, specs: Iterable[ParameterSpec] | None = None
-) -> Mapping[tuple[int, int], tuple[Shard, ...]]:
-    """What each (stage, tp_rank) writes to a checkpoint of `layout`: each logical element once.
+) -> Mapping[tuple[int, int, int], tuple[Shard, ...]]:
+    """What each (stage, tp_rank, ep_rank) writes to a checkpoint of `layout`: each logical element once.
 
-    Of several copies the first one writes; a tied embedding is written by the first stage. `specs`: what is stored, if
-    not the parameters of the model (an adapter).
+    Of several copies the first one writes; a tied embedding is written by the first stage, and what is not dealt by the
+    first rank of the expert axis. `specs`: what is stored, if not the parameters of the model (an adapter).
     """
     everything = tuple(parameter_specs(model, layout) if specs is None else specs)
-    found: dict[tuple[int, int], tuple[Shard, ...]] = {}
+    found: dict[tuple[int, int, int], tuple[Shard, ...]] = {}
     for stage in range(layout.pp):
         here = stage_places(model, layout, stage)
         inside = [s for s in everything if here.intersection(s.places) and (stage == 0 or EMBED not in s.places)]
-        for tp_rank in range(layout.tp):
-            shards = (shard for spec in inside for shard in spec.shards(layout.tp, tp_rank))
-            found[stage, tp_rank] = tuple(shard for shard in shards if shard.copy == 0)
+        for tp_rank, ep_rank in product(range(layout.tp), range(layout.ep)):
+            held = [spec for spec in inside if ep_rank < spec.dealt]
+            shards = (shard for spec in held for shard in spec.shards(layout.tp, tp_rank, ep_rank))
+            found[stage, tp_rank, ep_rank] = tuple(shard for shard in shards if shard.copy == 0)
     return found

@@ -7,7 +7,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import CONFIG_MAPPING, GPT2Config, GPTNeoXConfig, LlamaConfig, Phi3Config
+from transformers import (
+    CONFIG_MAPPING,
+    DeepseekV3Config,
+    GPT2Config,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MixtralConfig,
+    Phi3Config,
+    Qwen2MoeConfig,
+    Qwen3MoeConfig,
+)
 
 from converters.family import detect_family, families, family_for, family_named
 from tests.converters.families.published import PUBLISHED
@@ -22,6 +32,11 @@ LLAMA3_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 32,
 }
+DEEPSEEK_ROPE = {
+    **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 512},
+    **{"attention_factor": 1.2, "mscale_all_dim": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
+}
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama defaults": LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict(),
     "llama grouped, tied, biased": LlamaConfig(
@@ -107,10 +122,78 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_cache": True,
         "vocab_size": 32064,
     },
+    "deepseek_v3, dense": DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"],
+        first_k_dense_replace=61,
+        attention_bias=True,
+        rope_parameters=DEEPSEEK_ROPE,
+    ).to_dict(),
+    "deepseek_v3 defaults": DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]).to_dict(),
+    "deepseek_v3, no query latent, halves": DeepseekV3Config(
+        architectures=["DeepseekV3ForCausalLM"],
+        first_k_dense_replace=2,
+        num_hidden_layers=2,
+        q_lora_rank=None,
+        rope_interleave=False,
+    ).to_dict(),
     "gpt2 defaults": GPT2Config(architectures=["GPT2LMHeadModel"]).to_dict(),
     "gpt2 untied, own width": GPT2Config(
         architectures=["GPT2LMHeadModel"], n_embd=32, n_head=4, n_inner=100, tie_word_embeddings=False, resid_pdrop=0.0
     ).to_dict(),
+    "mixtral defaults": MixtralConfig(architectures=["MixtralForCausalLM"]).to_dict(),
+    "qwen2_moe defaults": Qwen2MoeConfig(architectures=["Qwen2MoeForCausalLM"]).to_dict(),
+    "qwen2_moe, all else": Qwen2MoeConfig(
+        architectures=["Qwen2MoeForCausalLM"],
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=96,
+        shared_expert_intermediate_size=112,
+        norm_topk_prob=True,
+        decoder_sparse_step=2,
+        mlp_only_layers=[3],
+        router_aux_loss_coef=0.01,
+        qkv_bias=False,
+        use_sliding_window=True,
+        sliding_window=64,
+        max_window_layers=8,
+    ).to_dict(),
+    "qwen3_moe defaults": Qwen3MoeConfig(architectures=["Qwen3MoeForCausalLM"]).to_dict(),
+    "qwen3_moe of 2025": {
+        "architectures": ["Qwen3MoeForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": 151643,
+        "decoder_sparse_step": 1,
+        "eos_token_id": 151645,
+        "head_dim": 128,
+        "hidden_act": "silu",
+        "hidden_size": 2048,
+        "initializer_range": 0.02,
+        "intermediate_size": 6144,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 48,
+        "mlp_only_layers": [],
+        "model_type": "qwen3_moe",
+        "moe_intermediate_size": 768,
+        "norm_topk_prob": True,
+        "num_attention_heads": 32,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 4,
+        "output_router_logits": False,
+        "rms_norm_eps": 1e-06,
+        "rope_scaling": None,
+        "rope_theta": 1000000.0,
+        "router_aux_loss_coef": 0.001,
+        "sliding_window": None,
+        "tie_word_embeddings": False,
+        "torch_dtype": "bfloat16",
+        "transformers_version": "4.51.0",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
     "gpt2 of 2019": {
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
@@ -199,6 +282,8 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
     reader = CONFIG_MAPPING[family.model_type]
     theirs, ours = reader(**CONFIGS[case]).to_dict(), reader(**written).to_dict()
     theirs["rope_parameters"], ours["rope_parameters"] = rope_of(theirs), rope_of(ours)
+    if ours.get("head_dim") is not None and theirs.get("head_dim") is None:
+        theirs["head_dim"] = theirs["hidden_size"] // theirs["num_attention_heads"]  # what transformers then takes
     behaviour = {key for rule in family.fields for key in rule.keys} - OLDER
     assert {key: ours.get(key) for key in behaviour} == {key: theirs.get(key) for key in behaviour}
 
@@ -260,6 +345,9 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
             {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
             ["rope_parameters.sliding_attention=", "only a rope_theta"],
         ),
+        ("deepseek_v3 defaults", {"scoring_func": "softmax"}, ["scoring_func='softmax'", "only 'sigmoid'"]),
+        ("deepseek_v3, dense", {"kv_lora_rank": None}, ["kv_lora_rank"]),
+        ("deepseek_v3, dense", {"num_key_value_heads": 8}, ["num_key_value_heads=8", "num_attention_heads=128"]),
         ("gpt2 defaults", {"scale_attn_weights": False}, ["scale_attn_weights=False", "only True"]),
         ("gpt2 defaults", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
         ("gpt2 defaults", {"activation_function": "relu", "odd": 1}, ["activation_function='relu'", "odd=1"]),
@@ -280,6 +368,8 @@ def test_what_has_no_place_is_refused_by_name(case: str, change: dict[str, Any],
         ("llama", {"attention_bias": True}, ["attention_bias=True, attention_output_bias=False", "one switch"]),
         ("llama", {"norm": "layernorm"}, ["norm='layernorm'", "'rmsnorm'"]),
         ("llama", {"head_dim": 6, "num_attention_heads": 3, "num_key_value_heads": 3}, ["hidden_size=32", "=3"]),
+        ("llama", {"latent": LATENT, "head_dim": 12}, ["latent={'kv_lora_rank': 8", "only None"]),
+        ("deepseek_v3", {}, ["latent=None"]),
         ("gpt2", {"num_key_value_heads": 2}, ["num_key_value_heads=2 is not num_attention_heads=4"]),
         ("gpt2", {"position_embedding": "rope"}, ["position_embedding='rope'"]),
         ("llama", {"parallel_residual": True}, ["parallel_residual=True has no place, only False"]),
