@@ -161,7 +161,7 @@ class Family:
     def _feature_faults(self, model: ModelConfig) -> list[str]:
         values = model.model_dump()
         return [
-            f"{name}={values[name]!r} has no place, only {only!r}"
+            f"{name}={'{...}' if isinstance(values[name], dict) else repr(values[name])} has no place, only {only!r}"
             for name, only in self._fixed().items()
             if values[name] != only
         ]
