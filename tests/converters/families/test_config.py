@@ -36,6 +36,10 @@ DEEPSEEK_ROPE = {
     **{"rope_type": "yarn", "rope_theta": 10000.0, "factor": 40.0, "original_max_position_embeddings": 512},
     **{"attention_factor": 1.2, "mscale_all_dim": 0.5, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": True},
 }
+DEEPSEEK_HALVES: dict[str, Any] = {
+    **{"architectures": ["DeepseekV3ForCausalLM"], "first_k_dense_replace": 2, "num_hidden_layers": 2},
+    **{"q_lora_rank": None, "rope_interleave": False},
+}
 LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8}
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama defaults": LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict(),
@@ -129,13 +133,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         rope_parameters=DEEPSEEK_ROPE,
     ).to_dict(),
     "deepseek_v3 defaults": DeepseekV3Config(architectures=["DeepseekV3ForCausalLM"]).to_dict(),
-    "deepseek_v3, no query latent, halves": DeepseekV3Config(
-        architectures=["DeepseekV3ForCausalLM"],
-        first_k_dense_replace=2,
-        num_hidden_layers=2,
-        q_lora_rank=None,
-        rope_interleave=False,
-    ).to_dict(),
+    "deepseek_v3, no query latent, halves": DeepseekV3Config(**DEEPSEEK_HALVES).to_dict(),
     "gpt2 defaults": GPT2Config(architectures=["GPT2LMHeadModel"]).to_dict(),
     "gpt2 untied, own width": GPT2Config(
         architectures=["GPT2LMHeadModel"], n_embd=32, n_head=4, n_inner=100, tie_word_embeddings=False, resid_pdrop=0.0
