@@ -18,6 +18,8 @@ MASTER_BYTES = GRADIENT_BYTES = 4
 FORMAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SCORED_TOKENS = range(128, 1024 + 1)
 """Sequence lengths at which a CPU keeps the scores of attention (workbench/models/blockwise.py)."""
+BLOCKS = 4
+"""Blocks of queries in which it then computes them."""
 
 
 @dataclass(frozen=True)
@@ -161,25 +163,38 @@ def _layer_activations(
         attention += heads + kv_heads
     if model.qk_norm != "none":
         attention += norm * (heads + kv_heads)
-    if recompute == "none" and model.attn_logit_softcapping is not None:
-        attention += _capped_scores(model, layout, batch.seq_len, on_cpu=on_cpu)
-    if recompute == "none" and layout.cp > 1:
-        attention += 2 * heads * (layout.cp if layout.context == "all_gather" else 1)
-    elif recompute == "none" and on_cpu and batch.seq_len in SCORED_TOKENS:
-        # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
-        # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.
-        attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
+    if recompute == "none":
+        attention += _core_activations(model, layout, batch.seq_len, on_cpu=on_cpu)
     cut = attention + mlp
     return tokens * (whole // shares + cut // layout.tp)
 
 
-def _capped_scores(model: ModelConfig, layout: ParallelLayout, seq_len: int, *, on_cpu: bool) -> int:
-    """Scores of one token that are kept because they are capped: as the cap gives them, and their softmax where it is
-    not counted already. A ring keeps none."""
+def _core_activations(model: ModelConfig, layout: ParallelLayout, seq_len: int, *, on_cpu: bool) -> int:
+    """Elements that attention itself keeps of a token, over all tensor ranks, besides its inputs and output: of capped
+    scores also what the cap gives, and their softmax."""
+    heads = model.num_attention_heads * model.head_dim
     if layout.cp > 1 and layout.context == "ring":
-        return 0
-    blockwise = on_cpu and layout.cp == 1 and seq_len in SCORED_TOKENS
-    return model.num_attention_heads * (seq_len * 5 // 8 if blockwise else 2 * seq_len)
+        return 2 * heads
+    is_capped = model.attn_logit_softcapping is not None
+    if layout.cp == 1 and on_cpu and seq_len in SCORED_TOKENS:
+        # Blocks of queries, each with its scores and its own copy of the keys and values that it sees.
+        kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
+        scores = model.num_attention_heads * seq_len * (1 + is_capped)
+        return heads + int(_share_scored(model, seq_len) * (2 * BLOCKS * kv_heads + scores))
+    capped = 2 * model.num_attention_heads * seq_len if is_capped else 0
+    return capped + (2 * heads * layout.cp if layout.cp > 1 else 0)
+
+
+def _share_scored(model: ModelConfig, seq_len: int) -> float:
+    """The share of a row's scores that attention in blocks keeps, on average over layers: without windows 5/8, as the
+    first of four blocks sees one of them and the last all."""
+    length, layers = -(-seq_len // BLOCKS), range(model.num_hidden_layers)
+    unseen = sum(
+        max(0, block * length - (model.window(layer) or seq_len) + 1) // length
+        for layer in layers
+        for block in range(BLOCKS)
+    )
+    return (BLOCKS + 1) / (2 * BLOCKS) - unseen / (len(layers) * BLOCKS**2)
 
 
 def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, scored: int) -> int:

@@ -16,7 +16,7 @@ from pretrain.config import (
     RecomputeTable,
     RunTable,
 )
-from pretrain.memory import SCORED_TOKENS, estimate_memory
+from pretrain.memory import BLOCKS, SCORED_TOKENS, estimate_memory
 from pretrain.optimizer import Optimizer
 from tests.helpers.allocations import Allocations
 from tests.helpers.models import biased_model, gated_model, post_norm_model, sliding_model
@@ -103,6 +103,7 @@ def test_recompute_and_offload_leave_one_layer_and_what_is_kept():
 def test_scores_count_at_the_lengths_at_which_a_cpu_keeps_them():
     model = gated_model(**LARGER)
     assert (SCORED_TOKENS.start, SCORED_TOKENS.stop - 1) == (blockwise.SHORTEST, blockwise.LONGEST)
+    assert BLOCKS == blockwise.BLOCKS
     (on_cpu,) = estimate_memory(model, ParallelLayout(), config())
     (on_gpu,) = estimate_memory(model, ParallelLayout(), config(), on_cpu=False)
     assert on_cpu.activations > on_gpu.activations

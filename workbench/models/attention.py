@@ -80,7 +80,8 @@ class Attention(nn.Module):
         q_size, k_size, v_size = self.qkv_proj.output_sizes
         qk, v = self.qkv_proj(x_BTD).split((q_size + k_size, v_size), dim=-1)
         if self.qk_norm != "none":
-            qk = torch.cat([*map(self._norm_heads, (self.q_norm, self.k_norm), qk.split((q_size, k_size), dim=-1))], -1)
+            q, k = qk.split((q_size, k_size), dim=-1)
+            qk = torch.cat((self._norm_heads(self.q_norm, q), self._norm_heads(self.k_norm, k)), dim=-1)
         qk, v_BTKd = (part.unflatten(-1, (-1, self.head_dim)) for part in (qk, v))
         if rope is not None:
             qk = apply_rope(qk, rope)
@@ -89,6 +90,7 @@ class Attention(nn.Module):
         return self.o_proj(attended_BTHd.flatten(2))
 
     def _norm_heads(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H * d], each head normed alone or all as one."""
         if self.qk_norm == "full":
             return norm(x)
         return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)

@@ -78,7 +78,7 @@ def _equip(stage: DecoderStage, options: StageOptions, mesh: Mesh) -> Gemm:
             layer.gemm = gemm = executor.linear(*layer.weight.shape)
         elif isinstance(layer, ParallelModule):
             layer.gemm = head
-        if isinstance(layer, RMSNorm | LayerNorm) and not (isinstance(layer, RMSNorm) and layer.is_cut):
+        if isinstance(layer, RMSNorm | LayerNorm) and not layer.is_cut:
             kind: NormKind = "rmsnorm" if isinstance(layer, RMSNorm) else "layernorm"
             layer.normalise = executor.norm(kind, layer.weight.numel(), layer.eps)
     host = HostMemory(pinned=mesh.device.type == "cuda")

@@ -52,6 +52,7 @@ class LayerNorm(ParallelModule):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    is_cut = False
 
     def __init__(self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec, eps: float) -> None:
         super().__init__(mesh, weight=weight, bias=bias)
