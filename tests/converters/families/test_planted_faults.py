@@ -66,7 +66,8 @@ def test_a_window_that_begins_one_token_off(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, case: str, shift: int
 ) -> None:
     def visible(*args: Any) -> torch.Tensor:
-        return right(*args[:-1], None if args[-1] is None else args[-1] + shift)
+        scoring = args[-1]
+        return right(*args[:-1], replace(scoring, window=scoring.window and scoring.window + shift))
 
     right = attend.visible
     monkeypatch.setattr(attend, "visible", visible)
