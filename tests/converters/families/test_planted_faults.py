@@ -77,6 +77,11 @@ def test_a_window_that_begins_one_token_off(
 @pytest.mark.parametrize(
     ("case", "change"),
     [
+        ("gpt_neox, parallel, a quarter turns", {"partial_rotary_factor": 0.5}),
+        ("gpt_neox, parallel, a quarter turns", {"parallel_residual": False}),
+        ("llama, rope by length", {"rope_scaling": None}),
+        ("llama, yarn rope", {"rope_scaling": None}),
+        ("phi3, grouped, tied, longrope", {"rope_scaling": None}),
         (GEMMA, {"rope_local_theta": 1000.0}),
         (GEMMA, {"rope_scaling": None}),
         (GEMMA, {"query_pre_attn_scalar": None}),
