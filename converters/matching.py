@@ -33,6 +33,7 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
 
     ConversionError unless all names and shapes match, with nothing over on either side.
     """
+    foreign = {family.current(name): tensor for name, tensor in foreign.items()}
     bound = family.bind(model)
     actual = _names_in_file(family, bound, foreign)
     shapes = {name: tensor.shape for name, tensor in logical_tensors(model, "F32").items()}
@@ -47,14 +48,14 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
             faults.append(f"{found.name!r} has shape {list(found.shape)}, the configuration says {list(expected)}")
         places[name] = (found.name, rule)
         schema[name] = LogicalTensor(name, shapes[name], found.dtype)
-        used.add(found.name)
+        used.add(actual(rule.foreign))
     ignored = {
         name: entry.why
-        for name in foreign
+        for name in foreign.keys() - used
         for entry in family.ignored
         if entry.matches(name) or entry.matches(family.prefix + name)
     }
-    repeated = _repeated(model, foreign, {name: place for name, (place, _) in places.items()})
+    repeated = _repeated(family, model, foreign, {name: place for name, (place, _) in places.items()})
     over = set(foreign) - used - ignored.keys() - {name for name, _ in repeated}
     if over:
         faults.append(
@@ -79,9 +80,11 @@ def _names_in_file(
 
 
 def _repeated(
-    model: ModelConfig, foreign: Mapping[str, LogicalTensor], places: Mapping[str, str]
+    family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor], places: Mapping[str, str]
 ) -> tuple[tuple[str, str], ...]:
     """A tied head that was stored all the same."""
+    if family.repeats:
+        return tuple((name, other) for name, other in family.repeats.items() if {name, other} <= foreign.keys())
     if model.tie_word_embeddings and "lm_head.weight" in foreign and "embed_tokens.weight" in places:
         return (("lm_head.weight", places["embed_tokens.weight"]),)
     return ()

@@ -36,3 +36,20 @@ def biased_model(**changes: Any) -> ModelConfig:
         mlp_bias=True,
     )
     return gated_model(**{**features, **changes})
+
+
+def masked_model(**changes: Any) -> ModelConfig:
+    """Tokens that see all others, segments, norms after the sums; a head with a transform, and one for pairs."""
+    features: dict[str, Any] = dict(
+        hidden_act="gelu",
+        causal=False,
+        norm_placement="post_residual",
+        type_vocab_size=2,
+        embed_norm=True,
+        tie_word_embeddings=True,
+        head_transform=True,
+        lm_head_bias=True,
+        pooler=True,
+        next_sentence=True,
+    )
+    return biased_model(**{**features, **changes})

@@ -1,4 +1,4 @@
-"""Causal self-attention with grouped key/value heads, its heads cut over the tensor axis.
+"""Self-attention with grouped key/value heads, its heads cut over the tensor axis.
 
 Legend: B batch, T tokens (of this context rank), S tokens attended to, D hidden, H heads (local), K key/value heads
 (local), d head size.
@@ -39,7 +39,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, each token attending to itself and those before it in its document."""
+    """softmax(q k^T / sqrt(d)) v, each token attending to those of its document that it may see (`model.causal`)."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
@@ -49,6 +49,7 @@ class Attention(nn.Module):
         self.mesh = mesh
         self.head_dim = model.head_dim
         self.layer = layer
+        self.causal = model.causal
         self.dropout = model.attention_dropout
         self.recompute = False
         self.core: Attend | None = None
@@ -97,4 +98,4 @@ class Attention(nn.Module):
         dropped = None
         if self.dropout and batch.dropout is not None:
             dropped = WeightDropout(self.dropout, batch.dropout.rows(self.path), self.first_head)
-        return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh)
+        return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh, causal=self.causal)

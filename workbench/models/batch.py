@@ -26,7 +26,9 @@ class Batch:
     predicted; [B] class numbers for a sequence head; None where only logits are wanted. lengths: [B], real tokens of
     each row, None when all rows are full. dropout: what the dropout masks depend on; None switches dropout off.
     positions: [B, S], the place of each token in its sequence; None for 0 to S-1. documents: [B, S], the number of the
-    document that each token belongs to, which it does not look beyond; None when a row is one document.
+    document that each token belongs to, which it does not look beyond; None when a row is one document. segments:
+    [B, S], the kind of segment of each token; None when all are of kind 0. pair_labels: [B], 0 where the second segment
+    follows the first and 1 where it does not, IGNORE for no pair; their loss counts `pair_weight` times.
     """
 
     input_ids: torch.Tensor
@@ -35,6 +37,9 @@ class Batch:
     dropout: DropoutKey | None = None
     positions: torch.Tensor | None = None
     documents: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    pair_labels: torch.Tensor | None = None
+    pair_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -42,8 +47,9 @@ class LocalBatch:
     """What one rank computes of a batch, whose rows are padded to what its ranks can share.
 
     input_ids: [B, T]. labels: [B, T], or [B]. lengths: [B]. dropout: as in the batch. positions: [T] or [B, T].
-    documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions:
-    [t] and [t] or [B, t], the same of the tokens whose hidden states this rank has (fewer under sequence parallelism).
+    documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions,
+    hidden_segments: [t], [t] or [B, t] and [B, t], the same of the tokens whose hidden states this rank has (fewer
+    under sequence parallelism). pair_labels, pair_weight: as in the batch.
     """
 
     input_ids: torch.Tensor
@@ -55,10 +61,16 @@ class LocalBatch:
     tokens: torch.Tensor
     hidden_tokens: torch.Tensor
     hidden_positions: torch.Tensor
+    hidden_segments: torch.Tensor | None
+    pair_labels: torch.Tensor | None
+    pair_weight: float
 
 
-def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
-    """This rank's part of `batch`, of rows of which `start` tokens came before. No communication."""
+def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0, causal: bool = True) -> LocalBatch:
+    """This rank's part of `batch`, of rows of which `start` tokens came before. No communication.
+
+    Where attention is not causal, padding is a document of its own: no token sees it, and it sees itself alone.
+    """
     rows, length = batch.input_ids.shape
     device, layout = batch.input_ids.device, mesh.layout
     padded = padded_length(length, layout)
@@ -77,7 +89,11 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
     if positions is None:
         # Those of padding are of no account, but must be positions that the model has.
         positions = start + (tokens if padded == length else tokens.clamp(max=length - 1))
-    documents = batch.documents
+    documents, segments = batch.documents, share(batch.segments, 0)
+    if not causal and documents is None and (batch.lengths is not None or padded > length):
+        documents = torch.zeros_like(batch.input_ids)
+    if not causal and documents is not None and batch.lengths is not None:
+        documents = documents.masked_fill(torch.arange(length, device=device) >= batch.lengths.unsqueeze(-1), -1)
     return LocalBatch(
         input_ids=input_ids,
         labels=share(batch.labels, IGNORE),
@@ -88,6 +104,9 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
         tokens=tokens,
         hidden_tokens=hidden(tokens),
         hidden_positions=hidden(positions),
+        hidden_segments=None if segments is None else hidden(segments),
+        pair_labels=batch.pair_labels,
+        pair_weight=batch.pair_weight,
     )
 
 

@@ -20,17 +20,20 @@ def attend_in_context(
     documents_BS: torch.Tensor | None,
     dropped: WeightDropout | None,
     mesh: Mesh,
+    *,
+    causal: bool = True,
 ) -> torch.Tensor:
     """What `attend` gives for the tokens of this rank, [B, T, H, d]. Communicates over cp; the layout says how."""
     if mesh.cp.size == 1:
-        return attend(q_BTHd, k_BTKd, v_BTKd, documents_BS, dropped)
+        return attend(q_BTHd, k_BTKd, v_BTKd, documents_BS, dropped, causal=causal)
     if mesh.layout.context == "ring":
         assert dropped is None, "the ring has no dropout"
-        return attend_in_ring(q_BTHd, k_BTKd, v_BTKd, documents_BS, mesh.cp)
+        return attend_in_ring(q_BTHd, k_BTKd, v_BTKd, documents_BS, mesh.cp, causal=causal)
     k_BSKd, v_BSKd = gather_context(torch.cat((k_BTKd, v_BTKd), dim=-1), mesh.cp).chunk(2, dim=-1)
     found = []
     for number, q_chunk in zip(context_chunks(mesh.cp.size, mesh.cp.rank), q_BTHd.chunk(2, dim=1), strict=True):
-        stop = (number + 1) * q_chunk.shape[1]
+        first = number * q_chunk.shape[1]
+        stop = first + q_chunk.shape[1] if causal else k_BSKd.shape[1]
         documents = None if documents_BS is None else documents_BS[:, :stop]
-        found.append(attend(q_chunk, k_BSKd[:, :stop], v_BSKd[:, :stop], documents, dropped))
+        found.append(attend(q_chunk, k_BSKd[:, :stop], v_BSKd[:, :stop], documents, dropped, first, causal=causal))
     return torch.cat(found, dim=1)

@@ -1,7 +1,7 @@
-"""A stage of a decoder: some of its layers, with the embedding on the first stage and the head on the last.
+"""A stage of a transformer: some of its layers, with the embedding on the first stage and the head on the last.
 
-Legend: B batch, S tokens of a row, T those of this rank, D hidden, V vocabulary (local, padded), N labels of a
-sequence head.
+Legend: B batch, S tokens of a row, T those of this rank, D hidden, V vocabulary (local, padded), N labels of a head
+that judges rows.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import nn
 
 from workbench.models.attention import Attention, KeyValueCache
 from workbench.models.batch import Batch, LocalBatch, local_batch
-from workbench.models.mlp import MLP
+from workbench.models.mlp import MLP, activate
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
@@ -36,21 +36,23 @@ from workbench.parallel.sequence import whole_input
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.layout import ParallelLayout, virtual_stage
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import stage_specs, tied_head
+from workbench.spec.schema import NORMS, predicts_words, stage_specs, tied_head
 
-Output = Literal["loss", "token_losses", "logits"]
+Output = Literal["loss", "token_losses", "logits", "pair_logits"]
 
 
 class Block(nn.Module):
-    """One pre-norm transformer layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); or norm(x + attention(x)), and so on."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
         path = f"layers.{layer}"
-        self.input_layernorm = build_norm(model, mesh, specs, f"{path}.input_layernorm")
         self.self_attn = Attention(model, mesh, specs, layer)
-        self.post_attention_layernorm = build_norm(model, mesh, specs, f"{path}.post_attention_layernorm")
         self.mlp = MLP(model, mesh, specs, layer)
+        self.norm_names = NORMS[model.norm_placement]
+        for name in self.norm_names:
+            self.add_module(name, build_norm(model, mesh, specs, f"{path}.{name}"))
+        self.norms_sum = model.norm_placement == "post_residual"
         self.path = path
         self.dropout = model.hidden_dropout
         self.recompute = False
@@ -73,10 +75,13 @@ class Block(nn.Module):
         batch: LocalBatch,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
-        attended_BTD = self.self_attn(self.input_layernorm(x_BTD), rope, batch, cache)
+        attention_norm, mlp_norm = (self.get_submodule(name) for name in self.norm_names)
+        attended_BTD = self.self_attn(x_BTD if self.norms_sum else attention_norm(x_BTD), rope, batch, cache)
         x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
-        transformed_BTD = self.mlp(self.post_attention_layernorm(x_BTD))
-        return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
+        x_BTD = attention_norm(x_BTD) if self.norms_sum else x_BTD
+        transformed_BTD = self.mlp(x_BTD if self.norms_sum else mlp_norm(x_BTD))
+        x_BTD = x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
+        return mlp_norm(x_BTD) if self.norms_sum else x_BTD
 
 
 class DecoderStage(nn.Module):
@@ -102,14 +107,33 @@ class DecoderStage(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(mesh, specs["embed_tokens.weight"])
         if self.has_embedding and model.position_embedding == "learned":
             self.embed_positions = ReplicatedEmbedding(mesh, specs["embed_positions.weight"])
+        if self.has_embedding and model.type_vocab_size:
+            self.embed_types = ReplicatedEmbedding(mesh, specs["embed_types.weight"])
+        if self.has_embedding and model.embed_norm:
+            self.embed_norm = build_norm(model, mesh, specs, "embed_norm")
         indices = layout.layers(model.num_hidden_layers, stage)
         self.layers = nn.ModuleDict({str(i): Block(model, mesh, specs, i) for i in indices})
         if self.has_head:
-            self.norm = build_norm(model, mesh, specs, "norm")
-            if model.num_labels:
-                self.score = ReplicatedLinear(mesh, specs["score.weight"])
-            elif not self.tied:
-                self.lm_head = VocabParallelHead(mesh, specs["lm_head.weight"])
+            self._add_heads(specs)
+
+    def _add_heads(self, specs: dict[str, ParameterSpec]) -> None:
+        model, mesh = self.model, self.mesh
+
+        def dense(path: str) -> ReplicatedLinear:
+            return ReplicatedLinear(mesh, specs[f"{path}.weight"], specs.get(f"{path}.bias"))
+
+        self.norm = build_norm(model, mesh, specs, "norm") if model.norm_placement == "pre" else nn.Identity()
+        if model.pooler:
+            self.pooler = dense("pooler")
+        if model.num_labels:
+            self.score = dense("score")
+        if model.next_sentence:
+            self.next_sentence = dense("next_sentence")
+        if model.head_transform:
+            self.head_transform = dense("head_transform")
+            self.head_norm = build_norm(model, mesh, specs, "head_norm")
+        if predicts_words(model):
+            self.lm_head = VocabParallelHead(mesh, specs.get("lm_head.weight"), specs.get("lm_head.bias"))
 
     def forward(
         self,
@@ -124,11 +148,13 @@ class DecoderStage(nn.Module):
 
         "loss": the sum of the losses of this context rank's labels, a scalar in fp32 or wider, equal on all tensor
         ranks. "token_losses": loss of each label [B, S] (or [B]), 0 where ignored. "logits": [B, S, vocab_size], or
-        [B, N] of a sequence head. These two are of whole rows in token order, on every rank. `hidden_BTD`
-        comes from the previous virtual stage; None on the first.
+        [B, N] of a sequence head; without a head what the pooler gives, [B, D]. "pair_logits": [B, 2], whether segments
+        follow each other. These three are of whole rows in token order, on every rank. `hidden_BTD` comes from the
+        previous virtual stage; None on the first.
         """
         assert cache is None or self.mesh.layout.token_multiple == 1, "decoding shares no tokens between ranks"
-        local = local_batch(batch, self.mesh, start=cache.length if cache is not None else 0)
+        start = cache.length if cache is not None else 0
+        local = local_batch(batch, self.mesh, start=start, causal=self.model.causal)
         if self.is_first(chunk):
             hidden_BTD = self._embed(local)
         assert hidden_BTD is not None
@@ -142,10 +168,18 @@ class DecoderStage(nn.Module):
             cache.length += batch.input_ids.shape[1]
         if not self.is_last(chunk):
             return hidden_BTD
-        if self.model.num_labels:
-            return self._classify(self.norm(hidden_BTD), local, output)
-        found = self._predict(self.norm(hidden_BTD), local, output)
-        return found if output == "loss" else gather_context(found, self.mesh.cp)[:, : batch.input_ids.shape[1]]
+        x_BTD = self.norm(hidden_BTD)
+        if output == "pair_logits":
+            return self._judge(self.next_sentence, x_BTD, local, None, "logits")
+        if not predicts_words(self.model):
+            head = self.score if self.model.num_labels else nn.Identity()
+            return self._judge(head, x_BTD, local, local.labels, output)
+        found = self._predict(x_BTD, local, output)
+        if output != "loss":
+            return gather_context(found, self.mesh.cp)[:, : batch.input_ids.shape[1]]
+        if local.pair_labels is None:
+            return found
+        return found + local.pair_weight * self._judge(self.next_sentence, x_BTD, local, local.pair_labels, "loss")
 
     def is_first(self, chunk: int = 0) -> bool:
         """Whether `chunk` of this stage is where the network begins."""
@@ -159,13 +193,20 @@ class DecoderStage(nn.Module):
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
         if self.model.position_embedding == "learned":
             x_BTD = x_BTD + self.embed_positions(batch.hidden_positions, self.compute_dtype)
+        if self.model.type_vocab_size:
+            segments = torch.zeros_like(batch.hidden_tokens) if batch.hidden_segments is None else batch.hidden_segments
+            x_BTD = x_BTD + self.embed_types(segments, self.compute_dtype)
+        if self.model.embed_norm:
+            x_BTD = self.embed_norm(x_BTD)
         return drop_hidden(x_BTD, self.model.embed_dropout, batch, "embed")
 
     def _predict(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         """Loss, losses or logits of the tokens of this context rank."""
+        if self.model.head_transform:
+            x_BTD = self.head_norm(activate(self.head_transform(x_BTD), self.model.hidden_act))
         if output != "logits" and self.loss_chunk_tokens:
             return self._chunked_losses(x_BTD, batch, output)
-        logits_BTV = self.embed_tokens.logits(x_BTD) if self.tied else self.lm_head(x_BTD)
+        logits_BTV = self.lm_head(x_BTD, self._head_weight)
         if output == "logits":
             return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None
@@ -177,24 +218,35 @@ class DecoderStage(nn.Module):
     def _chunked_losses(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         assert batch.labels is not None
         x_ND = whole_input(x_BTD, self.mesh).flatten(0, 1)
-        weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
         how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens)
+        arguments = (x_ND, self._head_weight, self.lm_head.bias, batch.labels.flatten(), how)
         if output == "loss":
-            return chunked_loss(x_ND, weight, batch.labels.flatten(), how)
-        return chunked_token_losses(x_ND, weight, batch.labels.flatten(), how).view(batch.labels.shape)
+            return chunked_loss(*arguments)
+        return chunked_token_losses(*arguments).view(batch.labels.shape)
 
-    def _classify(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
-        """What a sequence head gives for the last token of each row, which one context rank has; that one counts."""
+    @property
+    def _head_weight(self) -> nn.Parameter:
+        weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
+        assert weight is not None
+        return weight
+
+    def _judge(
+        self, head: nn.Module, x_BTD: torch.Tensor, batch: LocalBatch, labels_B: torch.Tensor | None, output: Output
+    ) -> torch.Tensor:
+        """What `head` gives for the token of each row that speaks for it, the last one, or the first one by way of the
+        pooler. One context rank has it; that one counts."""
         if self.mesh.layout.sequence_parallel:
             x_BTD = gather_copies(x_BTD, self.mesh.tp)
-        is_last_BT = batch.tokens == batch.lengths.unsqueeze(-1) - 1
-        rows_B = torch.arange(len(is_last_BT), device=x_BTD.device)
-        logits_BN = self.score(x_BTD[rows_B, is_last_BT.int().argmax(dim=-1)])
-        has_last_B = is_last_BT.any(dim=-1)
+        speaker_B = torch.zeros_like(batch.lengths) if self.model.pooler else batch.lengths - 1
+        speaks_BT = batch.tokens == speaker_B.unsqueeze(-1)
+        rows_B = torch.arange(len(speaks_BT), device=x_BTD.device)
+        x_BD = x_BTD[rows_B, speaks_BT.int().argmax(dim=-1)]
+        logits_BN = head(torch.tanh(self.pooler(x_BD)) if self.model.pooler else x_BD)
+        is_here_B = speaks_BT.any(dim=-1)
         if output == "logits":
-            return self.mesh.cp.all_reduce(logits_BN.masked_fill(~has_last_B.unsqueeze(-1), 0.0))
-        assert batch.labels is not None
-        labels_B = batch.labels.masked_fill(~has_last_B, IGNORE)
+            return self.mesh.cp.all_reduce(logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0))
+        assert labels_B is not None
+        labels_B = labels_B.masked_fill(~is_here_B, IGNORE)
         wide_BN = logits_BN.to(accumulation_dtype(logits_BN.dtype))
         losses_B = F.cross_entropy(wide_BN, labels_B, reduction="none", ignore_index=IGNORE)
         return losses_B.sum() if output == "loss" else self.mesh.cp.all_reduce(losses_B)

@@ -39,21 +39,24 @@ class Piece:
     diagonal: bool
 
 
-def pieces(size: int, rank: int, source: int, tokens: int, longest: int = QUERIES) -> Iterator[Piece]:
+def pieces(
+    size: int, rank: int, source: int, tokens: int, longest: int = QUERIES, *, causal: bool = True
+) -> Iterator[Piece]:
     """What `rank` computes with the keys of `source`, each rank having `tokens` tokens; what causality masks wholly is
     left out. At most `longest` queries a piece."""
     chunk = tokens // 2
     for i, mine in enumerate(context_chunks(size, rank)):
         for j, theirs in enumerate(context_chunks(size, source)):
-            for start in range(0, chunk if theirs <= mine else 0, longest):
+            for start in range(0, chunk if theirs <= mine or not causal else 0, longest):
                 stop = min(start + longest, chunk)
-                seen = stop if theirs == mine else chunk
+                diagonal = causal and theirs == mine
+                seen = stop if diagonal else chunk
                 yield Piece(
                     queries=slice(i * chunk + start, i * chunk + stop),
                     keys=slice(j * chunk, j * chunk + seen),
                     first_query=mine * chunk + start,
                     first_key=theirs * chunk,
-                    diagonal=theirs == mine,
+                    diagonal=diagonal,
                 )
 
 
@@ -63,24 +66,31 @@ def attend_in_ring(
     v_BTKd: torch.Tensor,
     documents_BS: torch.Tensor | None,
     axis: Axis,
+    *,
+    causal: bool = True,
 ) -> torch.Tensor:
-    """softmax(q k^T / sqrt(d)) v, [B, T, H, d], each token attending to itself and those before it in its document."""
+    """What `attend` gives for the tokens of this rank, [B, T, H, d]."""
     q_BKGTd = q_BTHd.unflatten(2, (k_BTKd.shape[2], -1)).permute(0, 2, 3, 1, 4)
     kv_2BKTd = torch.stack((k_BTKd, v_BTKd)).transpose(2, 3)
-    out_BKGTd = _Ring.apply(q_BKGTd, kv_2BKTd, documents_BS, axis)
+    out_BKGTd = _Ring.apply(q_BKGTd, kv_2BKTd, documents_BS, axis, causal)
     return out_BKGTd.permute(0, 3, 1, 2, 4).flatten(2, 3)
 
 
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q_BKGTd: torch.Tensor, kv_2BKTd: torch.Tensor, documents_BS: torch.Tensor | None, axis: Axis
+        ctx: Any,
+        q_BKGTd: torch.Tensor,
+        kv_2BKTd: torch.Tensor,
+        documents_BS: torch.Tensor | None,
+        axis: Axis,
+        causal: bool,
     ) -> torch.Tensor:
         wide = accumulation_dtype(q_BKGTd.dtype)
         out_BKGTd = q_BKGTd.new_zeros(q_BKGTd.shape, dtype=wide)
         lse_BKGT = q_BKGTd.new_full(q_BKGTd.shape[:-1], float("-inf"), dtype=wide)
         for source, (k_BKTd, v_BKTd) in _travel(kv_2BKTd, axis):
-            for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3]):
+            for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3], causal=causal):
                 scores = _scores(q_BKGTd, k_BKTd, documents_BS, piece)
                 found_lse = scores.logsumexp(dim=-1)
                 found = (_weights(scores, found_lse).to(v_BKTd.dtype).flatten(2, 3) @ v_BKTd[:, :, piece.keys]).to(wide)
@@ -91,11 +101,11 @@ class _Ring(torch.autograd.Function):
                     found_lse,
                 )
         ctx.save_for_backward(q_BKGTd, kv_2BKTd, documents_BS, out_BKGTd, lse_BKGT)
-        ctx.axis = axis
+        ctx.axis, ctx.causal = axis, causal
         return out_BKGTd.to(q_BKGTd.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad_BKGTd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    def backward(ctx: Any, grad_BKGTd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, None, None, None]:
         q_BKGTd, kv_2BKTd, documents_BS, out_BKGTd, lse_BKGT = ctx.saved_tensors
         axis, wide = ctx.axis, out_BKGTd.dtype
         dot_BKGT = (grad_BKGTd.to(wide) * out_BKGTd).sum(dim=-1)
@@ -103,7 +113,7 @@ class _Ring(torch.autograd.Function):
         arriving = None
         for source, (k_BKTd, v_BKTd) in _travel(kv_2BKTd, axis):
             grad_kv = torch.zeros_like(kv_2BKTd, dtype=wide)
-            for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3]):
+            for piece in pieces(axis.size, axis.rank, source, q_BKGTd.shape[3], causal=ctx.causal):
                 rows = piece.queries
                 scores = _scores(q_BKGTd, k_BKTd, documents_BS, piece)
                 weights = _weights(scores, lse_BKGT[:, :, :, rows])
@@ -119,7 +129,7 @@ class _Ring(torch.autograd.Function):
                 grad_kv += arriving.wait()
             arriving = axis.pass_on(grad_kv)
         assert arriving is not None
-        return grad_q.to(q_BKGTd.dtype), arriving.wait().to(kv_2BKTd.dtype), None, None
+        return grad_q.to(q_BKGTd.dtype), arriving.wait().to(kv_2BKTd.dtype), None, None, None
 
 
 def _travel(kv_2BKTd: torch.Tensor, axis: Axis) -> Iterator[tuple[int, torch.Tensor]]:
@@ -142,7 +152,8 @@ def _scores(
     if documents_BS is None and not piece.diagonal:
         return scores
     looking, seen = q_BKGqd.shape[3], k_BKsd.shape[2]
-    mask = visible(piece.first_query, looking, piece.first_key, seen, documents_BS, scores.device)
+    where = (piece.first_query, looking, piece.first_key, seen)
+    mask = visible(*where, documents_BS, scores.device, causal=piece.diagonal)
     return scores.masked_fill(~(mask if documents_BS is None else mask.unsqueeze(1)), float("-inf"))
 
 

@@ -112,6 +112,11 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
             "kernels.backend='te' computes both gradients of a layer at once; "
             "use a schedule that does not split the backward (1f1b) or backend = 'torch'"
         )
+    if not model.causal:
+        found.append(
+            "kernels.backend='te' and model.causal=false: its attention is set up for tokens that see the past alone; "
+            "use backend = 'torch'"
+        )
     if model.attention_dropout:
         found.append(
             f"kernels.backend='te' and model.attention_dropout={model.attention_dropout:g}: its dropout depends on the "

@@ -25,7 +25,7 @@ class RopeScaling(Config):
 
 
 class ModelConfig(Config):
-    """The features of a decoder and their sizes."""
+    """The features of a transformer and their sizes."""
 
     vocab_size: int = Field(gt=0, description="Rows of the embedding, without padding.")
     hidden_size: int = Field(gt=0)
@@ -39,6 +39,12 @@ class ModelConfig(Config):
     gated_mlp: bool = Field(default=True, description="Whether the MLP multiplies act(gate) with up (SwiGLU).")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(default=1e-5, gt=0)
+    norm_placement: Literal["pre", "post_residual"] = Field(
+        default="pre", description="Where a layer norms: pre, x + f(norm(x)); post_residual, norm(x + f(x))."
+    )
+    causal: bool = Field(default=True, description="Whether a token sees only itself and those before it, or all.")
+    type_vocab_size: int = Field(default=0, ge=0, description="Kinds of segments that have an embedding; 0: none.")
+    embed_norm: bool = Field(default=False, description="A norm on the sum of the embeddings.")
     position_embedding: Literal["rope", "learned"] = "rope"
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
@@ -53,6 +59,15 @@ class ModelConfig(Config):
     scale_residual_init: bool = Field(
         default=True,
         description="Divide the initial range of output projections by sqrt(2 * layers) (GPT-2, sec. 2.3).",
+    )
+    lm_head: bool = Field(default=True, description="Whether the model predicts words, or ends with its last layer.")
+    head_transform: bool = Field(default=False, description="A linear layer, hidden_act and a norm before the LM head.")
+    lm_head_bias: bool = Field(default=False, description="A bias for each word on the LM head.")
+    pooler: bool = Field(
+        default=False, description="tanh of a linear layer on the first token, which a sequence head then reads."
+    )
+    next_sentence: bool = Field(
+        default=False, description="A second head, which tells whether the second segment follows the first."
     )
     num_labels: int = Field(default=0, ge=0, description="Outputs of a sequence head in place of the LM head; 0: none.")
     pad_token_id: int | None = None
@@ -88,4 +103,22 @@ class ModelConfig(Config):
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.rope_scaling is not None and self.position_embedding != "rope":
             raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
+        if faults := self._head_faults():
+            raise ValueError("; ".join(faults))
         return self
+
+    def _head_faults(self) -> list[str]:
+        """Why heads and what they read do not go together."""
+        found = []
+        if self.next_sentence and not (self.pooler and self.type_vocab_size > 1):
+            found.append(
+                f"next_sentence=true reads the pooler and tells two segments apart, but pooler={self.pooler} and "
+                f"type_vocab_size={self.type_vocab_size}; set pooler = true and type_vocab_size = 2"
+            )
+        predicts = self.lm_head and not self.num_labels
+        for name in ("head_transform", "lm_head_bias", "next_sentence"):
+            if getattr(self, name) and not predicts:
+                found.append(f"{name}=true belongs to an LM head, but this model has none; remove it")
+        if self.pooler and self.causal:
+            found.append("pooler=true reads the first token, which sees nothing if causal=true; set causal = false")
+        return found

@@ -6,13 +6,18 @@ Layers are built from these specs, so a layer's `shards()` and the offline plann
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Final
+from typing import Final, Literal
 
 from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 OPTIMIZER_PREFIX: Final = "optim."
+NORMS: Final = {
+    "pre": ("input_layernorm", "post_attention_layernorm"),
+    "post_residual": ("post_attention_layernorm", "post_feedforward_layernorm"),
+}
+"""The two norms of a layer by `norm_placement`: of its attention, and of its MLP."""
 
 
 def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
@@ -25,6 +30,12 @@ def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[Paramet
         shape = (model.max_position_embeddings, model.hidden_size)
         positions = Part("embed_positions.weight", shape, partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec("embed_positions.weight", (positions,), (EMBED,), "embedding"))
+    if model.type_vocab_size:
+        shape = (model.type_vocab_size, model.hidden_size)
+        types = Part("embed_types.weight", shape, partial_grad=layout.sequence_parallel)
+        specs.append(ParameterSpec("embed_types.weight", (types,), (EMBED,), "embedding"))
+    if model.embed_norm:
+        specs += norm_specs(model, layout, "embed_norm", EMBED)
     return tuple(specs)
 
 
@@ -49,11 +60,12 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
     down_proj = Part(f"{base}.mlp.down_proj.weight", (hidden, ffn), dim=1)
     residual: Initial = "residual" if model.scale_residual_init else "normal"
     at = (layer,)
+    first_norm, second_norm = NORMS[model.norm_placement]
     specs = [
-        *norm_specs(model, layout, f"{base}.input_layernorm", layer),
+        *norm_specs(model, layout, f"{base}.{first_norm}", layer),
         ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
-        *norm_specs(model, layout, f"{base}.post_attention_layernorm", layer),
+        *norm_specs(model, layout, f"{base}.{second_norm}", layer),
         ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
     ]
@@ -70,14 +82,44 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
 
 
 def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
-    """The last norm and the head: vocabulary, or labels. A tied head has no parameter of its own."""
-    specs = list(norm_specs(model, layout, "norm", FINAL))
+    """The last norm, if layers do not end with one, and the heads. A tied head has no weight of its own."""
+    specs = list(norm_specs(model, layout, "norm", FINAL)) if model.norm_placement == "pre" else []
+    hidden, vocabulary = model.hidden_size, model.vocab_size
+    if model.pooler:
+        specs += dense_specs("pooler", (hidden, hidden), bias=True)
     if model.num_labels:
-        score = Part("score.weight", (model.num_labels, model.hidden_size))
-        specs.append(ParameterSpec("score.weight", (score,), (FINAL,), "head"))
-    elif not model.tie_word_embeddings:
-        head = Part("lm_head.weight", (model.vocab_size, model.hidden_size), dim=0, pad_to=layout.vocab_multiple)
+        specs += dense_specs("score", (model.num_labels, hidden), bias=model.pooler)
+    if model.next_sentence:
+        specs += dense_specs("next_sentence", (2, hidden), bias=True)
+    if not predicts_words(model):
+        return tuple(specs)
+    if model.head_transform:
+        partial = layout.sequence_parallel
+        specs += dense_specs("head_transform", (hidden, hidden), bias=True, role="matrix", partial_grad=partial)
+        specs += norm_specs(model, layout, "head_norm", FINAL)
+    if not model.tie_word_embeddings:
+        head = Part("lm_head.weight", (vocabulary, hidden), dim=0, pad_to=layout.vocab_multiple)
         specs.append(ParameterSpec("lm_head.weight", (head,), (FINAL,), "head"))
+    if model.lm_head_bias:
+        bias = Part("lm_head.bias", (vocabulary,), dim=0, pad_to=layout.vocab_multiple)
+        specs.append(ParameterSpec("lm_head.bias", (bias,), (FINAL,), "bias", "zeros"))
+    return tuple(specs)
+
+
+def dense_specs(
+    path: str,
+    shape: tuple[int, int],
+    *,
+    bias: bool,
+    role: Literal["matrix", "head"] = "head",
+    partial_grad: bool = False,
+) -> tuple[ParameterSpec, ...]:
+    """A linear layer where the network ends, which every tensor rank holds whole."""
+    weight = Part(f"{path}.weight", shape, partial_grad=partial_grad)
+    specs = [ParameterSpec(f"{path}.weight", (weight,), (FINAL,), role)]
+    if bias:
+        part = Part(f"{path}.bias", shape[:1], partial_grad=partial_grad)
+        specs.append(ParameterSpec(f"{path}.bias", (part,), (FINAL,), "bias", "zeros"))
     return tuple(specs)
 
 
@@ -102,7 +144,12 @@ def weight_of(name: str) -> str:
 
 def tied_head(model: ModelConfig) -> bool:
     """Whether the head on the last stage reuses the token embedding."""
-    return model.tie_word_embeddings and not model.num_labels
+    return model.tie_word_embeddings and predicts_words(model)
+
+
+def predicts_words(model: ModelConfig) -> bool:
+    """Whether the network ends with a head over the vocabulary."""
+    return model.lm_head and not model.num_labels
 
 
 def parameter_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
