@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from workbench.spec.model import ModelConfig
+
+Outputs = Mapping[Literal["logits", "pair_logits"], str]
 
 
 @dataclass(frozen=True)
@@ -14,7 +17,7 @@ class AutoClass:
 
     name: str
     task: str
-    outputs: Mapping[str, str]
+    outputs: Outputs
 
 
 def auto_class(model: ModelConfig) -> AutoClass:
@@ -24,8 +27,8 @@ def auto_class(model: ModelConfig) -> AutoClass:
     if model.causal:
         return AutoClass("AutoModelForCausalLM", "text-generation", {"logits": "logits"})
     if model.next_sentence:
-        names = {"logits": "prediction_logits", "pair_logits": "seq_relationship_logits"}
-        return AutoClass("AutoModelForPreTraining", "fill-mask", names)
+        both: Outputs = {"logits": "prediction_logits", "pair_logits": "seq_relationship_logits"}
+        return AutoClass("AutoModelForPreTraining", "fill-mask", both)
     if model.lm_head:
         return AutoClass("AutoModelForMaskedLM", "fill-mask", {"logits": "logits"})
     return AutoClass("AutoModel", "feature-extraction", {"logits": "pooler_output"})

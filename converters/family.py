@@ -45,6 +45,18 @@ FIXED: Final = (
     Fixed("quantization_config", (None,)),
     Fixed("auto_map", (None, {})),
 )
+DECODER: Final[Mapping[str, Any]] = {
+    "norm_placement": "pre",
+    "causal": True,
+    "type_vocab_size": 0,
+    "embed_norm": False,
+    "lm_head": True,
+    "head_transform": False,
+    "lm_head_bias": False,
+    "pooler": False,
+    "next_sentence": False,
+}
+"""What a plain decoder does not have."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +80,8 @@ class Family:
     prefix: what a model with a head puts before the names of its body; files of the bare body lack it.
     features: fields of ModelConfig that have one value in this family. unused: fields that mean nothing in it.
     training_only: fields that the family cannot say and inference does not need, with the value they get on import.
-    harmless: keys beyond HARMLESS that may have any value. renamed: words in names of tensors, and what they were in old
-    files. repeats: tensors that old files hold although they must equal others, by the name of that other.
+    harmless: keys beyond HARMLESS that may have any value. renamed: words in names of tensors, and what they were in
+    old files. repeats: tensors that old files hold although they must equal others, by the name of that other.
     """
 
     name: str

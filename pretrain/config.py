@@ -329,8 +329,29 @@ def length_faults(model: ModelConfig, seq_len: int) -> list[str]:
     return []
 
 
+def objective_faults(model: ModelConfig, data: DataConfig) -> list[str]:
+    """Why the model cannot learn what the data's rows ask for, if it cannot."""
+    found = []
+    if model.num_labels:
+        found.append(f"model.num_labels={model.num_labels}, but pretraining needs the language-model head; remove it")
+    elif not model.lm_head:
+        found.append("model.lm_head=false, but pretraining predicts words; set lm_head = true")
+    if model.causal != (data.objective == "causal"):
+        sees = "the words that it is to tell" if data.objective == "causal" else "none of the words after a hidden one"
+        found.append(
+            f"data.objective={data.objective!r} and model.causal={str(model.causal).lower()}: the model would see "
+            f"{sees}; use objective = {'causal' if model.causal else 'masked'!r} or change causal"
+        )
+    if model.next_sentence != data.next_sentence:
+        found.append(
+            f"data.next_sentence={str(data.next_sentence).lower()}, but model.next_sentence="
+            f"{str(model.next_sentence).lower()}: rows and head must both be of pairs, or neither; make them equal"
+        )
+    return found
+
+
 class PretrainConfig(EngineConfig):
-    """A run of next-token prediction from initial weights."""
+    """A run that learns from token files, from initial weights."""
 
     model: ModelConfig
     data: DataConfig
@@ -338,10 +359,7 @@ class PretrainConfig(EngineConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         found = length_faults(self.model, self.batch.seq_len)
-        if self.model.num_labels:
-            found.append(
-                f"model.num_labels={self.model.num_labels}, but pretraining needs the language-model head; remove it"
-            )
+        found += objective_faults(self.model, self.data)
         if self.parallel.dp != "auto":
             found += self.batch.faults(self.parallel.dp)
         steps = self.planned_steps()

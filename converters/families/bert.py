@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,10 +38,11 @@ NO_WORDS = {"head_transform": False, "lm_head_bias": False, "pooler": True, "nex
 OTHER = "belongs to another class than this configuration names"
 
 
-def rules(_: ModelConfig) -> tuple[Rule, ...]:
-    """Where each logical tensor lies."""
+def rules(model: ModelConfig) -> tuple[Rule, ...]:
+    """Where each logical tensor lies; a body without heads has no prefix before its names."""
     layers = {f"{ours}.{kind}": f"{LAYERS[ours]}.{kind}" for ours in LAYERS for kind in ("weight", "bias")}
-    return tuple(Rule(ours, theirs) for ours, theirs in {**layers, **TABLES}.items())
+    absent = "" if model.lm_head else "bert."
+    return tuple(Rule(ours, theirs.removeprefix(absent)) for ours, theirs in {**layers, **TABLES}.items())
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Heads:
     def load(self, given: Foreign) -> dict[str, Any]:
         return dict.fromkeys(self.fields[:2], given.get("num_attention_heads", 12))
 
-    def dump(self, model: ModelConfig) -> Mapping[str, Any]:
+    def dump(self, model: ModelConfig) -> dict[str, Any]:
         heads = model.num_attention_heads
         if model.num_key_value_heads != heads:
             raise FieldFault(f"num_key_value_heads={model.num_key_value_heads} is not num_attention_heads={heads}")

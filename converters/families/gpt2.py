@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from converters.family import Family, IgnoredTensor
+from converters.family import DECODER, Family, IgnoredTensor
 from converters.fields import ACTIVATIONS, Field, FieldFault, Fixed, Foreign, TokenId
 from converters.rules import TRANSPOSE, Rule, Slice
 from workbench.spec.model import ModelConfig
@@ -109,6 +109,7 @@ FAMILY = Family(
         Fixed("add_cross_attention", (False,)),
     ),
     features={
+        **DECODER,
         "gated_mlp": False,
         "norm": "layernorm",
         "position_embedding": "learned",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.family import Family, IgnoredTensor
+from converters.family import DECODER, Family, IgnoredTensor
 from converters.fields import ACTIVATIONS, Field, OptionalField, Rope, Switch, TokenId
 from converters.rules import Rule
 from workbench.spec.model import ModelConfig
@@ -66,7 +66,7 @@ FAMILY = Family(
         TokenId("eos_token_id", default=2),
         TokenId("pad_token_id"),
     ),
-    features={"gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope"},
+    features={**DECODER, "gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope"},
     training_only={"embed_dropout": 0.0, "hidden_dropout": 0.0, "scale_residual_init": False},
     harmless=("pretraining_tp",),
     rules=rules,

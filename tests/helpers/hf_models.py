@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForPreTraining,
+    BertForSequenceClassification,
+    BertModel,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
@@ -45,6 +50,14 @@ GPT2: dict[str, Any] = {
     "n_head": 4,
     "bos_token_id": 1,
     "eos_token_id": 2,
+}
+BERT: dict[str, Any] = {
+    "vocab_size": 101,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 40,
 }
 
 CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
@@ -86,6 +99,14 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         {**GPT2, "tie_word_embeddings": False, "n_inner": 72, "activation_function": "gelu"},
     ),
     "gpt2, wide epsilon": (GPT2LMHeadModel, GPT2Config, {**GPT2, "layer_norm_epsilon": 1e-2, "vocab_size": 97}),
+    "bert": (BertForMaskedLM, BertConfig, BERT),
+    "bert, both heads, three segments, tanh gelu": (
+        BertForPreTraining,
+        BertConfig,
+        {**BERT, "type_vocab_size": 3, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3, "vocab_size": 97},
+    ),
+    "bert classifier": (BertForSequenceClassification, BertConfig, {**BERT, "num_labels": 3}),
+    "bert body": (BertModel, BertConfig, BERT),
     "gpt2 classifier": (GPT2ForSequenceClassification, GPT2Config, {**GPT2, "num_labels": 2, "pad_token_id": 0}),
 }
 
@@ -98,7 +119,7 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "norm" in name or ".ln_" in name
+            is_norm = "norm" in name.lower() or ".ln_" in name
             if is_norm and name.endswith("weight"):
                 parameter.copy_(1.0 + 0.3 * noise)
             else:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import GPT2Config, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig
 
 from converters.family import detect_family, families, family_for, family_named
 from workbench.errors import ConversionError
@@ -44,6 +44,33 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "gpt2 untied, own width": GPT2Config(
         architectures=["GPT2LMHeadModel"], n_embd=32, n_head=4, n_inner=100, tie_word_embeddings=False, resid_pdrop=0.0
     ).to_dict(),
+    "bert defaults": BertConfig(architectures=["BertForMaskedLM"]).to_dict(),
+    "bert, both heads": BertConfig(
+        architectures=["BertForPreTraining"], hidden_size=32, num_attention_heads=2, type_vocab_size=3
+    ).to_dict(),
+    "bert classifier": BertConfig(architectures=["BertForSequenceClassification"], num_labels=3).to_dict(),
+    "bert body": BertConfig(architectures=["BertModel"], hidden_act="gelu_new").to_dict(),
+    "bert of 2019": {
+        "architectures": ["BertForMaskedLM"],
+        "attention_probs_dropout_prob": 0.1,
+        "gradient_checkpointing": False,
+        "hidden_act": "gelu",
+        "hidden_dropout_prob": 0.1,
+        "hidden_size": 768,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-12,
+        "max_position_embeddings": 512,
+        "model_type": "bert",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "pad_token_id": 0,
+        "position_embedding_type": "absolute",
+        "transformers_version": "4.6.0.dev0",
+        "type_vocab_size": 2,
+        "use_cache": True,
+        "vocab_size": 30522,
+    },
     "gpt2 of 2019": {
         "activation_function": "gelu_new",
         "architectures": ["GPT2LMHeadModel"],
@@ -119,11 +146,15 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
     model = family.load_config(CONFIGS[case])
     written = family.dump_config(model, "float32")
     assert family.load_config(written) == model
-    reader = {"llama": LlamaConfig, "gpt2": GPT2Config}[family.name]
+    reader = {"llama": LlamaConfig, "gpt2": GPT2Config, "bert": BertConfig}[family.name]
     theirs, ours = reader(**CONFIGS[case]).to_dict(), reader(**written).to_dict()
     theirs["rope_parameters"] = {k: v for k, v in (theirs.get("rope_parameters") or {}).items() if k != "type"}
     ours["rope_parameters"] = ours.get("rope_parameters") or {}
-    behaviour = {key for rule in family.fields for key in rule.keys} - {"eos_token_id", "rope_scaling"}
+    behaviour = {key for rule in family.fields for key in rule.keys} - {
+        "eos_token_id",
+        "rope_scaling",
+        "position_embedding_type",
+    }
     assert {key: ours.get(key) for key in behaviour} == {key: theirs.get(key) for key in behaviour}
 
 
@@ -131,6 +162,7 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
 def test_every_feature_of_a_model_has_one_place_in_the_family(name: str) -> None:
     family = family_named(name)
     claimed = [field for rule in family.fields for field in rule.fields]
+    claimed += {name for features in family.other_classes.values() for name in features}
     claimed += [*family.features, *family.training_only, *family.unused, "num_labels"]
     assert sorted(claimed) == sorted(ModelConfig.model_fields)
 
@@ -158,6 +190,9 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
         ("llama defaults", {"architectures": ["LlamaForTokenClassification"]}, ["LlamaForTokenClassification"]),
         ("llama defaults", {"hidden_size": "wide"}, ["hidden_size"]),
         ("llama defaults", {"rms_norm_eps": -1.0}, ["norm_eps"]),
+        ("bert defaults", {"is_decoder": True}, ["is_decoder=True", "only False"]),
+        ("bert defaults", {"tie_word_embeddings": False}, ["tie_word_embeddings=False", "only True"]),
+        ("bert defaults", {"architectures": ["BertForTokenClassification"]}, ["BertForTokenClassification"]),
         ("gpt2 defaults", {"scale_attn_weights": False}, ["scale_attn_weights=False", "only True"]),
         ("gpt2 defaults", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
         ("gpt2 defaults", {"activation_function": "relu", "odd": 1}, ["activation_function='relu'", "odd=1"]),
@@ -178,6 +213,7 @@ def test_what_has_no_place_is_refused_by_name(case: str, change: dict[str, Any],
         ("llama", {"attention_bias": True}, ["attention_bias=True, attention_output_bias=False", "one switch"]),
         ("llama", {"norm": "layernorm"}, ["norm='layernorm'", "'rmsnorm'"]),
         ("llama", {"head_dim": 6, "num_attention_heads": 3, "num_key_value_heads": 3}, ["hidden_size=32", "=3"]),
+        ("bert", {"pooler": True}, ["none of BertFor", "pooler=True", "next_sentence=False"]),
         ("gpt2", {"num_key_value_heads": 2}, ["num_key_value_heads=2 is not num_attention_heads=4"]),
         ("gpt2", {"position_embedding": "rope"}, ["position_embedding='rope'"]),
     ],
@@ -189,6 +225,8 @@ def test_a_model_that_the_family_cannot_say_is_refused_by_field(
     plain = ModelConfig(num_attention_heads=4, **small)
     if family == "gpt2":
         plain = family_named("gpt2").load_config({"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 9})
+    if family == "bert":
+        plain = family_named("bert").load_config({**small, "num_attention_heads": 4})
     model = ModelConfig.model_validate(plain.model_dump() | change)
     with pytest.raises(ConversionError) as error:
         family_named(family).dump_config(model, "float32")
@@ -197,7 +235,7 @@ def test_a_model_that_the_family_cannot_say_is_refused_by_field(
 
 
 def test_a_model_finds_its_family_by_what_it_is() -> None:
-    for case in ("llama classifier", "gpt2 defaults"):
+    for case in ("llama classifier", "gpt2 defaults", "bert, both heads", "bert classifier", "bert body"):
         family = detect_family(CONFIGS[case], "config.json")
         assert family_for(family.load_config(CONFIGS[case])) is family
     odd = ModelConfig(
@@ -210,8 +248,8 @@ def test_a_model_finds_its_family_by_what_it_is() -> None:
 def test_an_unknown_model_type_names_the_known_families() -> None:
     with pytest.raises(ConversionError, match=r"model_type='mamba'.*gpt2, llama.*--family"):
         detect_family({"model_type": "mamba"}, "config.json")
-    with pytest.raises(ConversionError, match=r"'bert' is not known; use one of: gpt2, llama"):
-        family_named("bert")
+    with pytest.raises(ConversionError, match=r"'mamba' is not known; use one of: .*gpt2, llama"):
+        family_named("mamba")
 
 
 def test_a_model_that_became_a_classifier_gets_labels_and_its_class() -> None:

@@ -9,12 +9,19 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from converters.formats.huggingface import FORMAT
 from converters.job import JobOptions, make_job
-from converters.logits import compare_logits, engine_logits, judge, probe_sequences, reference_logits
+from converters.logits import (
+    compare_logits,
+    engine_logits,
+    judge,
+    probe_sequences,
+    reference_logits,
+    reference_request,
+)
 from converters.open import get_format, open_checkpoint
+from converters.reference import arrays, load
 from tests.helpers.hf_models import CASES, save_model
 from workbench.errors import VerificationError
 from workbench.spec.layout import ParallelLayout
@@ -26,10 +33,10 @@ pytestmark = pytest.mark.timeout(600)  # fresh processes that import transformer
 
 def run_transformers(folder: Path, sequences: list[list[int]]) -> list[np.ndarray]:
     """Logits as transformers computes them, in this process."""
-    loader = AutoModelForSequenceClassification if "classifier" in folder.name else AutoModelForCausalLM
-    model = loader.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return [model(torch.tensor([sequence])).logits[0].numpy() for sequence in sequences]
+    request = reference_request(FORMAT.open(folder).model, folder, sequences)
+    model, faults = load(request)
+    assert not faults
+    return arrays(model, request)
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
@@ -107,6 +114,14 @@ def swapped(source: Path, target: Path, pairs: dict[str, str]) -> Path:
         ),
         (PLAIN, {"model.layers.{i}.mlp.gate_proj.weight": "model.layers.{i}.mlp.up_proj.weight"}),
         (PLAIN, {"model.layers.{i}.self_attn.k_proj.weight": "model.layers.{i}.self_attn.v_proj.weight"}),
+        (
+            "bert",
+            {
+                "bert.encoder.layer.{i}.attention.output.LayerNorm.weight": (
+                    "bert.encoder.layer.{i}.output.LayerNorm.weight"
+                )
+            },
+        ),
         (FUSED, {"transformer.h.{i}.ln_1.bias": "transformer.h.{i}.ln_2.bias"}),
         (FUSED, {"transformer.h.{i}.attn.c_proj.bias": "transformer.h.{i}.mlp.c_proj.bias"}),
     ],
