@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from workbench.spec.model import ModelConfig
+from workbench.spec.schema import predicts_words
 
 CONVENTION = "matrix products forward and backward (3 x 2 per weight), attention in full, recompute not counted"
 
@@ -29,7 +30,8 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
     mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
     scores = 2 * seq_len * heads * d  # in units of 2 FLOPs: queries by keys, and probabilities by values
-    head = 0 if model.num_labels else model.hidden_size * model.vocab_size
+    head = model.hidden_size * model.vocab_size if predicts_words(model) else 0
+    head += model.hidden_size**2 if model.head_transform else 0
     return 6.0 * (model.num_hidden_layers * (attention + mlp + scores) + head)
 
 

@@ -12,7 +12,7 @@ from workbench.spec.execution import Recompute
 from workbench.spec.geometry import ParameterSpec, Place
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import stage_specs
+from workbench.spec.schema import predicts_words, stage_specs
 
 MASTER_BYTES = GRADIENT_BYTES = 4
 FORMAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -161,7 +161,7 @@ def _layer_activations(
         attention += heads + kv_heads
     if recompute == "none" and layout.cp > 1:
         attention += 2 * heads * (layout.cp if layout.context == "all_gather" else 1)
-    elif recompute == "none" and on_cpu and batch.seq_len in SCORED_TOKENS:
+    elif recompute == "none" and on_cpu and model.causal and batch.seq_len in SCORED_TOKENS:
         # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
         # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.
         attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
@@ -175,12 +175,15 @@ def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConf
 
     In chunks they are few, but the gradient of the head's weight is kept with each of `scored`.
     """
-    if model.num_labels:
+    if not predicts_words(model):
         return 0
     rows = -(-model.vocab_size // layout.tp)
     tokens, chunk = config.batch.micro_size * config.batch.seq_len // layout.cp, config.kernels.loss_chunk_tokens
     compute = FORMAT_BYTES[config.precision.compute]
+    # What a transform before the head keeps: its product, the activation and what its norm reads, of each of `scored`.
+    shares = layout.tp if layout.sequence_parallel else 1
+    kept = 3 * tokens * model.hidden_size // shares * compute * scored if model.head_transform else 0
     if not chunk:
-        return tokens * rows * (compute + (scored + 1) * MASTER_BYTES)
+        return kept + tokens * rows * (compute + (scored + 1) * MASTER_BYTES)
     of_chunk = min(chunk, tokens) * rows * (compute + 2 * MASTER_BYTES)
-    return of_chunk + rows * model.hidden_size * MASTER_BYTES * scored
+    return kept + of_chunk + rows * model.hidden_size * MASTER_BYTES * scored

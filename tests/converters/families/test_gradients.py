@@ -1,0 +1,45 @@
+"""Gradients of a loss equal transformers', tensor by tensor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from converters.formats.huggingface import FORMAT
+from converters.rules import pull
+from tests.helpers.hf_models import make_model, save_model
+from workbench.models.batch import Batch
+from workbench.models.build import build_stage
+from workbench.models.state import load
+from workbench.parallel.live import shard_views
+from workbench.parallel.mesh import Mesh
+from workbench.spec.geometry import Box
+
+
+@pytest.mark.parametrize("case", ["bert", "bert, both heads, three segments, tanh gelu"])
+def test_gradients_of_hidden_words_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
+    opened = FORMAT.open(save_model(case, tmp_path / "in"))
+    random = torch.Generator().manual_seed(1)
+    ids, lengths = torch.randint(1, 90, (3, 12), generator=random), torch.tensor([12, 7, 10])
+    is_text = torch.arange(12) < lengths.unsqueeze(-1)
+    labels = torch.where(is_text & (torch.rand(3, 12, generator=random) < 0.4), ids, -100)
+    segments, pairs = (torch.arange(12) >= 5).long().expand(3, -1).contiguous(), torch.tensor([0, 1, 1])
+    theirs = make_model(case)
+    both = opened.model.next_sentence
+    inputs = {"input_ids": ids, "attention_mask": is_text.long(), "token_type_ids": segments, "labels": labels}
+    theirs(**inputs, **({"next_sentence_label": pairs} if both else {})).loss.backward()
+    built = build_stage(opened.model, Mesh.single())
+    load(built.parameters, opened.source)
+    count = int((labels != -100).sum())
+    batch = Batch(ids, labels, lengths, segments=segments, pair_labels=pairs if both else None, pair_weight=count / 3)
+    (built.module(None, batch) / count).backward()
+    expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    for parameter in built.parameters:
+        for shard, view in shard_views(parameter, parameter.require_grad()):
+            name, rule = opened.source.match.places[shard.name]
+            grad = expected[name].numpy()
+            found = pull(rule.view, Box.whole(tuple(view.shape)), lambda box, grad=grad: grad[box.slices])
+            np.testing.assert_allclose(view.numpy(), found, atol=1e-4 * max(1.0, float(np.abs(found).max())))
