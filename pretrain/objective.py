@@ -125,6 +125,7 @@ def to_batch(
         segments=optional(rows.segments),
         pair_labels=optional(rows.pair_labels),
         pair_weight=pair_weight,
+        decoder_ids=optional(rows.decoder_ids),
     )
 
 

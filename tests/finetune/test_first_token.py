@@ -31,12 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def config(folder: Path, place: Path, kind: str = "full", steps: int = 4) -> FinetuneConfig:
-    values = {
-        "kind": "classification",
-        "train": str(folder / "train.jsonl"),
-        "test": str(folder / "test.jsonl"),
-        **task,
-    }
+    files = {name: str(folder / f"{name}.jsonl") for name in ("train", "test")}
+    values = {"kind": "classification", **files}
     return config_of(folder, values, {"kind": kind}, run={"dir": str(place), "steps": steps, "seed": 5})
 
 

@@ -53,3 +53,20 @@ def masked_model(**changes: Any) -> ModelConfig:
         next_sentence=True,
     )
     return biased_model(**{**features, **changes})
+
+
+def answering_model(**changes: Any) -> ModelConfig:
+    """An encoder of two layers and a decoder of two; biases by distance, no scaling of scores, a tied scaled head."""
+    features: dict[str, Any] = dict(
+        num_encoder_layers=2,
+        num_key_value_heads=4,
+        head_dim=6,
+        hidden_act="gelu_tanh",
+        position_embedding="relative",
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=6,
+        attention_scale=1.0,
+        tie_word_embeddings=True,
+        logit_scale=32**-0.5,
+    )
+    return gated_model(**{**features, **changes})

@@ -133,6 +133,9 @@ def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int, s
     for first in range(mesh.dp.rank * micro_size, samples, across):
         rows = torch.arange(first, first + micro_size)
         batch = Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows))
+        if model.num_encoder_layers:
+            batch = replace(batch, input_ids=_samples(model, step + 50, samples)[0][rows], lengths=LENGTHS[rows])
+            batch = replace(batch, decoder_ids=ids[rows, :9], labels=labels[rows, :9])
         if not model.causal:
             pairs = PAIRS[rows] if model.next_sentence else None
             segments = (torch.arange(TOKENS) >= 5).long().expand(len(rows), -1) if model.type_vocab_size else None

@@ -6,13 +6,16 @@ Legend: B batch, T tokens (of this context rank), S tokens attended to, D hidden
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 import torch
 from torch import nn
 
 from workbench.errors import LayoutError
-from workbench.models.attend import WeightDropout, attend
+from workbench.models.attend import WeightDropout, attend, visible
 from workbench.models.batch import LocalBatch
 from workbench.models.context import attend_in_context
+from workbench.models.cross import attend_scored
 from workbench.models.recompute import recomputed
 from workbench.models.rope import apply_rope
 from workbench.parallel.backends import Attend
@@ -20,6 +23,9 @@ from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.model import ModelConfig
+
+Positions: TypeAlias = tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None
+"""How attention knows places: tables of a rotation, a bias of scores [H, T, T], or not at all."""
 
 
 class KeyValueCache:
@@ -49,7 +55,8 @@ class Attention(nn.Module):
         self.mesh = mesh
         self.head_dim = model.head_dim
         self.layer = layer
-        self.causal = model.causal
+        self.causal = model.causal and layer >= model.num_encoder_layers
+        self.scale = model.attention_scale
         self.dropout = model.attention_dropout
         self.recompute = False
         self.core: Attend | None = None
@@ -64,17 +71,18 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: Positions,
         batch: LocalBatch,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
         q_size, k_size, v_size = self.qkv_proj.output_sizes
         qk, v = self.qkv_proj(x_BTD).split((q_size + k_size, v_size), dim=-1)
         qk, v_BTKd = (part.unflatten(-1, (-1, self.head_dim)) for part in (qk, v))
-        if rope is not None:
-            qk = apply_rope(qk, rope)
+        if isinstance(positions, tuple):
+            qk = apply_rope(qk, positions)
+        bias = positions if isinstance(positions, torch.Tensor) else None
         q_BTHd, k_BTKd = qk.split((q_size // self.head_dim, k_size // self.head_dim), dim=2)
-        attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, k_BTKd, v_BTKd, batch, cache)
+        attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, k_BTKd, v_BTKd, bias, batch, cache)
         return self.o_proj(attended_BTHd.flatten(2))
 
     def _attend(
@@ -82,6 +90,7 @@ class Attention(nn.Module):
         q_BTHd: torch.Tensor,
         k_BTKd: torch.Tensor,
         v_BTKd: torch.Tensor,
+        bias_HTT: torch.Tensor | None,
         batch: LocalBatch,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
@@ -98,4 +107,10 @@ class Attention(nn.Module):
         dropped = None
         if self.dropout and batch.dropout is not None:
             dropped = WeightDropout(self.dropout, batch.dropout.rows(self.path), self.first_head)
+        if bias_HTT is not None:
+            tokens, documents = q_BTHd.shape[1], batch.documents
+            mask = None
+            if self.causal or documents is not None:
+                mask = visible(0, tokens, 0, tokens, documents, q_BTHd.device, causal=self.causal)
+            return attend_scored(q_BTHd, k_BTKd, v_BTKd, mask, bias_HTT, scale=self.scale, dropped=dropped)
         return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh, causal=self.causal)

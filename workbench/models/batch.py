@@ -28,7 +28,8 @@ class Batch:
     positions: [B, S], the place of each token in its sequence; None for 0 to S-1. documents: [B, S], the number of the
     document that each token belongs to, which it does not look beyond; None when a row is one document. segments:
     [B, S], the kind of segment of each token; None when all are of kind 0. pair_labels: [B], 0 where the second segment
-    follows the first and 1 where it does not, IGNORE for no pair; their loss counts `pair_weight` times.
+    follows the first and 1 where it does not, IGNORE for no pair; their loss counts `pair_weight` times. decoder_ids:
+    [B, U], what a decoder reads of an encoder's `input_ids`; labels are then [B, U], and lengths those of input_ids.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +41,7 @@ class Batch:
     segments: torch.Tensor | None = None
     pair_labels: torch.Tensor | None = None
     pair_weight: float = 1.0
+    decoder_ids: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,9 @@ def padded_length(length: int, layout: ParallelLayout) -> int:
 
 
 def hidden_shape(batch: Batch, layout: ParallelLayout, hidden_size: int) -> tuple[int, int, int]:
-    """[B, t, D] of the hidden states that one rank hands on to the next stage."""
-    rows, length = batch.input_ids.shape
+    """[B, t, D] of the hidden states that one rank hands on to the next stage: those of an encoder's tokens, then those
+    of a decoder's."""
     sharers = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    return rows, padded_length(length, layout) // sharers, hidden_size
+    sides = [ids for ids in (batch.input_ids, batch.decoder_ids) if ids is not None]
+    tokens = sum(padded_length(ids.shape[1], layout) // sharers for ids in sides)
+    return len(batch.input_ids), tokens, hidden_size

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workbench.models.attention import Attention, KeyValueCache
+from workbench.models.attention import Attention, KeyValueCache, Positions
 from workbench.models.batch import Batch, LocalBatch, local_batch
+from workbench.models.cross import CrossAttention, RelativeBias
 from workbench.models.mlp import MLP, activate
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
@@ -38,6 +40,8 @@ from workbench.spec.layout import ParallelLayout, virtual_stage
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import NORMS, predicts_words, stage_specs, tied_head
 
+Memory = tuple[torch.Tensor, LocalBatch]
+"""An encoder's output [B, S, D] (this rank's part of it) and the batch that it read."""
 Output = Literal["loss", "token_losses", "logits", "pair_logits"]
 
 
@@ -52,6 +56,10 @@ class Block(nn.Module):
         self.norm_names = NORMS[model.norm_placement]
         for name in self.norm_names:
             self.add_module(name, build_norm(model, mesh, specs, f"{path}.{name}"))
+        self.cross_attn = None
+        if model.num_encoder_layers and layer >= model.num_encoder_layers:
+            self.cross_attention_layernorm = build_norm(model, mesh, specs, f"{path}.cross_attention_layernorm")
+            self.cross_attn = CrossAttention(model, mesh, specs, layer)
         self.norms_sum = model.norm_placement == "post_residual"
         self.path = path
         self.dropout = model.hidden_dropout
@@ -61,24 +69,30 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: Positions,
         batch: LocalBatch,
         cache: KeyValueCache | None = None,
+        memory: Memory | None = None,
     ) -> torch.Tensor:
         with self.saving():
-            return recomputed(self.recompute, self._transform, x_BTD, rope, batch, cache)
+            return recomputed(self.recompute, self._transform, x_BTD, positions, batch, cache, memory)
 
     def _transform(
         self,
         x_BTD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: Positions,
         batch: LocalBatch,
         cache: KeyValueCache | None,
+        memory: Memory | None,
     ) -> torch.Tensor:
         attention_norm, mlp_norm = (self.get_submodule(name) for name in self.norm_names)
-        attended_BTD = self.self_attn(x_BTD if self.norms_sum else attention_norm(x_BTD), rope, batch, cache)
+        attended_BTD = self.self_attn(x_BTD if self.norms_sum else attention_norm(x_BTD), positions, batch, cache)
         x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
         x_BTD = attention_norm(x_BTD) if self.norms_sum else x_BTD
+        if self.cross_attn is not None:
+            assert memory is not None
+            read_BTD = self.cross_attn(self.cross_attention_layernorm(x_BTD), memory[0], batch, memory[1])
+            x_BTD = x_BTD + drop_hidden(read_BTD, self.dropout, batch, self.path, "cross_attn.output")
         transformed_BTD = self.mlp(x_BTD if self.norms_sum else mlp_norm(x_BTD))
         x_BTD = x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
         return mlp_norm(x_BTD) if self.norms_sum else x_BTD
@@ -111,8 +125,15 @@ class DecoderStage(nn.Module):
             self.embed_types = ReplicatedEmbedding(mesh, specs["embed_types.weight"])
         if self.has_embedding and model.embed_norm:
             self.embed_norm = build_norm(model, mesh, specs, "embed_norm")
+        if model.position_embedding == "relative":
+            for path, causal in (("encoder_bias", False), ("decoder_bias", True)):
+                distance = model.relative_attention_max_distance
+                table = RelativeBias(mesh, specs[f"{path}.weight"], causal=causal, max_distance=distance)
+                self.add_module(path, table)
         indices = layout.layers(model.num_hidden_layers, stage)
         self.layers = nn.ModuleDict({str(i): Block(model, mesh, specs, i) for i in indices})
+        if model.num_encoder_layers - 1 in indices:
+            self.encoder_norm = build_norm(model, mesh, specs, "encoder_norm")
         if self.has_head:
             self._add_heads(specs)
 
@@ -153,10 +174,12 @@ class DecoderStage(nn.Module):
         previous virtual stage; None on the first.
         """
         assert cache is None or self.mesh.layout.token_multiple == 1, "decoding shares no tokens between ranks"
+        if self.model.num_encoder_layers:
+            return self._forward_pair(hidden_BTD, batch, output, chunk)
         start = cache.length if cache is not None else 0
         local = local_batch(batch, self.mesh, start=start, causal=self.model.causal)
         if self.is_first(chunk):
-            hidden_BTD = self._embed(local)
+            hidden_BTD = self._embed(local, "embed")
         assert hidden_BTD is not None
         rope = None
         if self.model.position_embedding == "rope":
@@ -168,7 +191,39 @@ class DecoderStage(nn.Module):
             cache.length += batch.input_ids.shape[1]
         if not self.is_last(chunk):
             return hidden_BTD
-        x_BTD = self.norm(hidden_BTD)
+        return self._end(self.norm(hidden_BTD), local, output, batch.input_ids.shape[1])
+
+    def _forward_pair(self, hidden_BTD: torch.Tensor | None, batch: Batch, output: Output, chunk: int) -> torch.Tensor:
+        """As `forward`, of an encoder and a decoder. Their tokens travel together, those of the encoder first: a stage
+        passes on what it does not compute with."""
+        assert batch.decoder_ids is not None
+        source = local_batch(replace(batch, labels=None, decoder_ids=None), self.mesh, causal=False)
+        target = local_batch(Batch(batch.decoder_ids, batch.labels, dropout=batch.dropout), self.mesh)
+        if self.is_first(chunk):
+            hidden_BTD = torch.cat((self._embed(source, "encoder.embed"), self._embed(target, "embed")), dim=1)
+        assert hidden_BTD is not None
+        x_BSD, y_BTD = hidden_BTD.split([len(side.hidden_tokens) for side in (source, target)], dim=1)
+        encoder = self.model.num_encoder_layers
+        layers = self.chunks[chunk]
+        with self.region():
+            if layers.start < encoder:
+                x_bias = self.encoder_bias(source.tokens.numel(), self.compute_dtype)
+            if layers.stop > encoder:
+                y_bias = self.decoder_bias(target.tokens.numel(), self.compute_dtype)
+            for index in layers:
+                layer = self.layers[str(index)]
+                if index < encoder:
+                    x_BSD = layer(x_BSD, x_bias, source)
+                else:
+                    y_BTD = layer(y_BTD, y_bias, target, None, (x_BSD, source))
+                if index == encoder - 1:
+                    x_BSD = self.encoder_norm(x_BSD)
+        if not self.is_last(chunk):
+            return torch.cat((x_BSD, y_BTD), dim=1)
+        return self._end(self.norm(y_BTD), target, output, batch.decoder_ids.shape[1])
+
+    def _end(self, x_BTD: torch.Tensor, local: LocalBatch, output: Output, length: int) -> torch.Tensor:
+        """What `output` names, for rows of `length` tokens."""
         if output == "pair_logits":
             return self._judge(self.next_sentence, x_BTD, local, None, "logits")
         if not predicts_words(self.model):
@@ -176,7 +231,7 @@ class DecoderStage(nn.Module):
             return self._judge(head, x_BTD, local, local.labels, output)
         found = self._predict(x_BTD, local, output)
         if output != "loss":
-            return gather_context(found, self.mesh.cp)[:, : batch.input_ids.shape[1]]
+            return gather_context(found, self.mesh.cp)[:, :length]
         if local.pair_labels is None:
             return found
         return found + local.pair_weight * self._judge(self.next_sentence, x_BTD, local, local.pair_labels, "loss")
@@ -189,7 +244,7 @@ class DecoderStage(nn.Module):
         """Whether `chunk` of this stage is where the network ends."""
         return self.virtual[chunk] == self.num_virtual - 1
 
-    def _embed(self, batch: LocalBatch) -> torch.Tensor:
+    def _embed(self, batch: LocalBatch, site: str) -> torch.Tensor:
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
         if self.model.position_embedding == "learned":
             x_BTD = x_BTD + self.embed_positions(batch.hidden_positions, self.compute_dtype)
@@ -198,12 +253,14 @@ class DecoderStage(nn.Module):
             x_BTD = x_BTD + self.embed_types(segments, self.compute_dtype)
         if self.model.embed_norm:
             x_BTD = self.embed_norm(x_BTD)
-        return drop_hidden(x_BTD, self.model.embed_dropout, batch, "embed")
+        return drop_hidden(x_BTD, self.model.embed_dropout, batch, site)
 
     def _predict(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         """Loss, losses or logits of the tokens of this context rank."""
         if self.model.head_transform:
             x_BTD = self.head_norm(activate(self.head_transform(x_BTD), self.model.hidden_act))
+        if self.model.logit_scale != 1.0:
+            x_BTD = x_BTD * self.model.logit_scale
         if output != "logits" and self.loss_chunk_tokens:
             return self._chunked_losses(x_BTD, batch, output)
         logits_BTV = self.lm_head(x_BTD, self._head_weight)

@@ -58,11 +58,13 @@ def load_model(
 def outputs(stage: DecoderStage, inputs: Mapping[str, Sequence[int]], name: Output = "logits") -> torch.Tensor:
     """The output called `name` of one sequence: [T, V] logits, or [labels] of a head that judges it.
 
-    inputs: input_ids, and token_type_ids where the model knows segments.
+    inputs: input_ids; token_type_ids where the model knows segments; decoder_input_ids where it has an encoder.
     """
     rows = {key: torch.tensor([list(ids)], device=stage.mesh.device) for key, ids in inputs.items()}
     with torch.inference_mode():
-        return stage(None, Batch(rows["input_ids"], segments=rows.get("token_type_ids")), name)[0]
+        ids, segments, decoder_ids = (rows.get(key) for key in ("input_ids", "token_type_ids", "decoder_input_ids"))
+        assert ids is not None
+        return stage(None, Batch(ids, segments=segments, decoder_ids=decoder_ids), name)[0]
 
 
 def generate(
@@ -81,6 +83,8 @@ def generate(
     model = stage.model
     if model.num_labels:
         raise ConversionError(f"this model has a head of num_labels={model.num_labels} and no vocabulary to speak with")
+    if model.num_encoder_layers:
+        raise ConversionError("this model answers to what its encoder reads, and generation with one is not there yet")
     if not model.causal:
         raise ConversionError(
             "this model sees the tokens after each as well (causal=false) and cannot go on with a text"

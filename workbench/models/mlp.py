@@ -43,4 +43,6 @@ def activate(x: torch.Tensor, name: str) -> torch.Tensor:
     """The activation that `name` stands for; gelu_tanh is the tanh approximation (arXiv:1606.08415, sec. 2)."""
     if name == "silu":
         return F.silu(x)
+    if name == "relu":
+        return F.relu(x)
     return F.gelu(x, approximate="tanh" if name == "gelu_tanh" else "none")

@@ -112,6 +112,11 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
             "kernels.backend='te' computes both gradients of a layer at once; "
             "use a schedule that does not split the backward (1f1b) or backend = 'torch'"
         )
+    if model.num_encoder_layers:
+        found.append(
+            f"kernels.backend='te' and num_encoder_layers={model.num_encoder_layers}: its attention knows no biases by "
+            "distance; use backend = 'torch'"
+        )
     if not model.causal:
         found.append(
             "kernels.backend='te' and model.causal=false: its attention is set up for tokens that see the past alone; "

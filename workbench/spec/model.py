@@ -31,11 +31,14 @@ class ModelConfig(Config):
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0, description="Width of the MLP.")
     num_hidden_layers: int = Field(gt=0)
+    num_encoder_layers: int = Field(
+        default=0, ge=0, description="The first so many layers are an encoder, to whose output all others attend."
+    )
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(default=0, ge=0, description="Key/value heads; 0 means one per attention head.")
     head_dim: int = Field(default=0, ge=0, description="Size of a head; 0 means hidden_size / num_attention_heads.")
     max_position_embeddings: int = Field(default=2048, gt=0)
-    hidden_act: Literal["silu", "gelu", "gelu_tanh"] = "silu"
+    hidden_act: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
     gated_mlp: bool = Field(default=True, description="Whether the MLP multiplies act(gate) with up (SwiGLU).")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_eps: float = Field(default=1e-5, gt=0)
@@ -45,7 +48,14 @@ class ModelConfig(Config):
     causal: bool = Field(default=True, description="Whether a token sees only itself and those before it, or all.")
     type_vocab_size: int = Field(default=0, ge=0, description="Kinds of segments that have an embedding; 0: none.")
     embed_norm: bool = Field(default=False, description="A norm on the sum of the embeddings.")
-    position_embedding: Literal["rope", "learned"] = "rope"
+    position_embedding: Literal["rope", "learned", "relative"] = "rope"
+    relative_attention_num_buckets: int = Field(
+        default=32, gt=3, multiple_of=4, description="relative: kinds of distance that have a bias of their own."
+    )
+    relative_attention_max_distance: int = Field(default=128, gt=0, description="relative: farther ones are alike.")
+    attention_scale: float | None = Field(
+        default=None, gt=0, description="What scores are multiplied by; 1/sqrt(head_dim) when not set."
+    )
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     attention_bias: bool = Field(default=False, description="Biases on the query, key and value projections.")
@@ -61,6 +71,7 @@ class ModelConfig(Config):
         description="Divide the initial range of output projections by sqrt(2 * layers) (GPT-2, sec. 2.3).",
     )
     lm_head: bool = Field(default=True, description="Whether the model predicts words, or ends with its last layer.")
+    logit_scale: float = Field(default=1.0, gt=0, description="What goes into the LM head is multiplied by this.")
     head_transform: bool = Field(default=False, description="A linear layer, hidden_act and a norm before the LM head.")
     lm_head_bias: bool = Field(default=False, description="A bias for each word on the LM head.")
     pooler: bool = Field(
@@ -103,7 +114,7 @@ class ModelConfig(Config):
             raise ValueError(f"rotary positions need an even head_dim, not {self.head_dim}")
         if self.rope_scaling is not None and self.position_embedding != "rope":
             raise ValueError("rope_scaling is given, but position_embedding is not 'rope'")
-        if faults := self._head_faults():
+        if faults := [*self._head_faults(), *self._pair_faults()]:
             raise ValueError("; ".join(faults))
         return self
 
@@ -121,4 +132,24 @@ class ModelConfig(Config):
                 found.append(f"{name}=true belongs to an LM head, but this model has none; remove it")
         if self.pooler and self.causal:
             found.append("pooler=true reads the first token, which sees nothing if causal=true; set causal = false")
+        return found
+
+    def _pair_faults(self) -> list[str]:
+        """Why the features of an encoder and a decoder do not go together."""
+        relative = self.position_embedding == "relative"
+        if not self.num_encoder_layers:
+            words = "goes with num_encoder_layers, which is 0; set it, or use"
+            found = [f"position_embedding='relative' {words} 'rope' or 'learned'"] if relative else []
+            return found + ([] if self.attention_scale is None else [f"attention_scale {words} none"])
+        found = []
+        if self.num_encoder_layers >= self.num_hidden_layers:
+            found.append(
+                f"num_encoder_layers={self.num_encoder_layers} leaves no layer of num_hidden_layers="
+                f"{self.num_hidden_layers} to the decoder; lower it"
+            )
+        if not relative or not self.causal or self.norm_placement != "pre" or self.num_labels or self.type_vocab_size:
+            found.append(
+                f"num_encoder_layers={self.num_encoder_layers} goes with position_embedding='relative', causal=true, "
+                "norm_placement='pre', an LM head and no segments; change them or set num_encoder_layers = 0"
+            )
         return found

@@ -21,7 +21,10 @@ NORMS: Final = {
 
 
 def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
-    """Token and position embeddings; when tied, the token embedding also lives where the head does."""
+    """Token and position embeddings; when tied, the token embedding also lives where the head does.
+
+    Biases by distance, which the layers of encoder or decoder share, are on every stage, whichever layers it has.
+    """
     places: tuple[Place, ...] = (EMBED, FINAL) if tied_head(model) else (EMBED,)
     shape = (model.vocab_size, model.hidden_size)
     tokens = Part("embed_tokens.weight", shape, dim=0, pad_to=layout.vocab_multiple)
@@ -36,6 +39,11 @@ def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[Paramet
         specs.append(ParameterSpec("embed_types.weight", (types,), (EMBED,), "embedding"))
     if model.embed_norm:
         specs += norm_specs(model, layout, "embed_norm", EMBED)
+    if model.position_embedding == "relative":
+        shape, everywhere = (model.relative_attention_num_buckets, model.num_attention_heads), model.num_hidden_layers
+        for path in ("encoder_bias.weight", "decoder_bias.weight"):
+            bias = Part(path, shape, dim=1, units=model.num_attention_heads)
+            specs.append(ParameterSpec(path, (bias,), tuple(range(everywhere)), "embedding"))
     return tuple(specs)
 
 
@@ -69,6 +77,10 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
         ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
         ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
     ]
+    if model.num_encoder_layers and layer >= model.num_encoder_layers:
+        specs += cross_specs(model, layout, layer)
+    if layer == model.num_encoder_layers - 1:
+        specs += norm_specs(model, layout, "encoder_norm", layer)
     if model.attention_bias:
         specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
     if model.attention_output_bias:
@@ -79,6 +91,21 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
         down_bias = Part(f"{base}.mlp.down_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{base}.mlp.down_proj.bias", (down_bias,), at, "bias", "zeros"))
     return tuple(specs)
+
+
+def cross_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple[ParameterSpec, ...]:
+    """The attention of a decoder's layer to the encoder's output: queries of the one, keys and values of the other."""
+    base, at = f"layers.{layer}.cross_attn", (layer,)
+    hidden, heads, d = model.hidden_size, model.num_attention_heads, model.head_dim
+    q, k, v = (Part(f"{base}.{name}_proj.weight", (heads * d, hidden), dim=0, units=heads) for name in "qkv")
+    o = Part(f"{base}.o_proj.weight", (hidden, heads * d), dim=1, units=heads)
+    residual: Initial = "residual" if model.scale_residual_init else "normal"
+    return (
+        *norm_specs(model, layout, f"layers.{layer}.cross_attention_layernorm", layer),
+        ParameterSpec(f"{base}.q_proj.weight", (q,), at, "matrix"),
+        ParameterSpec(f"{base}.kv_proj.weight", (k, v), at, "matrix"),
+        ParameterSpec(f"{base}.o_proj.weight", (o,), at, "matrix", residual),
+    )
 
 
 def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
@@ -193,14 +220,14 @@ def stored_shards(
 ) -> Mapping[tuple[int, int], tuple[Shard, ...]]:
     """What each (stage, tp_rank) writes to a checkpoint of `layout`: each logical element once.
 
-    Of several copies the first one writes; a tied embedding is written by the first stage. `specs`: what is stored, if
-    not the parameters of the model (an adapter).
+    Of several copies the first one writes; what several stages hold is written by the first stage. `specs`: what is
+    stored, if not the parameters of the model (an adapter).
     """
     everything = tuple(parameter_specs(model, layout) if specs is None else specs)
     found: dict[tuple[int, int], tuple[Shard, ...]] = {}
     for stage in range(layout.pp):
         here = stage_places(model, layout, stage)
-        inside = [s for s in everything if here.intersection(s.places) and (stage == 0 or EMBED not in s.places)]
+        inside = [s for s in everything if here.intersection(s.places) and (stage == 0 or len(s.places) == 1)]
         for tp_rank in range(layout.tp):
             shards = (shard for spec in inside for shard in spec.shards(layout.tp, tp_rank))
             found[stage, tp_rank] = tuple(shard for shard in shards if shard.copy == 0)
