@@ -24,6 +24,8 @@ def auto_class(model: ModelConfig) -> AutoClass:
     """The class that loads `model` with the heads that it has."""
     if model.num_labels:
         return AutoClass("AutoModelForSequenceClassification", "text-classification", {"logits": "logits"})
+    if model.num_encoder_layers:
+        return AutoClass("AutoModelForSeq2SeqLM", "text2text-generation", {"logits": "logits"})
     if model.causal:
         return AutoClass("AutoModelForCausalLM", "text-generation", {"logits": "logits"})
     if model.next_sentence:

@@ -55,6 +55,11 @@ DECODER: Final[Mapping[str, Any]] = {
     "lm_head_bias": False,
     "pooler": False,
     "next_sentence": False,
+    "num_encoder_layers": 0,
+    "attention_scale": None,
+    "logit_scale": 1.0,
+    "relative_attention_num_buckets": 32,
+    "relative_attention_max_distance": 128,
 }
 """What a plain decoder does not have."""
 
@@ -102,6 +107,12 @@ class Family:
     faults: Callable[[ModelConfig], list[str]] = field(default=lambda _: [])
 
     @property
+    def _all_fields(self) -> tuple[FieldRule, ...]:
+        """The family's own rules, and those of all families for keys that it does not name."""
+        own = {key for rule in self.fields for key in rule.keys}
+        return (*self.fields, *(rule for rule in FIXED if rule.key not in own))
+
+    @property
     def classes(self) -> Mapping[str, Mapping[str, Any]]:
         """Every class of transformers that the family has, with the features that it stands for."""
         plain = [name for name in (self.causal_lm, self.sequence_classification) if name is not None]
@@ -128,7 +139,7 @@ class Family:
         """The model that a foreign configuration describes; ConversionError with every key that has no place."""
         faults: list[str] = []
         values: dict[str, Any] = {**self.features, **self.training_only, **self._heads(given, faults)}
-        for rule in (*self.fields, *FIXED):
+        for rule in self._all_fields:
             try:
                 values |= rule.load(given)
             except FieldFault as fault:
@@ -144,7 +155,7 @@ class Family:
         raise ConversionError(f"{where}: family {self.name!r} has no place for: {'; '.join(faults)}")
 
     def _known_keys(self) -> set[str]:
-        return {key for rule in (*self.fields, *FIXED) for key in rule.keys} | HARMLESS | set(self.harmless)
+        return {key for rule in self._all_fields for key in rule.keys} | HARMLESS | set(self.harmless)
 
     def _heads(self, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
         """num_labels, and the features that the class of `given` stands for."""
@@ -167,7 +178,7 @@ class Family:
         that the family cannot say.
         """
         original = original or {}
-        rules = (*self.fields, *FIXED)
+        rules = self._all_fields
         faults = [*self.faults(model), *self._feature_faults(model)]
         said: dict[str, Any] = {}
         for rule in rules:
@@ -221,10 +232,12 @@ class Family:
         for name in logical_tensors(model, "F32"):
             layer = re.fullmatch(r"layers\.(\d+)\..*", name)
             pattern = f"layers.{{i}}.{name.split('.', 2)[2]}" if layer else name
-            if pattern not in table:
+            if layer and pattern in table:
+                bound[name] = table[pattern].at(int(layer[1]))
+            elif name in table:
+                bound[name] = table[name]
+            else:
                 homeless.append(name)
-                continue
-            bound[name] = table[pattern].at(int(layer[1])) if layer else table[pattern]
         if homeless:
             raise ConversionError(f"{summarise(homeless, 'has', 'have')} no place in family {self.name!r}")
         return bound

@@ -71,10 +71,12 @@ def probe_sequences(model: ModelConfig) -> list[list[int]]:
 
 def probe_inputs(model: ModelConfig, sequence: Sequence[int]) -> dict[str, list[int]]:
     """What the model reads with a sequence, by transformers' names: where it knows segments, the last half is of the
-    second kind."""
+    second kind; a decoder that has an encoder reads half of it backwards."""
     found = {"input_ids": list(sequence)}
     if model.type_vocab_size > 1:
         found["token_type_ids"] = [int(2 * index >= len(sequence)) for index in range(len(sequence))]
+    if model.num_encoder_layers:
+        found["decoder_input_ids"] = found["input_ids"][::-2]
     return found
 
 

@@ -84,7 +84,9 @@ def _repeated(
 ) -> tuple[tuple[str, str], ...]:
     """A tied head that was stored all the same."""
     if family.repeats:
-        return tuple((name, other) for name, other in family.repeats.items() if {name, other} <= foreign.keys())
+        pairs = family.repeats.items()
+        own = set(places.values())
+        return tuple((name, other) for name, other in pairs if {name, other} <= foreign.keys() and name not in own)
     if model.tie_word_embeddings and "lm_head.weight" in foreign and "embed_tokens.weight" in places:
         return (("lm_head.weight", places["embed_tokens.weight"]),)
     return ()

@@ -19,6 +19,8 @@ from transformers import (
     LlamaForCausalLM,
     LlamaForSequenceClassification,
     PreTrainedModel,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 LLAMA3_ROPE: dict[str, Any] = {
@@ -58,6 +60,16 @@ BERT: dict[str, Any] = {
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "max_position_embeddings": 40,
+}
+T5: dict[str, Any] = {
+    "vocab_size": 101,
+    "d_model": 32,
+    "d_kv": 6,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "relative_attention_num_buckets": 8,
+    "relative_attention_max_distance": 20,
 }
 
 CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
@@ -107,6 +119,18 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
     ),
     "bert classifier": (BertForSequenceClassification, BertConfig, {**BERT, "num_labels": 3}),
     "bert body": (BertModel, BertConfig, BERT),
+    "t5": (T5ForConditionalGeneration, T5Config, T5),
+    "t5, gated, not scaled, more layers that read": (
+        T5ForConditionalGeneration,
+        T5Config,
+        {
+            **T5,
+            "feed_forward_proj": "gated-gelu",
+            "tie_word_embeddings": False,
+            "num_layers": 3,
+            "num_decoder_layers": 1,
+        },
+    ),
     "gpt2 classifier": (GPT2ForSequenceClassification, GPT2Config, {**GPT2, "num_labels": 2, "pad_token_id": 0}),
 }
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from transformers import BertConfig, GPT2Config, LlamaConfig
+from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
 
 from converters.family import detect_family, families, family_for, family_named
 from workbench.errors import ConversionError
@@ -70,6 +70,36 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "type_vocab_size": 2,
         "use_cache": True,
         "vocab_size": 30522,
+    },
+    "t5 defaults": T5Config(architectures=["T5ForConditionalGeneration"]).to_dict(),
+    "t5, gated, not scaled": T5Config(
+        architectures=["T5ForConditionalGeneration"],
+        feed_forward_proj="gated-gelu",
+        tie_word_embeddings=False,
+        num_decoder_layers=3,
+    ).to_dict(),
+    "t5 of 2021": {
+        "architectures": ["T5ForConditionalGeneration"],
+        "d_ff": 1024,
+        "d_kv": 64,
+        "d_model": 512,
+        "decoder_start_token_id": 0,
+        "dropout_rate": 0.1,
+        "eos_token_id": 1,
+        "feed_forward_proj": "gated-gelu",
+        "initializer_factor": 1.0,
+        "is_encoder_decoder": True,
+        "layer_norm_epsilon": 1e-06,
+        "model_type": "t5",
+        "num_decoder_layers": 8,
+        "num_heads": 6,
+        "num_layers": 8,
+        "output_past": True,
+        "pad_token_id": 0,
+        "relative_attention_num_buckets": 32,
+        "tie_word_embeddings": False,
+        "use_cache": True,
+        "vocab_size": 32128,
     },
     "gpt2 of 2019": {
         "activation_function": "gelu_new",
@@ -146,7 +176,7 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
     model = family.load_config(CONFIGS[case])
     written = family.dump_config(model, "float32")
     assert family.load_config(written) == model
-    reader = {"llama": LlamaConfig, "gpt2": GPT2Config, "bert": BertConfig}[family.name]
+    reader = {"llama": LlamaConfig, "gpt2": GPT2Config, "bert": BertConfig, "t5": T5Config}[family.name]
     theirs, ours = reader(**CONFIGS[case]).to_dict(), reader(**written).to_dict()
     theirs["rope_parameters"] = {k: v for k, v in (theirs.get("rope_parameters") or {}).items() if k != "type"}
     ours["rope_parameters"] = ours.get("rope_parameters") or {}
@@ -183,7 +213,7 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
     [
         ("llama defaults", {"sliding_window": 4096}, ["sliding_window=4096 is unknown", "'llama'"]),
         ("llama defaults", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type='yarn'", "linear"]),
-        ("llama defaults", {"hidden_act": "relu"}, ["hidden_act='relu'", "silu"]),
+        ("llama defaults", {"hidden_act": "mish"}, ["hidden_act='mish'", "silu"]),
         ("llama defaults", {"rope_theta": 5.0}, ["rope_theta is given as 5.0 and as 10000.0"]),
         ("llama defaults", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ("llama defaults", {"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}"]),
@@ -193,9 +223,11 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
         ("bert defaults", {"is_decoder": True}, ["is_decoder=True", "only False"]),
         ("bert defaults", {"tie_word_embeddings": False}, ["tie_word_embeddings=False", "only True"]),
         ("bert defaults", {"architectures": ["BertForTokenClassification"]}, ["BertForTokenClassification"]),
+        ("t5 defaults", {"is_gated_act": True}, ["is_gated_act=True, but feed_forward_proj='relu' means False"]),
+        ("t5 defaults", {"is_encoder_decoder": False}, ["is_encoder_decoder=False", "only True"]),
         ("gpt2 defaults", {"scale_attn_weights": False}, ["scale_attn_weights=False", "only True"]),
         ("gpt2 defaults", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
-        ("gpt2 defaults", {"activation_function": "relu", "odd": 1}, ["activation_function='relu'", "odd=1"]),
+        ("gpt2 defaults", {"activation_function": "mish", "odd": 1}, ["activation_function='mish'", "odd=1"]),
     ],
 )
 def test_what_has_no_place_is_refused_by_name(case: str, change: dict[str, Any], words: list[str]) -> None:

@@ -73,6 +73,8 @@ def test_every_logical_tensor_is_there_and_equals_the_reference(folders: Mapping
     elif opened.family == "bert":
         path = "encoder.layer.1.attention.self" if case == "bert body" else "bert.encoder.layer.1.attention.self"
         pairs = {name[0]: theirs[f"{path}.{name}.weight"] for name in ("query", "key", "value")}
+    elif opened.family == "t5":
+        pairs = {name: theirs[f"encoder.block.1.layer.0.SelfAttention.{name}.weight"] for name in "qkv"}
     else:
         pairs = {name: theirs[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"}
         assert np.array_equal(read("layers.3.input_layernorm.weight"), theirs["model.layers.3.input_layernorm.weight"])
