@@ -336,12 +336,14 @@ def objective_faults(model: ModelConfig, data: DataConfig) -> list[str]:
         found.append(f"model.num_labels={model.num_labels}, but pretraining needs the language-model head; remove it")
     elif not model.lm_head:
         found.append("model.lm_head=false, but pretraining predicts words; set lm_head = true")
-    if model.causal != (data.objective == "causal"):
-        sees = "the words that it is to tell" if data.objective == "causal" else "none of the words after a hidden one"
-        found.append(
-            f"data.objective={data.objective!r} and model.causal={str(model.causal).lower()}: the model would see "
-            f"{sees}; use objective = {'causal' if model.causal else 'masked'!r} or change causal"
-        )
+    fits = "span" if model.num_encoder_layers else "causal" if model.causal else "masked"
+    if data.objective != fits:
+        why = {
+            "span": f"num_encoder_layers={model.num_encoder_layers}, whose decoder spells out hidden spans",
+            "causal": "causal=true, whose tokens see those before them alone",
+            "masked": "causal=false, whose tokens would see the one that they are to tell",
+        }
+        found.append(f"data.objective={data.objective!r} for a model with {why[fits]}; use objective = {fits!r}")
     if model.next_sentence != data.next_sentence:
         found.append(
             f"data.next_sentence={str(data.next_sentence).lower()}, but model.next_sentence="

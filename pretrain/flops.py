@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from pretrain.data.spans import lengths_of, text_tokens
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import predicts_words
 
@@ -25,14 +26,24 @@ class Peak:
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations to train on one token, by CONVENTION; the embedding lookup is none, the head counts."""
+    """Floating-point operations to train on one token, by CONVENTION; the embedding lookup is none, the head counts.
+
+    Of an encoder with a decoder: on a token that the encoder reads, with the decoder's part of span corruption.
+    """
     heads, kv_heads, d = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
     mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
     scores = 2 * seq_len * heads * d  # in units of 2 FLOPs: queries by keys, and probabilities by values
     head = model.hidden_size * model.vocab_size if predicts_words(model) else 0
     head += model.hidden_size**2 if model.head_transform else 0
-    return 6.0 * (model.num_hidden_layers * (attention + mlp + scores) + head)
+    if not model.num_encoder_layers:
+        return 6.0 * (model.num_hidden_layers * (attention + mlp + scores) + head)
+    target_len = lengths_of(text_tokens(seq_len))[1]
+    answers, decoder_layers = target_len / seq_len, model.num_hidden_layers - model.num_encoder_layers
+    own_scores, projections = 2 * target_len * heads * d, 2 * model.hidden_size * heads * d
+    # Queries and output of the attention to the encoder are of answers, keys and values of what it read.
+    decoder = answers * (attention + mlp + own_scores + projections + scores) + projections
+    return 6.0 * (model.num_encoder_layers * (attention + mlp + scores) + decoder_layers * decoder + answers * head)
 
 
 def find_peak(asked: float | str, device: torch.device, dtype: torch.dtype) -> Peak | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from converters.logits import (
 from converters.open import get_format, open_checkpoint
 from converters.reference import arrays, load
 from tests.helpers.hf_models import CASES, save_model
-from workbench.errors import VerificationError
+from workbench.errors import CheckpointError, VerificationError
 from workbench.spec.layout import ParallelLayout
 
 PLAIN = "llama, tied, grouped, llama3 rope"
@@ -178,3 +179,20 @@ def test_a_folder_that_transformers_cannot_fill_is_refused_with_its_words(tmp_pa
     save_file(tensors, tmp_path / "odd/model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationError, match=r"transformers cannot load it: .*model.norm.weight"):
         compare_logits(opened.model, opened.source, tmp_path / "odd")
+
+
+def test_a_head_of_its_own_is_kept_apart_from_the_embedding(tmp_path: Path) -> None:
+    """transformers ties the two unless the file has both."""
+    source = save_model("t5, gated, not scaled, more layers that read", tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = 0.15 * torch.randn(tensors["shared.weight"].shape, generator=torch.Generator())
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs .* set tie_word_embeddings=false"):
+        FORMAT.open(source)
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(config))
+    opened = FORMAT.open(source)
+    assert not opened.model.tie_word_embeddings and opened.model.logit_scale == 1.0
+    sequences = probe_sequences(opened.model)
+    ours = engine_logits(opened.model, opened.source, sequences)
+    assert judge(ours, run_transformers(source, sequences), sequences, source).difference <= 1e-4
