@@ -157,6 +157,11 @@ def prepare(config: FinetuneConfig, model: ModelConfig, tokenizer: Tokenizer) ->
 
 def tuned_model(base: ModelConfig, prepared: Prepared) -> ModelConfig:
     """The base with the head that the task needs; ConfigError when it has lost its language-model head."""
+    if base.num_encoder_layers:
+        raise ConfigError(
+            f"the base has an encoder (num_encoder_layers={base.num_encoder_layers}), for which no task makes rows yet; "
+            "use a base without one"
+        )
     if prepared.num_labels:
         # transformers finds the last token of a padded row by this id, and refuses batches without it.
         pad = prepared.pad_id if base.pad_token_id is None else base.pad_token_id

@@ -13,7 +13,7 @@ from finetune.config import FinetuneConfig
 from finetune.run import Base, Finetuning
 from tests.finetune.adapters import write_base
 from tests.finetune.data import byte_tokenizer, config_of, letters, write_rows
-from tests.helpers.models import masked_model
+from tests.helpers.models import answering_model, masked_model
 from tests.helpers.ranks import run_ranks
 from workbench.checkpoint.reader import open_native
 from workbench.errors import ConfigError
@@ -73,3 +73,11 @@ def test_a_task_of_text_to_go_on_with_is_refused(folder: Path, tmp_path: Path) -
     wrong = config_of(folder, task, {"kind": "full"}, run={"dir": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"causal=false\) and cannot learn to go on with a text"):
         Finetuning(wrong, base_of(folder), Mesh.single())
+
+
+def test_a_base_with_an_encoder_of_its_own_is_refused(folder: Path, tmp_path: Path) -> None:
+    write_base(tmp_path / "base", answering_model(vocab_size=261))
+    opened = open_checkpoint(tmp_path / "base")
+    base = Base(opened.model, opened.source, folder / "tokenizer", str(tmp_path / "base"), base_fingerprint(opened))
+    with pytest.raises(ConfigError, match=r"num_encoder_layers=2\), for which no task makes rows yet"):
+        Finetuning(config(folder, tmp_path), base, Mesh.single())
