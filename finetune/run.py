@@ -159,8 +159,8 @@ def tuned_model(base: ModelConfig, prepared: Prepared) -> ModelConfig:
     """The base with the head that the task needs; ConfigError when it has lost its language-model head."""
     if base.num_encoder_layers:
         raise ConfigError(
-            f"the base has an encoder (num_encoder_layers={base.num_encoder_layers}), for which no task makes rows yet; "
-            "use a base without one"
+            f"the base has an encoder (num_encoder_layers={base.num_encoder_layers}), for which no task makes rows "
+            "yet; use a base without one"
         )
     if prepared.num_labels:
         # transformers finds the last token of a padded row by this id, and refuses batches without it.

@@ -19,7 +19,7 @@ from pretrain.config import (
 from pretrain.memory import SCORED_TOKENS, estimate_memory
 from pretrain.optimizer import Optimizer
 from tests.helpers.allocations import Allocations
-from tests.helpers.models import biased_model, gated_model
+from tests.helpers.models import biased_model, gated_model, masked_model
 from tests.helpers.ranks import run_ranks
 from workbench.models import blockwise
 from workbench.models.batch import Batch
@@ -46,7 +46,7 @@ def config(compute="fp32", **parallel) -> EngineConfig:
     )
 
 
-@pytest.mark.parametrize("make", [gated_model, biased_model])
+@pytest.mark.parametrize("make", [gated_model, biased_model, masked_model])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_one_process_keeps_about_what_is_estimated(make, compute):
     model = make(**LARGER)

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import PreTrainedModel
 
+from converters.format import OpenedCheckpoint
 from converters.formats.huggingface import FORMAT
 from converters.rules import pull
 from tests.helpers.hf_models import make_model, save_model
@@ -17,6 +19,20 @@ from workbench.models.state import load
 from workbench.parallel.live import shard_views
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import Box
+
+
+@pytest.mark.parametrize("case", ["t5", "t5, gated, not scaled, more layers that read"])
+def test_gradients_of_answers_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
+    opened = FORMAT.open(save_model(case, tmp_path / "in"))
+    random = torch.Generator().manual_seed(1)
+    ids, lengths = torch.randint(1, 90, (3, 12), generator=random), torch.tensor([12, 7, 10])
+    answers = torch.randint(1, 90, (3, 8), generator=random)
+    labels = torch.where(torch.arange(8) < torch.tensor([[8], [3], [6]]), answers, -100)
+    decoder_ids = torch.cat((torch.zeros(3, 1, dtype=torch.long), answers[:, :-1]), dim=1)
+    theirs = make_model(case)
+    is_text = (torch.arange(12) < lengths.unsqueeze(-1)).long()
+    theirs(input_ids=ids, attention_mask=is_text, decoder_input_ids=decoder_ids, labels=labels).loss.backward()
+    assert_same_gradients(opened, theirs, Batch(ids, labels, lengths, decoder_ids=decoder_ids))
 
 
 @pytest.mark.parametrize("case", ["bert", "bert, both heads, three segments, tanh gelu"])
@@ -31,11 +47,17 @@ def test_gradients_of_hidden_words_equal_those_of_transformers(tmp_path: Path, c
     both = opened.model.next_sentence
     inputs = {"input_ids": ids, "attention_mask": is_text.long(), "token_type_ids": segments, "labels": labels}
     theirs(**inputs, **({"next_sentence_label": pairs} if both else {})).loss.backward()
+    weight = int((labels != -100).sum()) / 3
+    batch = Batch(ids, labels, lengths, segments=segments, pair_labels=pairs if both else None, pair_weight=weight)
+    assert_same_gradients(opened, theirs, batch)
+
+
+def assert_same_gradients(opened: OpenedCheckpoint, theirs: PreTrainedModel, batch: Batch) -> None:
+    """Fails unless the mean loss of the batch has the gradients that `theirs` has now."""
+    assert batch.labels is not None
     built = build_stage(opened.model, Mesh.single())
     load(built.parameters, opened.source)
-    count = int((labels != -100).sum())
-    batch = Batch(ids, labels, lengths, segments=segments, pair_labels=pairs if both else None, pair_weight=count / 3)
-    (built.module(None, batch) / count).backward()
+    (built.module(None, batch) / int((batch.labels != -100).sum())).backward()
     expected = {name: parameter.grad for name, parameter in theirs.named_parameters()}
     for parameter in built.parameters:
         for shard, view in shard_views(parameter, parameter.require_grad()):
