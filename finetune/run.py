@@ -136,6 +136,7 @@ def evaluate_model(
             f"{config.task.kind!r} needs {prepared.num_labels or 'the language-model head'}; give the checkpoint that "
             "was tuned for this task"
         )
+    tuned_model(model, prepared)  # refuses a model that the task's rows do not suit
     built = build_stage(model, mesh)
     load(built.parameters, source)
     pipeline = Pipeline(built, mesh, schedule_named(config.parallel.schedule))

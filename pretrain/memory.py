@@ -161,6 +161,8 @@ def _layer_activations(
         attention += heads + kv_heads
     if recompute == "none" and layout.cp > 1:
         attention += 2 * heads * (layout.cp if layout.context == "all_gather" else 1)
+    elif recompute == "none" and model.position_embedding == "relative":
+        attention += 3 * model.num_attention_heads * batch.seq_len  # scores with their bias, and what they become
     elif recompute == "none" and on_cpu and model.causal and batch.seq_len in SCORED_TOKENS:
         # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
         # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.

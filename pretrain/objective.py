@@ -198,7 +198,7 @@ class NextTokenLoss:
 class PairAccuracy:
     """How often the model is right about whether the second segment follows the first."""
 
-    name = "pairs"
+    name = "next_sentence"
     output: Output = "pair_logits"
 
     def __init__(self, loader: EvaluationLoader) -> None:

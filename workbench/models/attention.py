@@ -112,5 +112,5 @@ class Attention(nn.Module):
             mask = None
             if self.causal or documents is not None:
                 mask = visible(0, tokens, 0, tokens, documents, q_BTHd.device, causal=self.causal)
-            return attend_scored(q_BTHd, k_BTKd, v_BTKd, mask, bias_HTT, scale=self.scale, dropped=dropped)
+            return attend_scored(q_BTHd, k_BTKd, v_BTKd, mask, bias_HTT, self.scale, dropped)
         return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh, causal=self.causal)

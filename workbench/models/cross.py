@@ -14,6 +14,7 @@ from torch import nn
 
 from workbench.models.attend import WeightDropout
 from workbench.models.batch import LocalBatch
+from workbench.models.recompute import recomputed
 from workbench.parallel.dropout import dropout
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
@@ -63,7 +64,6 @@ def attend_scored(
     v_BSHd: torch.Tensor,
     mask: torch.Tensor | None,
     bias_HTS: torch.Tensor | None,
-    *,
     scale: float | None,
     dropped: WeightDropout | None,
 ) -> torch.Tensor:
@@ -97,6 +97,7 @@ class CrossAttention(nn.Module):
         self.kv_proj = ColumnParallelLinear(mesh, specs[f"{path}.kv_proj.weight"])
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"])
         self.head_dim, self.scale, self.dropout = model.head_dim, model.attention_scale, model.attention_dropout
+        self.recompute = False
         self.first_head = model.num_attention_heads // mesh.tp.size * mesh.tp.rank
 
     def forward(self, y_BTD: torch.Tensor, x_BSD: torch.Tensor, target: LocalBatch, source: LocalBatch) -> torch.Tensor:
@@ -106,5 +107,6 @@ class CrossAttention(nn.Module):
         dropped = None
         if self.dropout and target.dropout is not None:
             dropped = WeightDropout(self.dropout, target.dropout.rows(self.path), self.first_head)
-        attended = attend_scored(q_BTHd, k_BSHd, v_BSHd, mask, None, scale=self.scale, dropped=dropped)
+        arguments = (q_BTHd, k_BSHd, v_BSHd, mask, None, self.scale, dropped)
+        attended = recomputed(self.recompute, attend_scored, *arguments)
         return self.o_proj(attended.flatten(2))

@@ -87,10 +87,12 @@ def fp8_size_faults(options: StageOptions, model: ModelConfig, layout: ParallelL
         return []
     multiple = _MXFP8_MULTIPLE if options.te_recipe == "mxfp8" else _FP8_MULTIPLE
     found = []
-    for spec in layer_specs(model, layout, 0):
+    # The last layer has all kinds of matrices that there are.
+    last = model.num_hidden_layers - 1
+    for spec in layer_specs(model, layout, last):
         outputs, *inputs = spec.local_shape(layout.tp)
         if spec.role == "matrix" and any(size % multiple for size in (outputs, *inputs)):
-            name = spec.path.removesuffix(".weight").replace("layers.0", "layers.*")
+            name = spec.path.removesuffix(".weight").replace(f"layers.{last}", "layers.*")
             found.append(f"{name} {outputs} x {inputs[0]}")
     if not found:
         return []
