@@ -7,14 +7,14 @@ from typing import Any
 
 from pretrain.config import EngineConfig
 from pretrain.schedules import schedule_named
-from tests.helpers.models import biased_model, gated_model
+from tests.helpers.models import answering_model, biased_model, gated_model
 from tests.helpers.pairwise import Case
 from workbench.errors import LayoutError
 from workbench.spec.model import ModelConfig
 
 RANKS = 8
 SAMPLES, TOKENS, STEPS, LABELS = 8, 16, 3, 5
-MODELS = {"gated": gated_model, "biased": biased_model}
+MODELS = {"gated": gated_model, "biased": biased_model, "answering": answering_model}
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "model": ("gated", "biased"),

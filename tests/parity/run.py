@@ -35,7 +35,8 @@ def train(case: Case, folder: str, ranks: int) -> Seen:
     model, config = model_of(case), config_of(case, folder)
     mesh = Mesh.create(config.resolve_layout(model, ranks), torch.device("cpu"))
     subject = Subject(model, fill=lambda parameters: fill(parameters, model))
-    objective = Noise(tokens=TOKENS, documents=case["documents"], classes=model.num_labels)
+    answers = model.num_encoder_layers > 0
+    objective = Noise(tokens=TOKENS, documents=case["documents"], classes=model.num_labels, answers=answers)
     trainer = Trainer(config, subject, objective, mesh, dtype=torch.float64)
     share = Share(config.batch.micro_size, mesh.dp.rank, mesh.dp.size)
     seen = Seen()
