@@ -101,7 +101,7 @@ def _why_missing(missing: list[str]) -> str:
 def _hint(family: Family, model: ModelConfig, over: set[str]) -> str:
     """Another family that knows all of the names that this one does not."""
     for other in families().values():
-        patterns = {rule.foreign.replace("{i}", "*") for rule in other.rules(model)}
+        patterns = {fold(rule.foreign.replace("{i}", "0")) for rule in other.rules(model)}
         folded = {fold(name) for name in over}
         bare = {pattern.removeprefix(other.prefix) for pattern in patterns}
         if other.name != family.name and folded <= patterns | bare:
