@@ -45,23 +45,6 @@ FIXED: Final = (
     Fixed("quantization_config", (None,)),
     Fixed("auto_map", (None, {})),
 )
-DECODER: Final[Mapping[str, Any]] = {
-    "norm_placement": "pre",
-    "causal": True,
-    "type_vocab_size": 0,
-    "embed_norm": False,
-    "lm_head": True,
-    "head_transform": False,
-    "lm_head_bias": False,
-    "pooler": False,
-    "next_sentence": False,
-    "num_encoder_layers": 0,
-    "attention_scale": None,
-    "logit_scale": 1.0,
-    "relative_attention_num_buckets": 32,
-    "relative_attention_max_distance": 128,
-}
-"""What a plain decoder does not have."""
 
 
 @dataclass(frozen=True)
@@ -83,10 +66,12 @@ class Family:
     other_classes: further classes, each with the features that it stands for; one that is sequence_classification has
     its features here. The first of all is what a configuration without a class means.
     prefix: what a model with a head puts before the names of its body; files of the bare body lack it.
-    features: fields of ModelConfig that have one value in this family. unused: fields that mean nothing in it.
+    features: fields of ModelConfig that have one value in this family; what is named nowhere has its default, which for
+    a feature is to be without it. unused: fields that mean nothing in it.
     training_only: fields that the family cannot say and inference does not need, with the value they get on import.
-    harmless: keys beyond HARMLESS that may have any value. renamed: words in names of tensors, and what they were in
-    old files. repeats: tensors that old files hold although they must equal others, by the name of that other.
+    harmless: keys beyond HARMLESS that may have any value. also_read: another table of rules, by which some files of
+    this family are stored; written are always those of `rules`. renamed: words in names of tensors, and what they were
+    in old files. repeats: tensors that old files hold although they must equal others, by the name of that other.
     """
 
     name: str
@@ -99,6 +84,7 @@ class Family:
     features: Mapping[str, Any]
     training_only: Mapping[str, Any]
     rules: Callable[[ModelConfig], tuple[Rule, ...]]
+    also_read: Callable[[ModelConfig], tuple[Rule, ...]] | None = None
     unused: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
     ignored: tuple[IgnoredTensor, ...] = ()
@@ -214,19 +200,28 @@ class Family:
     def _feature_faults(self, model: ModelConfig) -> list[str]:
         values = model.model_dump()
         return [
-            f"{name}={values[name]!r} has no place, only {only!r}"
-            for name, only in self.features.items()
+            f"{name}={'{...}' if isinstance(values[name], dict) else repr(values[name])} has no place, only {only!r}"
+            for name, only in self._fixed().items()
             if values[name] != only
         ]
+
+    def _fixed(self) -> dict[str, Any]:
+        named = {name for rule in self.fields for name in rule.fields} | {*self.training_only, *self.unused}
+        defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
+        unnamed = {name: value for name, value in defaults.items() if name not in named | {"num_labels"}}
+        return {**unnamed, **self.features}
 
     def left_out(self, model: ModelConfig) -> dict[str, Any]:
         """Fields of `model` that only training reads and that the family cannot say."""
         values = model.model_dump()
         return {name: values[name] for name, usual in self.training_only.items() if values[name] != usual}
 
-    def bind(self, model: ModelConfig) -> dict[str, Rule]:
-        """The rule of each logical tensor of `model`, layers filled in; ConversionError for a tensor without one."""
-        table = {rule.logical: rule for rule in self.rules(model)}
+    def bind(self, model: ModelConfig, rules: tuple[Rule, ...] | None = None) -> dict[str, Rule]:
+        """The rule of each logical tensor of `model`, layers filled in; ConversionError for a tensor without one.
+
+        By `rules`, or those of the family.
+        """
+        table = {rule.logical: rule for rule in rules or self.rules(model)}
         bound: dict[str, Rule] = {}
         homeless: list[str] = []
         for name in logical_tensors(model, "F32"):

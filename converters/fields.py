@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from workbench.spec.model import ModelConfig, RopeScaling
+from workbench.spec.model import ModelConfig
 
 Foreign = Mapping[str, Any]
 
@@ -110,6 +110,23 @@ class OptionalField:
 
 
 @dataclass(frozen=True)
+class ImpliedHeadDim:
+    """`head_dim` where the configuration has no such key of its own, but heeds it where heads do not share out the
+    hidden size."""
+
+    keys: tuple[str, ...] = ("head_dim",)
+    fields: tuple[str, ...] = ("head_dim",)
+
+    def load(self, given: Foreign) -> dict[str, Any]:
+        value = given.get("head_dim")
+        return {"head_dim": 0 if value is None else value}
+
+    def dump(self, model: ModelConfig) -> dict[str, Any]:
+        implied = model.hidden_size == model.head_dim * model.num_attention_heads
+        return {} if implied else {"head_dim": model.head_dim}
+
+
+@dataclass(frozen=True)
 class Switch:
     """One key that stands for several fields which must agree."""
 
@@ -177,67 +194,3 @@ class Fixed:
 
     def dump(self, model: ModelConfig) -> dict[str, Any]:
         return {}
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary base and scaling: transformers 5's `rope_parameters`, and the two keys of older versions.
-
-    All three are written, so that a reader of either age sees the same frequencies.
-    """
-
-    default_theta: float = 10000.0
-    keys: tuple[str, ...] = ("rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor")
-    fields: tuple[str, ...] = ("rope_theta", "rope_scaling")
-
-    def load(self, given: Foreign) -> dict[str, Any]:
-        new, old = given.get("rope_parameters"), given.get("rope_scaling")
-        for key, value in (("rope_parameters", new), ("rope_scaling", old)):
-            if value is not None and not isinstance(value, Mapping):
-                raise FieldFault(f"{key}={value!r} is not a table")
-        if new and old and self._scaling(new) != self._scaling(old):
-            raise FieldFault(f"rope_parameters={dict(new)!r} and rope_scaling={dict(old)!r} disagree")
-        parameters = new or old or {}
-        bases = {source["rope_theta"] for source in (parameters, given) if source.get("rope_theta") is not None}
-        if len(bases) > 1:
-            raise FieldFault(f"rope_theta is given as {' and as '.join(map(str, sorted(bases)))}")
-        for source in (parameters, given):
-            if source.get("partial_rotary_factor") not in (None, 1, 1.0):
-                raise FieldFault(f"partial_rotary_factor={source['partial_rotary_factor']} has no place here, only 1.0")
-        return {
-            "rope_theta": float(bases.pop()) if bases else self.default_theta,
-            "rope_scaling": self._scaling(parameters),
-        }
-
-    @staticmethod
-    def _scaling(parameters: Foreign) -> RopeScaling | None:
-        given = {key: value for key, value in parameters.items() if value is not None}
-        kind = given.pop("rope_type", None) or given.get("type") or "default"
-        for known in ("type", "rope_theta", "partial_rotary_factor"):
-            given.pop(known, None)
-        needed: dict[str, tuple[str, ...]] = {
-            "default": (),
-            "linear": ("factor",),
-            "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-        }
-        if kind not in needed:
-            raise FieldFault(f"rope_type={kind!r} has no place here, only {', '.join(needed)}")
-        if missing := [key for key in needed[kind] if key not in given]:
-            raise FieldFault(f"rope_type={kind!r} lacks {', '.join(missing)}")
-        if unknown := sorted(set(given) - set(needed[kind]) - {"original_max_position_embeddings"}):
-            raise FieldFault(f"rope_type={kind!r} with {', '.join(f'{key}={given[key]}' for key in unknown)}: unknown")
-        if kind == "default":
-            return None
-        words = {"linear": "linear", "llama3": "by_parts"}
-        return RopeScaling.model_validate({"kind": words[kind], **{key: given[key] for key in needed[kind]}})
-
-    def dump(self, model: ModelConfig) -> dict[str, Any]:
-        scaling: dict[str, Any] | None = None
-        if model.rope_scaling is not None:
-            values = model.rope_scaling.model_dump()
-            if values.pop("kind") == "linear":
-                scaling = {"rope_type": "linear", "factor": values["factor"]}
-            else:
-                scaling = {"rope_type": "llama3", **values}
-        parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": model.rope_theta}
-        return {"rope_parameters": parameters, "rope_theta": model.rope_theta, "rope_scaling": scaling}

@@ -63,7 +63,7 @@ def probe_sequences(model: ModelConfig) -> list[list[int]]:
     """
     draw = random.Random(_SEED)
     tokens = [token for token in range(model.vocab_size) if token != model.pad_token_id]
-    lengths = sorted({min(length, model.max_position_embeddings) for length in _LENGTHS})
+    lengths = sorted({min(length, model.max_length) for length in _LENGTHS})
     sequences = [[draw.choice(tokens) for _ in range(length)] for length in lengths]
     sequences[-1][:2] = [tokens[0], tokens[-1]][: len(sequences[-1])]
     return sequences

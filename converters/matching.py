@@ -34,7 +34,7 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
     ConversionError unless all names and shapes match, with nothing over on either side.
     """
     foreign = {family.current(name): tensor for name, tensor in foreign.items()}
-    bound = family.bind(model)
+    bound = _bound(family, model, foreign)
     actual = _names_in_file(family, bound, foreign)
     shapes = {name: tensor.shape for name, tensor in logical_tensors(model, "F32").items()}
     faults, places, schema, used = [], {}, {}, set()
@@ -67,6 +67,15 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
         shown = faults[:8] + ([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])
         raise ConversionError(f"{where}: {'; '.join(shown)}")
     return Match(places, schema, repeated, ignored)
+
+
+def _bound(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor]) -> dict[str, Rule]:
+    """The table by which the file is stored: of the family's two, that of which fewer tensors are missing."""
+    tables = [family.bind(model)]
+    if family.also_read is not None:
+        tables.append(family.bind(model, family.also_read(model)))
+    known = foreign.keys() | {family.prefix + name for name in foreign}
+    return min(tables, key=lambda bound: len({rule.foreign for rule in bound.values()} - known))
 
 
 def _names_in_file(

@@ -152,6 +152,64 @@ class Merge:
 
 
 @dataclass(frozen=True, slots=True)
+class Halve:
+    """Of every `period` elements of dimension `dim`, those from `start` on lie in pairs in the source: the first of
+    each pair, then the second of each. Whole periods stay one piece; of a cut one, these elements are pieces apart."""
+
+    dim: int
+    start: int
+    period: int
+
+    def source_shape(self, target: tuple[int, ...]) -> tuple[int, ...]:
+        return target
+
+    def from_source(self, box: Box) -> list[Pair]:
+        return [(here, self._moved(here, self._order.index)) for here in self._pieces(box)]
+
+    def from_target(self, box: Box) -> list[Pair]:
+        return [(self._moved(here, self._order.__getitem__), here) for here in self._pieces(box)]
+
+    def forward(self, array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+        return self._permuted(array, self._order)
+
+    def backward(self, array: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+        order = self._order
+        return self._permuted(array, [order.index(place) for place in range(self.period)])
+
+    @property
+    def _order(self) -> list[int]:
+        """For each place in a period of the target, the place in the source."""
+        start, period = self.start, self.period
+        return [*range(start), *range(start, period, 2), *range(start + 1, period, 2)]
+
+    def _pieces(self, box: Box) -> Iterator[Box]:
+        """`box` cut along `dim` into whole periods together, what is not moved together, and the rest one by one."""
+        at, stop = box.offset[self.dim], box.end[self.dim]
+        while at < stop:
+            place = at % self.period
+            if place == 0 and stop - at >= self.period:
+                last = stop - stop % self.period
+            else:
+                last = min(stop, at + (self.start - place if place < self.start else 1))
+            yield _with_range(box, self.dim, at, last)
+            at = last
+
+    def _moved(self, piece: Box, where: Callable[[int], int]) -> Box:
+        at, size = piece.offset[self.dim], piece.size[self.dim]
+        place = at % self.period
+        if size >= self.period or place < self.start:
+            return piece
+        return _with_range(piece, self.dim, at - place + where(place), at - place + where(place) + size)
+
+    def _permuted(self, array: np.ndarray, order: Sequence[int]) -> np.ndarray:
+        length = array.shape[self.dim]
+        if length < self.period:
+            return array
+        grid = array.reshape(*array.shape[: self.dim], -1, self.period, *array.shape[self.dim + 1 :])
+        return grid.take(order, axis=self.dim + 1).reshape(array.shape)
+
+
+@dataclass(frozen=True, slots=True)
 class Rule:
     """One logical tensor and where it lies: `foreign` seen through `view`. `{i}` in both names is the layer."""
 

@@ -117,7 +117,8 @@ def _items(parameters: Sequence[LiveParameter], optimizer: Optimizer | None) -> 
 
 def _tag(mesh: Mesh) -> str:
     at = mesh.coordinate
-    return rank_tag(at.tp_rank, at.stage, mesh.shard.rank if mesh.shard.size > 1 else None)
+    # Replicas that hold parts of their own are the first ones, whose position is that among the sharers.
+    return rank_tag(at.tp_rank, at.stage, mesh.data.rank if max(mesh.shard.size, mesh.ep.size) > 1 else None)
 
 
 def _together(mesh: Mesh, work: Callable[[], Any]) -> list[Any]:

@@ -28,6 +28,14 @@ class ParallelTable(Config):
     dp: int | Literal["auto"] = Field(
         default="auto", description="Copies of the model that split the batch; auto: as many as the ranks allow."
     )
+    ep: int = Field(
+        default=1, gt=0, description="Replicas that share the experts (expert parallelism); it divides dp x cp."
+    )
+    etp: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tensor ranks that share each expert's width: all of them, as when not set, or 1.",
+    )
     schedule: str = Field(
         default="1f1b",
         description="Pipeline schedule: gpipe, 1f1b, zb_h1 (vpp = 1); interleaved, interleaved_zb (any vpp); zbv, "
@@ -74,8 +82,8 @@ class ParallelTable(Config):
         return schedule_named(self.schedule).faults(self.vpp)
 
     def num_ranks(self) -> int:
-        """The ranks that this table asks for; dp = "auto" asks for one copy of the model."""
-        return self.tp * self.cp * self.pp * (1 if self.dp == "auto" else self.dp)
+        """The ranks that this table asks for; dp = "auto" asks for one copy of the model, or as many as `ep` takes."""
+        return self.tp * self.cp * self.pp * (math.ceil(self.ep / self.cp) if self.dp == "auto" else self.dp)
 
     def layout(self, num_ranks: int) -> ParallelLayout:
         """The layout over `num_ranks` ranks; LayoutError when they do not fit."""
@@ -321,10 +329,11 @@ class EngineConfig(Config):
 
 def length_faults(model: ModelConfig, seq_len: int) -> list[str]:
     """Why sequences of `seq_len` tokens are too long for the model, if they are."""
-    if seq_len > model.max_position_embeddings:
+    if seq_len > model.max_length:
+        scaled = "" if model.max_length == model.max_position_embeddings else f" x factor = {model.max_length}"
         return [
-            f"batch.seq_len={seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings}; "
-            "lower the one or raise the other"
+            f"batch.seq_len={seq_len} is longer than model.max_position_embeddings={model.max_position_embeddings}"
+            f"{scaled}; lower the one or raise the other"
         ]
     return []
 

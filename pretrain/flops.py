@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from pretrain.data.spans import lengths_of, text_tokens
+from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import predicts_words
 
@@ -32,18 +33,49 @@ def flops_per_token(model: ModelConfig, seq_len: int) -> float:
     """
     heads, kv_heads, d = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
-    mlp = model.hidden_size * model.intermediate_size * (3 if model.gated_mlp else 2)
-    scores = 2 * seq_len * heads * d  # in units of 2 FLOPs: queries by keys, and probabilities by values
+    if model.latent is not None:
+        attention = _latent_weights(model, model.latent)
     head = model.hidden_size * model.vocab_size if predicts_words(model) else 0
     head += model.hidden_size**2 if model.head_transform else 0
-    if not model.num_encoder_layers:
-        return 6.0 * (model.num_hidden_layers * (attention + mlp + scores) + head)
+    if model.num_encoder_layers:
+        return _flops_of_pair(model, seq_len, attention, head)
+    feed_forward = sum(_feed_forward(model, layer) for layer in range(model.num_hidden_layers))
+    seen = sum(min(seq_len, model.window(layer) or seq_len) for layer in range(model.num_hidden_layers))
+    # In units of 2 FLOPs: queries by keys, and probabilities by values.
+    scores = seen * heads * (d + model.value_head_dim)
+    return 6.0 * (model.num_hidden_layers * attention + feed_forward + scores + head)
+
+
+def _flops_of_pair(model: ModelConfig, seq_len: int, attention: int, head: int) -> float:
+    """The same of an encoder with a decoder."""
+    heads_dim = model.num_attention_heads * model.head_dim
     target_len = lengths_of(text_tokens(seq_len))[1]
     answers, decoder_layers = target_len / seq_len, model.num_hidden_layers - model.num_encoder_layers
-    own_scores, projections = 2 * target_len * heads * d, 2 * model.hidden_size * heads * d
+    layer, scores = attention + _feed_forward(model, 0), 2 * seq_len * heads_dim
+    own_scores, projections = 2 * target_len * heads_dim, 2 * model.hidden_size * heads_dim
     # Queries and output of the attention to the encoder are of answers, keys and values of what it read.
-    decoder = answers * (attention + mlp + own_scores + projections + scores) + projections
-    return 6.0 * (model.num_encoder_layers * (attention + mlp + scores) + decoder_layers * decoder + answers * head)
+    decoder = answers * (layer + own_scores + projections + scores) + projections
+    return 6.0 * (model.num_encoder_layers * (layer + scores) + decoder_layers * decoder + answers * head)
+
+
+def _feed_forward(model: ModelConfig, layer: int) -> int:
+    """Weights that multiply a token in the MLP of a layer, or in its router, the experts that it takes and the shared
+    one."""
+    product = model.hidden_size * (3 if model.gated_mlp else 2)
+    moe = model.moe
+    if moe is None or not moe.has_experts(layer):
+        return product * model.intermediate_size
+    width = moe.num_experts_per_tok * moe.moe_intermediate_size + moe.shared_expert_intermediate_size
+    return product * width + model.hidden_size * (moe.num_experts + moe.shared_expert_gate)
+
+
+def _latent_weights(model: ModelConfig, latent: LatentSizes) -> int:
+    """Elements of the matrices of one layer's latent attention."""
+    hidden, heads, q_rank = model.hidden_size, model.num_attention_heads, latent.q_lora_rank
+    down = hidden * ((q_rank or 0) + latent.kv_lora_rank + latent.qk_rope_head_dim)
+    queries = (q_rank or hidden) * heads * latent.qk_head_dim
+    keys = latent.kv_lora_rank * heads * (latent.qk_nope_head_dim + latent.v_head_dim)
+    return down + queries + keys + heads * latent.v_head_dim * hidden
 
 
 def find_peak(asked: float | str, device: torch.device, dtype: torch.dtype) -> Peak | None:

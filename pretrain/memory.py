@@ -10,14 +10,17 @@ from pretrain.config import EngineConfig, OptimTable
 from pretrain.simulate import peak_in_flight, simulate_step
 from workbench.spec.execution import Recompute
 from workbench.spec.geometry import ParameterSpec, Place
+from workbench.spec.latent import LatentSizes
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import predicts_words, stage_specs
+from workbench.spec.schema import block_norms, predicts_words, stage_specs
 
 MASTER_BYTES = GRADIENT_BYTES = 4
 FORMAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 SCORED_TOKENS = range(128, 1024 + 1)
 """Sequence lengths at which a CPU keeps the scores of attention (workbench/models/blockwise.py)."""
+BLOCKS = 4
+"""Blocks of queries in which it then computes them."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ def estimate_memory(
     found = []
     for stage in range(layout.pp):
         specs = tuple(stage_specs(model, layout, stage))
-        local, kept = _elements(specs, layout.tp), _elements(specs, layout.tp, layout.shard_degree)
+        local, kept = _elements(specs, layout), _elements(specs, layout, shared=True)
         moments = _moment_bytes(specs, layout, config.optim)
         offloads = config.optim.offload and not on_cpu
         layers = len(layout.layers(model.num_hidden_layers, stage)) * in_flight[stage]
@@ -79,27 +82,31 @@ def estimate_memory(
     return tuple(found)
 
 
-def _elements(specs: Iterable[ParameterSpec], tp: int, sharers: int = 1) -> int:
-    """Elements that the first of `sharers` ranks holds of parameters whose rows they share; the last may hold fewer."""
-    shapes = [spec.local_shape(tp) for spec in specs]
-    return sum(-(-shape[0] // sharers) * math.prod(shape[1:]) for shape in shapes)
+def _elements(specs: Iterable[ParameterSpec], layout: ParallelLayout, *, shared: bool = False) -> int:
+    """Elements of parameters on a rank, or on the first of those that share their rows; the last may hold fewer."""
+    found = 0
+    for spec in specs:
+        sharers = layout.expert_shard_degree if spec.dealt > 1 else layout.shard_degree
+        rows, *columns = spec.local_shape(layout.tp)
+        found += -(-rows // (sharers if shared else 1)) * math.prod(columns)
+    return found
 
 
-def _groups(specs: Sequence[ParameterSpec], tp: int) -> tuple[list[int], int]:
+def _groups(specs: Sequence[ParameterSpec], layout: ParallelLayout) -> tuple[list[int], int]:
     """Elements of each layer, which are gathered and reduced together, and of all the rest of a stage."""
     layers: dict[Place, int] = {}
     for spec in specs:
         if isinstance(place := spec.places[0], int):
-            layers[place] = layers.get(place, 0) + _elements([spec], tp)
-    return list(layers.values()), _elements([spec for spec in specs if not isinstance(spec.places[0], int)], tp)
+            layers[place] = layers.get(place, 0) + _elements([spec], layout)
+    return list(layers.values()), _elements([spec for spec in specs if not isinstance(spec.places[0], int)], layout)
 
 
 def _working_bytes(
     specs: Sequence[ParameterSpec], layout: ParallelLayout, config: EngineConfig, in_flight: float
 ) -> int:
     """Whole parameters that a step computes with besides those at rest, and buffers in which gradients are summed."""
-    whole, compute = _elements(specs, layout.tp), FORMAT_BYTES[config.precision.compute]
-    layers, rest = _groups(specs, layout.tp)
+    whole, compute = _elements(specs, layout), FORMAT_BYTES[config.precision.compute]
+    layers, rest = _groups(specs, layout)
     if layout.replicas == 1:
         # A layer casts its weights and keeps the copy until the backward of the microbatch is done; one that is
         # computed again only as long as the rest of it.
@@ -113,7 +120,7 @@ def _working_bytes(
 def _moment_bytes(specs: Sequence[ParameterSpec], layout: ParallelLayout, optim: OptimTable) -> int:
     """One moment for a matrix under Muon, two for everything else."""
     matrices = [spec for spec in specs if optim.name == "muon" and spec.role == "matrix"]
-    two, one = _elements(specs, layout.tp, layout.shard_degree), _elements(matrices, layout.tp, layout.shard_degree)
+    two, one = _elements(specs, layout, shared=True), _elements(matrices, layout, shared=True)
     return (2 * two - one) * FORMAT_BYTES[optim.moments]
 
 
@@ -139,36 +146,128 @@ def _layer_activations(
     """Elements that a layer keeps for the backward of one microbatch, those of its rank's tokens: its input alone, if
     it is computed again whole.
 
-    Whole on every tensor rank, or cut by tokens under sequence parallelism: inputs and outputs of the two norms, and of
+    Whole on every tensor rank, or cut by tokens under sequence parallelism: inputs and outputs of the norms, and of
     an RMSNorm the value before its weight and the input in fp32, which counts twice in bf16. Cut over tp: query, key
-    and value, query and key after the rotation, the output of attention, and of the MLP up, (gate,) activation and
-    product. Under context parallelism also keys and values of the whole row, for each query head, or in a ring the
-    output of attention once more in fp32. Selective recompute keeps neither these, nor scores, nor the activation of a
-    gated MLP.
+    and value, query and key after their norms and after the rotation, the output of attention, and of the MLP up,
+    (gate,) activation and product. Under context parallelism also keys and values of the whole row, for each query
+    head, or in a ring the output of attention once more in fp32. Selective recompute keeps neither these, nor scores,
+    nor the activation of a gated MLP.
     """
     batch, shares = config.batch, layout.tp if layout.sequence_parallel else 1
     tokens = batch.micro_size * batch.seq_len // layout.cp
     if recompute == "full":
         return tokens * model.hidden_size // shares
+    norm = _norm_copies(model, config)
+    whole = len(list(filter(None, block_norms(model)))) * norm * model.hidden_size
+    inner = 2 if not model.gated_mlp else 3 if recompute == "selective" else 4
+    if model.latent is not None:
+        own, gathered, attention = _latent_activations(model, model.latent, layout, config, on_cpu, recompute)
+        whole, extra = whole + own, gathered * tokens
+    else:
+        attention, extra = _attention_activations(model, layout, config, on_cpu, recompute), 0
+    cut = attention + inner * _mean_width(model)
+    experts = _expert_activations(model, layout, tokens, inner=inner)
+    return tokens * (whole // shares + cut // layout.tp) + extra + experts
+
+
+def _norm_copies(model: ModelConfig, config: EngineConfig) -> int:
+    """How often a norm keeps its input, in one form or another; fp32 counts twice in bf16."""
+    return 2 if model.norm == "layernorm" else 3 if config.precision.compute == "fp32" else 4
+
+
+def _attention_activations(
+    model: ModelConfig, layout: ParallelLayout, config: EngineConfig, on_cpu: bool, recompute: Recompute
+) -> int:
+    """Elements a token that attention keeps of all heads."""
     heads = model.num_attention_heads * model.head_dim
     kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
-    norm = 2 if model.norm == "layernorm" else 3 if config.precision.compute == "fp32" else 4
-    whole = 2 * norm * model.hidden_size
-    gated = 3 if recompute == "selective" else 4
-    mlp = (gated if model.gated_mlp else 2) * model.intermediate_size
     attention = 2 * heads + 2 * kv_heads
     if model.position_embedding == "rope":
         attention += heads + kv_heads
-    if recompute == "none" and layout.cp > 1:
-        attention += 2 * heads * (layout.cp if layout.context == "all_gather" else 1)
-    elif recompute == "none" and model.position_embedding == "relative":
-        attention += 3 * model.num_attention_heads * batch.seq_len  # scores with their bias, and what they become
-    elif recompute == "none" and on_cpu and model.causal and batch.seq_len in SCORED_TOKENS:
-        # Four blocks of queries, each with its scores and its own copy of the keys and values that it sees:
-        # 1/4 + 2/4 + 3/4 + 1 of them, which is 5/8 of all scores and 5/2 times the keys and values.
-        attention += heads + 5 * kv_heads + model.num_attention_heads * batch.seq_len * 5 // 8
-    cut = attention + mlp
-    return tokens * (whole // shares + cut // layout.tp)
+    if model.qk_norm != "none":
+        attention += _norm_copies(model, config) * (heads + kv_heads)
+    if recompute == "none":
+        attention += _core_activations(model, layout, config.batch.seq_len, on_cpu=on_cpu)
+    return attention
+
+
+def _mean_width(model: ModelConfig) -> int:
+    """The width of a layer's MLP, or of the expert that all its tokens share; the mean of all layers."""
+    shared = 0 if model.moe is None else model.moe.shared_expert_intermediate_size
+    layers = range(model.num_hidden_layers)
+    return sum(shared if model.has_experts(layer) else model.intermediate_size for layer in layers) // len(layers)
+
+
+def _expert_activations(model: ModelConfig, layout: ParallelLayout, tokens: int, *, inner: int) -> int:
+    """Elements that experts keep, at even load, the mean of all layers: a row and an output for each expert of a token,
+    and what lies between them, `inner` times its width; and the router's logits and scores, in fp32."""
+    moe = model.moe
+    if moe is None:
+        return 0
+    own = tokens // (layout.tp if layout.sequence_parallel else 1)
+    routed = tokens if layout.expert_tp > 1 else own
+    slot = 2 * model.hidden_size + inner * moe.moe_intermediate_size // layout.expert_tp
+    layer = routed * moe.num_experts_per_tok * slot + own * 4 * moe.num_experts
+    return layer * len(moe.sparse_layers(model.num_hidden_layers)) // model.num_hidden_layers
+
+
+def _latent_activations(
+    model: ModelConfig,
+    latent: LatentSizes,
+    layout: ParallelLayout,
+    config: EngineConfig,
+    on_cpu: bool,
+    recompute: Recompute,
+) -> tuple[int, int, int]:
+    """Elements a token that latent attention keeps: of a rank's tokens, of all its context rank's, and cut by heads.
+
+    The first: what leads down and what the norms of latents keep. The second: latents that the heads read. The third:
+    query and output of attention, and unless they are computed again key, value and what both come from; with the
+    scores or of the whole row as in other attention.
+    """
+    heads, seq_len = model.num_attention_heads, config.batch.seq_len
+    normed = (latent.q_lora_rank or 0) + latent.kv_lora_rank
+    down, query, value = normed + latent.qk_rope_head_dim, latent.qk_head_dim, latent.v_head_dim
+    own = down + normed * (1 if config.precision.compute == "fp32" else 3)
+    if recompute == "selective":
+        return own, down, heads * (query + value)
+    keys = query + latent.qk_nope_head_dim + value
+    if layout.cp == 1 and on_cpu and model.causal and seq_len in SCORED_TOKENS:
+        return own, down, heads * (2 * query + value + keys + (query + value) * 5 // 2 + seq_len * 5 // 8)
+    if layout.cp > 1 and layout.context == "ring":
+        return own, down, heads * (query + keys + (query + value) + 3 * value)
+    outputs = (2 if layout.cp > 1 else 1) * value  # of each chunk, and together
+    return own, down * layout.cp, heads * (query + outputs + keys * layout.cp)
+
+
+def _core_activations(model: ModelConfig, layout: ParallelLayout, seq_len: int, *, on_cpu: bool) -> int:
+    """Elements that attention itself keeps of a token, over all tensor ranks, besides its inputs and output: of capped
+    scores also what the cap gives, and their softmax."""
+    heads = model.num_attention_heads * model.head_dim
+    if layout.cp > 1 and layout.context == "ring":
+        return 2 * heads
+    if model.position_embedding == "relative":
+        return 3 * model.num_attention_heads * seq_len  # scores with their bias, and what they become
+    is_capped = model.attn_logit_softcapping is not None
+    if layout.cp == 1 and on_cpu and model.causal and seq_len in SCORED_TOKENS:
+        # Blocks of queries, each with its scores and its own copy of the keys and values that it sees.
+        kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
+        scores = model.num_attention_heads * seq_len * (1 + is_capped)
+        return heads + int(_share_scored(model, seq_len) * (2 * BLOCKS * kv_heads + scores))
+    capped = 2 * model.num_attention_heads * seq_len if is_capped else 0
+    return capped + (2 * heads * layout.cp if layout.cp > 1 else 0)
+
+
+def _share_scored(model: ModelConfig, seq_len: int) -> float:
+    """The share of a row's scores that attention in blocks keeps, on average over layers: without windows 5/8, as the
+    first of four blocks sees one of them and the last all."""
+    length, layers = -(-seq_len // BLOCKS), range(model.num_hidden_layers)
+    unseen = sum(
+        max(0, block * length - (model.window(layer) or seq_len) + 1) // length
+        for layer in layers
+        for block in range(BLOCKS)
+    )
+    return (BLOCKS + 1) / (2 * BLOCKS) - unseen / (len(layers) * BLOCKS**2)
 
 
 def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, scored: int) -> int:
@@ -185,7 +284,8 @@ def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConf
     # What a transform before the head keeps: its product, the activation and what its norm reads, of each of `scored`.
     shares = layout.tp if layout.sequence_parallel else 1
     kept = 3 * tokens * model.hidden_size // shares * compute * scored if model.head_transform else 0
+    capped = 0 if model.final_logit_softcapping is None else compute  # what the cap's backward needs
     if not chunk:
-        return kept + tokens * rows * (compute + (scored + 1) * MASTER_BYTES)
-    of_chunk = min(chunk, tokens) * rows * (compute + 2 * MASTER_BYTES)
+        return kept + tokens * rows * (compute + (scored + 1) * (MASTER_BYTES + capped))
+    of_chunk = min(chunk, tokens) * rows * (compute + capped + 2 * MASTER_BYTES)
     return kept + of_chunk + rows * model.hidden_size * MASTER_BYTES * scored

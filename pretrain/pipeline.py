@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -98,7 +98,8 @@ class _Training:
         received, sent = self.links.receive(action), None
         if received is not None:
             received.requires_grad_()
-        found = self._stage(received, self._batches[action.microbatch], "loss", chunk=action.chunk)
+        batch = replace(self._batches[action.microbatch], loss_scale=self._scale)
+        found = self._stage(received, batch, "loss", chunk=action.chunk)
         if self._stage.is_last(action.chunk):
             self.loss += found.detach()
         else:

@@ -11,6 +11,7 @@ from pretrain.loss_scale import LossScale
 from pretrain.objective import Rows, to_batch
 from pretrain.optimizer import Optimizer
 from pretrain.pipeline import Pipeline
+from workbench.models.balance import ExpertLoad, balance_experts, take_load
 from workbench.parallel.mesh import Mesh
 
 
@@ -29,13 +30,14 @@ class Agreement:
 class StepResult:
     """What a step did. `loss_sum` is this rank's part; `gradient_norm` is the same on every rank, before clipping.
 
-    `skipped`: the gradient overflowed in fp16, so that nothing was updated.
+    `skipped`: the gradient overflowed in fp16, so that nothing was updated. `expert_load`: where a model has experts.
     """
 
     loss_sum: torch.Tensor
     gradient_norm: torch.Tensor
     num_labels: int
     skipped: bool
+    expert_load: ExpertLoad | None = None
 
     def mean_loss(self, mesh: Mesh) -> float:
         """The loss per label over the whole step; communicates over the world."""
@@ -79,4 +81,8 @@ def train_step(
     updates = optimizer.step_count
     loss_sum = pipeline.train(batches, torch.tensor(factor, dtype=torch.float64, device=device))
     norm = optimizer.update(lr, loss_scale)
-    return StepResult(loss_sum, norm, num_labels, skipped=optimizer.step_count == updates)
+    skipped, stage = optimizer.step_count == updates, pipeline.stage
+    load = take_load(stage, pipeline.mesh)
+    if load is not None and not skipped:
+        balance_experts(stage, load)
+    return StepResult(loss_sum, norm, num_labels, skipped, load)

@@ -249,7 +249,7 @@ class Trainer:
         self._watcher.measured({**row, "seconds": self.budget.spent, **self.meter.read()})
 
     def _losses(self, result: StepResult) -> dict[str, float]:
-        """Loss and gradient norm of a step; WorkbenchError when one is not finite."""
+        """Loss, gradient norm and load of experts of a step; WorkbenchError when one is not finite."""
         loss, norm = result.mean_loss(self.mesh), result.gradient_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise WorkbenchError(
@@ -258,7 +258,9 @@ class Trainer:
                 "running again goes on from the last checkpoint"
             )
         self._loss = loss
-        return {"loss": loss, "grad_norm": norm}
+        load = result.expert_load
+        experts = {} if load is None else load.metrics(self.mesh, num_labels=result.num_labels)
+        return {"loss": loss, "grad_norm": norm, **experts}
 
     def evaluate(self) -> dict[str, float]:
         """Runs every evaluation and returns the metrics, by `<evaluation>/<metric>`."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from converters.family import DECODER, Family, IgnoredTensor
+from converters.family import Family, IgnoredTensor
 from converters.fields import ACTIVATIONS, Field, FieldFault, Fixed, Foreign, TokenId
 from converters.rules import TRANSPOSE, Rule, Slice
 from workbench.spec.model import ModelConfig
@@ -109,7 +109,6 @@ FAMILY = Family(
         Fixed("add_cross_attention", (False,)),
     ),
     features={
-        **DECODER,
         "gated_mlp": False,
         "norm": "layernorm",
         "position_embedding": "learned",
@@ -117,7 +116,7 @@ FAMILY = Family(
         "attention_output_bias": True,
         "mlp_bias": True,
     },
-    unused=("rope_theta", "rope_scaling"),
+    unused=("rope_theta",),
     training_only={"scale_residual_init": True},
     # reorder_and_upcast_attn only moves the place of one cast under mixed precision; n_ctx repeats n_positions.
     harmless=(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from converters.family import DECODER, Family, IgnoredTensor
-from converters.fields import ACTIVATIONS, Field, OptionalField, Rope, Switch, TokenId
+from converters.family import Family, IgnoredTensor
+from converters.fields import ACTIVATIONS, Field, OptionalField, Switch, TokenId
+from converters.rope_fields import Rope
 from converters.rules import Rule
 from workbench.spec.model import ModelConfig
 
@@ -66,7 +67,7 @@ FAMILY = Family(
         TokenId("eos_token_id", default=2),
         TokenId("pad_token_id"),
     ),
-    features={**DECODER, "gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope"},
+    features={"gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope"},
     training_only={"embed_dropout": 0.0, "hidden_dropout": 0.0, "scale_residual_init": False},
     harmless=("pretraining_tp",),
     rules=rules,

@@ -6,19 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from converters.family import DECODER, Family, IgnoredTensor
+from converters.family import Family, IgnoredTensor
 from converters.fields import ACTIVATIONS, Field, FieldFault, Fixed, Foreign, Switch, TokenId
 from converters.rules import Rule
 from workbench.spec.model import ModelConfig
-
-OWN = (
-    "num_encoder_layers",
-    "logit_scale",
-    "attention_scale",
-    "relative_attention_num_buckets",
-    "relative_attention_max_distance",
-)
-"""Of what a plain decoder does not have, what this family does."""
 
 
 def rules(model: ModelConfig) -> tuple[Rule, ...]:
@@ -154,15 +145,11 @@ FAMILY = Family(
         Fixed("is_decoder", (False,)),
     ),
     features={
-        **{key: value for key, value in DECODER.items() if key not in OWN},
         "norm": "rmsnorm",
         "position_embedding": "relative",
-        "attention_scale": 1.0,
-        "attention_bias": False,
-        "attention_output_bias": False,
-        "mlp_bias": False,
+        "query_pre_attn_scalar": 1,
     },
-    unused=("rope_theta", "rope_scaling"),
+    unused=("rope_theta",),
     training_only={"max_position_embeddings": 2048, "initializer_range": 0.02, "scale_residual_init": False},
     harmless=("initializer_factor", "classifier_dropout", "n_positions", "output_past"),
     rules=rules,

@@ -17,6 +17,7 @@ from converters.names import fold
 from converters.rules import TRANSPOSE, Rule, Slice, origins
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box
+from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import LoraSpec, factor_names, layer_pairs
 from workbench.spec.model import ModelConfig
 
@@ -74,7 +75,9 @@ class PeftModule:
 def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[PeftModule]:
     """Every module that `lora` adapts, in network order."""
     rules = family.bind(model)
-    pairs = (pair for layer in range(model.num_hidden_layers) for pair in layer_pairs(model, lora, layer))
+    pairs = (
+        pair for layer in range(model.num_hidden_layers) for pair in layer_pairs(model, lora, ParallelLayout(), layer)
+    )
     found: dict[str, list[tuple[str, Rule, Box, tuple[int, ...]]]] = {}
     for part in (part for pair in pairs for part in pair.parts):
         rule = rules[part.name]

@@ -83,8 +83,8 @@ def stored_boxes(request: WriteRequest) -> dict[str, tuple[tuple[str, Box], ...]
         cut_like.setdefault(weight_of(name), []).append(name)
     adapter = request.adapter
     specs = None if adapter is None else adapter_specs(request.model, adapter.lora, request.layout)
-    for (stage, tp_rank), shards in stored_shards(request.model, request.layout, specs).items():
-        tag = rank_tag(tp_rank, stage)
+    for (stage, tp_rank, ep_rank), shards in stored_shards(request.model, request.layout, specs).items():
+        tag = rank_tag(tp_rank, stage, ep_rank if request.layout.ep > 1 else None)
         for shard in shards:
             for name in cut_like.get(shard.name, ()):
                 found[name].append((file_of(name, tag), shard.box))

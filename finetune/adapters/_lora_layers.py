@@ -12,6 +12,7 @@ from torch import nn
 
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.collectives import gather_from
+from workbench.parallel.linear import ColumnParallelLinear
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
 from workbench.spec.lora import LoraPair, LoraSpec, layer_pairs
@@ -21,18 +22,18 @@ class LoraDelta(ParallelModule):
     """s (x A^T) B^T for each adapted projection of a layer, in its slice of the fused output; zero elsewhere.
 
     Of a column-parallel layer the input is whole and B is cut, of a row-parallel one A is cut and the result is a
-    partial sum that the layer reduces together with its own: nothing to communicate. Under sequence parallelism the
-    input of a column-parallel layer is this rank's tokens; what is gathered over tp then is x A^T.
+    partial sum that the layer reduces together with its own: nothing to communicate. `gathers`: the input is this
+    rank's tokens and the output that of all (a column-parallel layer under sequence parallelism); x A^T is gathered.
     """
 
     lora_A: nn.Parameter
     lora_B: nn.Parameter
 
-    def __init__(self, mesh: Mesh, pair: LoraPair, scaling: float) -> None:
+    def __init__(self, mesh: Mesh, pair: LoraPair, scaling: float, *, gathers: bool) -> None:
         super().__init__(mesh, lora_A=pair.a, lora_B=pair.b)
         tp = mesh.tp.size
         self.scaling = scaling
-        self.gathers = mesh.layout.sequence_parallel and not pair.row_parallel
+        self.gathers = gathers
         self.rows_A = [part.local_shape(tp)[0] for part in pair.a.parts]
         self.rows_B = [part.local_shape(tp)[0] for part in pair.b.parts]
         adapted = {part.name for part in pair.parts}
@@ -57,8 +58,9 @@ def attach(stage: DecoderStage, lora: LoraSpec) -> None:
     """Freezes the stage but for a sequence head, and gives its projections adapters that are still without values."""
     stage.requires_grad_(False)
     for layer in stage.layers:
-        for pair in layer_pairs(stage.model, lora, int(layer)):
+        for pair in layer_pairs(stage.model, lora, stage.mesh.layout, int(layer)):
             linear = stage.get_submodule(pair.base.path.removesuffix(".weight"))
-            linear.delta = LoraDelta(stage.mesh, pair, lora.scaling)
+            gathers = isinstance(linear, ColumnParallelLinear) and linear.gathers
+            linear.delta = LoraDelta(stage.mesh, pair, lora.scaling, gathers=gathers)
     if stage.has_head and stage.model.num_labels:
         stage.score.requires_grad_(True)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from converters.rules import (
     TRANSPOSE,
+    Halve,
     Merge,
     Operation,
     Permute,
@@ -45,6 +46,8 @@ VIEWS: dict[str, tuple[tuple[int, ...], tuple[Operation, ...]]] = {
         (HEADS * D, HIDDEN),
         (Split(0, (HEADS, D // 2, 2)), Permute((0, 2, 1, 3)), Merge(0, (HEADS, 2, D // 2))),
     ),
+    "rotary halves from pairs in a part of each head": ((HEADS * 7, 3), (Halve(0, 3, 7),)),
+    "rotary halves from pairs at the end of a bias": ((10,), (Halve(0, 4, 10),)),
     "one layer of a stack": ((3, 4), (Slice(0, 2, 1, 5), Merge(0, (1, 3)))),
 }
 

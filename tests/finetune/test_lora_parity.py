@@ -12,6 +12,7 @@ from pretrain.config import OptimTable
 from pretrain.engine import Pipeline, to_batch
 from pretrain.optimizer import Optimizer
 from pretrain.schedules import schedule_named
+from tests.helpers.models import latent_model
 from tests.helpers.parity import Boxes, boxes_of, largest_difference
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.models import VOCAB, tiny_model
@@ -104,6 +105,7 @@ def whole(boxes: Boxes) -> dict[str, torch.Tensor]:
     return {name: values for name, _, values in boxes}
 
 
+NORMED = {"qk_norm": "head", "norm_placement": "post", "sliding_window": 3, "attn_logit_softcapping": 1.5}
 CASES = [
     (ParallelLayout(tp=2), LoraSpec(r=3), {}),
     (ParallelLayout(tp=4), LoraSpec(r=3, rslora=True), {}),
@@ -126,6 +128,8 @@ CASES = [
     (ParallelLayout(tp=2, cp=2, sequence_parallel=True), None, {"num_labels": 3}),
     (ParallelLayout(tp=2, cp=2, sequence_parallel=True, context="ring"), LoraSpec(r=3), {}),
     (ParallelLayout(tp=2, pp=2), None, {}),
+    (ParallelLayout(tp=4, sequence_parallel=True), LoraSpec(r=3), NORMED | {"qk_norm": "full"}),
+    (ParallelLayout(tp=2, cp=2), LoraSpec(r=3), NORMED | {"norm_unit_offset": True, "num_labels": 3}),
 ]
 
 
@@ -136,6 +140,26 @@ def test_loss_gradients_norm_and_steps_are_those_of_one_process(
     model = tiny_model(**changes)
     numbers, gradients, weights = observe(model, lora, ParallelLayout())
     assert any(values.abs().max() > 0 for _, _, values in gradients)
+    for there, gradients_there, weights_there in run_ranks(layout.world_size, observe, model, lora, layout):
+        assert there == pytest.approx(numbers, rel=TOLERANCE)
+        assert largest_difference(gradients_there, whole(gradients)) < TOLERANCE
+        assert largest_difference(weights_there, whole(weights)) < 1e-9
+
+
+LATENT_CASES = [
+    (ParallelLayout(tp=2), LoraSpec(r=3), 12),
+    (ParallelLayout(tp=2, sequence_parallel=True), LoraSpec(r=3), 12),
+    (ParallelLayout(tp=2, cp=2, sequence_parallel=True), LoraSpec(r=2, targets=("q_a_proj", "kv_b_proj")), 12),
+    (ParallelLayout(tp=2, sequence_parallel=True), LoraSpec(r=3, targets=("q_proj", "kv_a_proj_with_mqa")), None),
+]
+
+
+@pytest.mark.parametrize(("layout", "lora", "q_lora_rank"), LATENT_CASES, ids=str)
+def test_adapters_of_projections_to_and_from_latents_are_those_of_one_process(
+    layout: ParallelLayout, lora: LoraSpec, q_lora_rank: int | None
+) -> None:
+    model = latent_model(q_lora_rank, vocab_size=VOCAB)
+    numbers, gradients, weights = observe(model, lora, ParallelLayout())
     for there, gradients_there, weights_there in run_ranks(layout.world_size, observe, model, lora, layout):
         assert there == pytest.approx(numbers, rel=TOLERANCE)
         assert largest_difference(gradients_there, whole(gradients)) < TOLERANCE

@@ -99,7 +99,7 @@ def write_native(
     layout = layout or ParallelLayout()
     partial = prepare(path)
     entries = []
-    for (stage, tp_rank), shards in stored_shards(model, layout).items():
+    for (stage, tp_rank, _), shards in stored_shards(model, layout).items():
         items = [
             (source.schema[name], shard.box, lambda name=name, box=shard.box: source.read(name, box))
             for shard in shards

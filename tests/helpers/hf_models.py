@@ -7,43 +7,68 @@ from typing import Any
 
 import torch
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
-    BertForPreTraining,
-    BertForSequenceClassification,
-    BertModel,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma2ForSequenceClassification,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    Gemma3TextForSequenceClassification,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    GPTNeoXForSequenceClassification,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Phi3ForSequenceClassification,
     PreTrainedModel,
-    T5Config,
-    T5ForConditionalGeneration,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
+    StableLmForSequenceClassification,
 )
 
-LLAMA3_ROPE: dict[str, Any] = {
-    "rope_type": "llama3",
-    "rope_theta": 5000.0,
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
+from tests.helpers.hf_encoders import ENCODER_CASES
+from tests.helpers.hf_experts import EXPERT_CASES
+from tests.helpers.hf_latents import LATENT_CASES
+from tests.helpers.hf_sizes import LLAMA, LLAMA3_ROPE
+
+LINEAR_ROPE: dict[str, Any] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+YARN_ROPE: dict[str, Any] = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 4.0,
     "original_max_position_embeddings": 16,
 }
-LINEAR_ROPE: dict[str, Any] = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 3.0}
+LONG_ROPE: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10000.0,
+    "factor": 3.0,
+    "original_max_position_embeddings": 20,
+    "short_factor": [1.0, 1.1, 1.3, 1.8],
+    "long_factor": [1.0, 1.5, 4.0, 9.0],
+}
 
-LLAMA: dict[str, Any] = {
-    "vocab_size": 101,
+NEOX: dict[str, Any] = {
+    "vocab_size": 107,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 72,
     "num_hidden_layers": 4,
     "num_attention_heads": 4,
-    "num_key_value_heads": 4,
     "max_position_embeddings": 64,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
 }
+PHI3: dict[str, Any] = {**LLAMA, "pad_token_id": 0}
 GPT2: dict[str, Any] = {
     "vocab_size": 103,
     "n_positions": 48,
@@ -53,23 +78,17 @@ GPT2: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-BERT: dict[str, Any] = {
-    "vocab_size": 101,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 40,
+
+GEMMA: dict[str, Any] = {
+    **LLAMA,
+    "num_key_value_heads": 2,
+    "head_dim": 12,
+    "query_pre_attn_scalar": 20,
+    "sliding_window": 7,
 }
-T5: dict[str, Any] = {
-    "vocab_size": 101,
-    "d_model": 32,
-    "d_kv": 6,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "relative_attention_num_buckets": 8,
-    "relative_attention_max_distance": 20,
+BY_LAYER_ROPE: dict[str, Any] = {
+    "full_attention": LINEAR_ROPE,
+    "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
 }
 
 CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
@@ -104,6 +123,173 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         LlamaConfig,
         {**LLAMA, "num_labels": 3, "pad_token_id": 0, "num_key_value_heads": 2},
     ),
+    "llama, rope by length": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            **LLAMA,
+            "max_position_embeddings": 24,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.5},
+        },
+    ),
+    "llama, yarn rope": (LlamaForCausalLM, LlamaConfig, {**LLAMA, "rope_parameters": YARN_ROPE}),
+    "llama, yarn rope with every word": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            **LLAMA,
+            "head_dim": 16,
+            "rope_parameters": {
+                **YARN_ROPE,
+                "beta_fast": 8.0,
+                "beta_slow": 2.0,
+                "mscale": 1.3,
+                "mscale_all_dim": 0.6,
+                "truncate": False,
+            },
+        },
+    ),
+    "llama, longrope": (LlamaForCausalLM, LlamaConfig, {**LLAMA, "rope_parameters": LONG_ROPE}),
+    "gpt_neox, parallel, a quarter turns": (GPTNeoXForCausalLM, GPTNeoXConfig, NEOX),
+    "gpt_neox, sequential, tied, linear rope": (
+        GPTNeoXForCausalLM,
+        GPTNeoXConfig,
+        {
+            **NEOX,
+            "use_parallel_residual": False,
+            "tie_word_embeddings": True,
+            "attention_bias": False,
+            "hidden_act": "gelu_new",
+            "layer_norm_eps": 1e-3,
+            "rope_parameters": {**LINEAR_ROPE, "partial_rotary_factor": 0.5},
+        },
+    ),
+    "gpt_neox classifier": (
+        GPTNeoXForSequenceClassification,
+        GPTNeoXConfig,
+        {**NEOX, "num_labels": 3, "pad_token_id": 0},
+    ),
+    "phi3, sliding": (Phi3ForCausalLM, Phi3Config, {**PHI3, "sliding_window": 7}),
+    "phi3, grouped, tied, longrope": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            **PHI3,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "original_max_position_embeddings": 20,
+            "rope_parameters": LONG_ROPE,
+        },
+    ),
+    "phi3, partial longrope with its own scale": (
+        Phi3ForCausalLM,
+        Phi3Config,
+        {
+            **PHI3,
+            "original_max_position_embeddings": 20,
+            "rope_parameters": {
+                **LONG_ROPE,
+                "short_factor": [1.0, 1.4],
+                "long_factor": [1.5, 6.0],
+                "partial_rotary_factor": 0.5,
+                "attention_factor": 1.4,
+            },
+        },
+    ),
+    "phi3 classifier": (Phi3ForSequenceClassification, Phi3Config, {**PHI3, "num_labels": 2}),
+    "mistral, untied, no window": (MistralForCausalLM, MistralConfig, {**LLAMA, "sliding_window": None}),
+    "mistral, tied, grouped, sliding": (
+        MistralForCausalLM,
+        MistralConfig,
+        {**LLAMA, "num_key_value_heads": 2, "head_dim": 12, "tie_word_embeddings": True, "sliding_window": 7},
+    ),
+    "qwen2, untied, a KV head per head": (Qwen2ForCausalLM, Qwen2Config, {**LLAMA, "rope_parameters": LINEAR_ROPE}),
+    "qwen2, tied, grouped, half sliding": (
+        Qwen2ForCausalLM,
+        Qwen2Config,
+        {
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 2,
+        },
+    ),
+    "qwen3, untied, wide heads": (Qwen3ForCausalLM, Qwen3Config, {**LLAMA, "head_dim": 12}),
+    "qwen3, tied, grouped, biased, sliding, llama3 rope": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "use_sliding_window": True,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention"] * 4,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "olmo2, untied, a KV head per head": (Olmo2ForCausalLM, Olmo2Config, {**LLAMA, "pad_token_id": 0}),
+    "olmo2, tied, grouped, biased, llama3 rope": (
+        Olmo2ForCausalLM,
+        Olmo2Config,
+        {
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "attention_bias": True,
+            "rope_parameters": LLAMA3_ROPE,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma2, tied, grouped, capped": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {**GEMMA, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.0},
+    ),
+    "gemma2, untied, biased, a KV head per head, uncapped": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            **GEMMA,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "rope_parameters": LLAMA3_ROPE,
+        },
+    ),
+    "gemma2 classifier": (Gemma2ForSequenceClassification, Gemma2Config, {**GEMMA, "num_labels": 3, "pad_token_id": 0}),
+    "gemma3, tied, grouped, linear rope": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            **GEMMA,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": BY_LAYER_ROPE,
+        },
+    ),
+    "gemma3, untied, biased, capped": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            **GEMMA,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+            "attention_bias": True,
+            "final_logit_softcapping": 2.0,
+            "sliding_window_pattern": 2,
+        },
+    ),
+    "gemma3 classifier": (
+        Gemma3TextForSequenceClassification,
+        Gemma3TextConfig,
+        {**GEMMA, "num_labels": 3, "pad_token_id": 0},
+    ),
     "gpt2": (GPT2LMHeadModel, GPT2Config, GPT2),
     "gpt2, untied, own width, exact gelu": (
         GPT2LMHeadModel,
@@ -111,27 +297,31 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
         {**GPT2, "tie_word_embeddings": False, "n_inner": 72, "activation_function": "gelu"},
     ),
     "gpt2, wide epsilon": (GPT2LMHeadModel, GPT2Config, {**GPT2, "layer_norm_epsilon": 1e-2, "vocab_size": 97}),
-    "bert": (BertForMaskedLM, BertConfig, BERT),
-    "bert, both heads, three segments, tanh gelu": (
-        BertForPreTraining,
-        BertConfig,
-        {**BERT, "type_vocab_size": 3, "hidden_act": "gelu_new", "layer_norm_eps": 1e-3, "vocab_size": 97},
+    "gpt2 classifier": (GPT2ForSequenceClassification, GPT2Config, {**GPT2, "num_labels": 2, "pad_token_id": 0}),
+    "stablelm, a norm a branch, biased": (
+        StableLmForCausalLM,
+        StableLmConfig,
+        {**LLAMA, "use_qkv_bias": True, "layer_norm_eps": 1e-3},
     ),
-    "bert classifier": (BertForSequenceClassification, BertConfig, {**BERT, "num_labels": 3}),
-    "bert body": (BertModel, BertConfig, BERT),
-    "t5": (T5ForConditionalGeneration, T5Config, T5),
-    "t5, gated, not scaled, more layers that read": (
-        T5ForConditionalGeneration,
-        T5Config,
+    "stablelm, one norm, grouped, tied, half turns": (
+        StableLmForCausalLM,
+        StableLmConfig,
         {
-            **T5,
-            "feed_forward_proj": "gated-gelu",
-            "tie_word_embeddings": False,
-            "num_layers": 3,
-            "num_decoder_layers": 1,
+            **LLAMA,
+            "num_key_value_heads": 2,
+            "tie_word_embeddings": True,
+            "use_parallel_residual": True,
+            "partial_rotary_factor": 0.5,
         },
     ),
-    "gpt2 classifier": (GPT2ForSequenceClassification, GPT2Config, {**GPT2, "num_labels": 2, "pad_token_id": 0}),
+    **ENCODER_CASES,
+    **EXPERT_CASES,
+    **LATENT_CASES,
+    "stablelm classifier": (
+        StableLmForSequenceClassification,
+        StableLmConfig,
+        {**LLAMA, "num_labels": 3, "pad_token_id": 0},
+    ),
 }
 
 
@@ -148,6 +338,9 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
                 parameter.copy_(1.0 + 0.3 * noise)
             else:
                 parameter.copy_(0.15 * noise)
+        for name, buffer in model.named_buffers():
+            if name.endswith("e_score_correction_bias"):
+                buffer.copy_(0.15 * torch.randn(buffer.shape, generator=generator))
     return model
 
 

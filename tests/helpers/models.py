@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
 
 
@@ -20,6 +21,33 @@ def gated_model(**changes: Any) -> ModelConfig:
         initializer_range=0.2,
     )
     return ModelConfig(**{**features, **changes})
+
+
+def sliding_model(**changes: Any) -> ModelConfig:
+    """Sliding and full layers with rotations of their own, four norms a layer that scale by 1 + w, normed heads, capped
+    scores and logits, a scale of scores and of embeddings."""
+    num_layers = changes.get("num_hidden_layers", 4)
+    kinds = ("sliding_attention", "full_attention", "sliding_attention", "sliding_attention")
+    features: dict[str, Any] = dict(
+        sliding_window=5,
+        layer_types=(kinds * num_layers)[:num_layers],
+        rope_theta=1000.0,
+        rope_local_theta=10.0,
+        qk_norm="head",
+        norm_placement="sandwich",
+        norm_unit_offset=True,
+        scale_embeddings=True,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=1.5,
+        final_logit_softcapping=2.0,
+        tie_word_embeddings=True,
+    )
+    return gated_model(**{**features, **changes})
+
+
+def post_norm_model(**changes: Any) -> ModelConfig:
+    """Norms of what leaves attention and MLP, queries and keys normed over their whole width, every layer sliding."""
+    return gated_model(**{"norm_placement": "post", "qk_norm": "full", "sliding_window": 4, **changes})
 
 
 def biased_model(**changes: Any) -> ModelConfig:
@@ -65,8 +93,49 @@ def answering_model(**changes: Any) -> ModelConfig:
         position_embedding="relative",
         relative_attention_num_buckets=8,
         relative_attention_max_distance=6,
-        attention_scale=1.0,
+        query_pre_attn_scalar=1,
         tie_word_embeddings=True,
         logit_scale=32**-0.5,
     )
     return gated_model(**{**features, **changes})
+
+
+def latent_model(q_lora_rank: int | None = 12, **changes: Any) -> ModelConfig:
+    """Keys and values from a latent, queries too or not; values smaller than keys; biases on the way down."""
+    latent = LatentSizes(q_lora_rank=q_lora_rank, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)
+    features: dict[str, Any] = dict(
+        num_key_value_heads=4, latent=latent, attention_bias=True, attention_output_bias=True
+    )
+    return gated_model(**{**features, **changes})
+
+
+def sparse_model(**changes: Any) -> ModelConfig:
+    """Experts in all layers but the first, of which each token takes two of four, with every loss of a router."""
+    moe: dict[str, Any] = dict(
+        num_experts=4,
+        num_experts_per_tok=2,
+        moe_intermediate_size=24,
+        mlp_only_layers=(0,),
+        router_aux_loss_coef=0.05,
+        router_z_loss_coef=0.02,
+    )
+    return gated_model(**{"moe": {**moe, **changes.pop("moe", {})}, **changes})
+
+
+def grouped_model(**changes: Any) -> ModelConfig:
+    """Sigmoid scores, groups of experts, a correction bias that moves, a shared expert with a gate of its own."""
+    moe: dict[str, Any] = dict(
+        num_experts=8,
+        num_experts_per_tok=3,
+        mlp_only_layers=(),
+        decoder_sparse_step=2,
+        scoring="sigmoid",
+        n_group=4,
+        topk_group=2,
+        e_score_correction_bias=True,
+        bias_update_rate=0.01,
+        routed_scaling_factor=1.7,
+        shared_expert_intermediate_size=40,
+        shared_expert_gate=True,
+    )
+    return sparse_model(**{"moe": {**moe, **changes.pop("moe", {})}, **changes})

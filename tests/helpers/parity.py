@@ -11,6 +11,7 @@ from pretrain.config import OptimTable
 from pretrain.optimizer import Optimizer
 from pretrain.pipeline import Pipeline
 from pretrain.schedules import schedule_named
+from workbench.models.balance import balance_experts, take_load
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
 from workbench.parallel.dropout import DropoutKey
@@ -73,10 +74,13 @@ def train_three_steps(
     seen.gradients = boxes_of(built.parameters, gradients=True)
     for parameter in built.parameters:
         parameter.parameter.grad = None
+    take_load(built.module, mesh)
     optimizer = Optimizer(built.parameters, mesh, optim)
     for step in range(STEPS):
         seen.losses.append(_train(pipeline, model, step, micro_size, samples, documents))
         seen.norms.append(float(optimizer.update(optim.lr)))
+        if (load := take_load(built.module, mesh)) is not None:
+            balance_experts(built.module, load)
     seen.weights = boxes_of(built.parameters)
     return seen
 
@@ -86,6 +90,7 @@ def boxes_of(parameters: list[LiveParameter], *, gradients: bool = False) -> Box
     return [
         (shard.name, shard.box, view.clone())
         for parameter in parameters
+        if parameter.trainable or not gradients
         for shard, view in shard_views(parameter, parameter.require_grad() if gradients else parameter.data)
     ]
 
@@ -94,8 +99,9 @@ def perturb(parameters: list[LiveParameter]) -> None:
     """Gives norms and biases values of their own, so that a swapped or forgotten one is seen."""
     for parameter in parameters:
         if parameter.spec.init in ("ones", "zeros"):
-            for part, (shard, view) in zip(parameter.spec.parts, shard_views(parameter, parameter.data), strict=False):
-                noise = normal(shard.name, part.shape, shard.box, seed=11, std=0.3)
+            shapes = {part.name: part.shape for part in parameter.spec.parts}
+            for shard, view in shard_views(parameter, parameter.data):
+                noise = normal(shard.name, shapes[shard.name], shard.box, seed=11, std=0.3)
                 view.add_(noise.to(view.dtype))
 
 

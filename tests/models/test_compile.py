@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 
-from tests.helpers.models import gated_model
+from tests.helpers.models import gated_model, post_norm_model, sliding_model
 from tests.helpers.ranks import run_ranks
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
@@ -67,6 +68,14 @@ def test_one_graph_communicates_over_tp_and_does_so_again_in_recompute(recompute
         _assert_same(*found)
 
 
+@pytest.mark.parametrize(("make", "kinds"), [(sliding_model, 2), (post_norm_model, 1)])
+def test_a_graph_serves_all_layers_that_attend_in_one_way(make: Callable[..., ModelConfig], kinds: int) -> None:
+    for tp in (1, 2):
+        for eager, compiled, graphs in run_ranks(tp, _eager_and_compiled, {}, torch.float32, tp, make):
+            assert graphs == kinds
+            _assert_same(eager, compiled, 1)
+
+
 @pytest.mark.parametrize(
     ("options", "model", "layout", "message"),
     [
@@ -95,9 +104,11 @@ def _assert_same(eager: Gradients, compiled: Gradients, graphs: int) -> None:
         torch.testing.assert_close(compiled[path], expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
 
 
-def _eager_and_compiled(options: dict[str, Any], dtype: torch.dtype, tp: int) -> tuple[Gradients, Gradients, int]:
+def _eager_and_compiled(
+    options: dict[str, Any], dtype: torch.dtype, tp: int, make: Callable[..., ModelConfig] = gated_model
+) -> tuple[Gradients, Gradients, int]:
     """Gradients of one step without and with compiled layers, and how many graphs there were."""
-    model = gated_model(hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS)
+    model = make(hidden_size=64, intermediate_size=96, num_hidden_layers=LAYERS)
     mesh = Mesh.single() if tp == 1 else Mesh.create(ParallelLayout(tp=tp), torch.device("cpu"))
     ids = torch.randint(0, model.vocab_size, (2, 16), generator=torch.Generator().manual_seed(0))
     torch.compiler.reset()

@@ -8,11 +8,15 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from pretrain.config import EngineConfig
 from tests.helpers.models import gated_model
+from workbench.cli._tables import toml
 from workbench.errors import LayoutError
 
 PAGE = Path(__file__).parents[2] / "docs" / "capabilities.md"
+ROPE = "`tests/parity/test_rope_and_residual.py`"
 MATRIX, FORMATS = "[parity](parity.md)", "`tests/parity/test_formats.py`"
 
 
@@ -41,7 +45,10 @@ def _linear(name: str, proof: str) -> Feature:
     return Feature("linear layers", name, proof, {"precision.linear": name, "precision.compute": "bf16"}, kernels)
 
 
+ATTENTION = "`tests/models/test_attention_features.py`"
 TE = "`tests/parallel/backends/test_te.py`, on a GPU `test_te_gpu.py`"
+EXPERTS = "`tests/models/test_moe.py`"
+SPARSE = {"moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}}
 FEATURES = (
     Feature("tensor", "tensor parallelism", MATRIX, {"parallel.tp": 2}),
     Feature(
@@ -66,6 +73,8 @@ FEATURES = (
             ("hybrid zero3", "zero3", {"parallel.shard_size": 2}),
         )
     ),
+    Feature("experts", "experts", EXPERTS, {}, model=SPARSE),
+    Feature("experts", "expert parallelism", EXPERTS, {"parallel.ep": 2}, {"parallel.dp": 4}, SPARSE),
     Feature("recompute", "recompute selective", MATRIX, {"recompute.mode": "selective"}),
     Feature("recompute", "recompute full", MATRIX, {"recompute.mode": "full"}),
     Feature("loss", "loss in chunks", MATRIX, {"kernels.loss_chunk_tokens": 5}),
@@ -94,6 +103,27 @@ FEATURES = (
         "dropout", "dropout on hidden states", "`tests/pretrain/test_parity.py`", {}, model={"hidden_dropout": 0.1}
     ),
     Feature("dropout", "dropout in attention", "`tests/pretrain/test_parity.py`", {}, model={"attention_dropout": 0.1}),
+    Feature("window", "sliding window", ATTENTION, {}, model={"sliding_window": 5}),
+    Feature("norms of heads", "normed heads", ATTENTION, {}, model={"qk_norm": "head"}),
+    Feature("norms of heads", "queries and keys normed whole", ATTENTION, {}, model={"qk_norm": "full"}),
+    Feature("caps", "capped scores", ATTENTION, {}, model={"attn_logit_softcapping": 50.0}),
+    Feature("caps of logits", "capped logits", ATTENTION, {}, model={"final_logit_softcapping": 30.0}),
+    Feature("norms", "norms after attention and MLP", ATTENTION, {}, model={"norm_placement": "post"}),
+    Feature("norms", "norms on both sides", ATTENTION, {}, model={"norm_placement": "sandwich"}),
+    Feature("turned share", "a share of each head turns", ROPE, {}, model={"partial_rotary_factor": 0.5}),
+    *(
+        Feature("scaled positions", f"positions scaled {kind}", ROPE, {}, model={"rope_scaling": scaling})
+        for kind, scaling in (
+            ("linear", {"kind": "linear", "factor": 2.0}),
+            ("by_length", {"kind": "by_length", "factor": 2.0}),
+            ("by_parts", {"kind": "by_parts", "factor": 2.0}),
+            ("ramp", {"kind": "ramp", "factor": 2.0}),
+        )
+    ),
+    Feature("residual", "parallel residual", ROPE, {}, model={"parallel_residual": True}),
+    Feature(
+        "residual", "parallel residual of one norm", ROPE, {}, model={"parallel_residual": True, "shared_norm": True}
+    ),
 )
 
 
@@ -121,6 +151,8 @@ def refusal(*features: Feature) -> str | None:
         config.resolve_layout(gated_model(**model), config.parallel.num_ranks())
     except LayoutError as error:
         return str(error)
+    except ValidationError as error:
+        return "; ".join(fault["msg"].removeprefix("Value error, ") for fault in error.errors())
     return None
 
 
@@ -153,7 +185,7 @@ def page() -> str:
     ]
     for feature in FEATURES:
         words = {**feature.needs, **feature.settings, **{f"model.{key}": v for key, v in feature.model.items()}}
-        settings = ", ".join(f"`{key} = {_toml(value)}`" for key, value in words.items())
+        settings = ", ".join(f"`{key} = {toml(value)}`" for key, value in words.items())
         lines.append(f"| {feature.name} | {settings} | {feature.proof} |")
     lines += ["", "## Refused", "", "| feature | with | why |", "|---|---|---|"]
     lines += [f"| {these} | {those} | {why} |" for these, those, why in _grouped(refused_pairs())]
@@ -170,10 +202,6 @@ def _grouped(pairs: Iterable[tuple[Feature, Feature, str]]) -> Iterator[tuple[st
         lines.setdefault((why, ", ".join(others)), []).append(one_name)
     for (why, others_names), ones in lines.items():
         yield ", ".join(ones), others_names, why
-
-
-def _toml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else f'"{value}"' if isinstance(value, str) else str(value)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,30 @@ from typing import Any
 
 from pretrain.config import EngineConfig
 from pretrain.schedules import schedule_named
-from tests.helpers.models import answering_model, biased_model, gated_model
+from tests.helpers.models import (
+    answering_model,
+    biased_model,
+    gated_model,
+    grouped_model,
+    post_norm_model,
+    sliding_model,
+    sparse_model,
+)
 from tests.helpers.pairwise import Case
 from workbench.errors import LayoutError
 from workbench.spec.model import ModelConfig
 
 RANKS = 8
 SAMPLES, TOKENS, STEPS, LABELS = 8, 16, 3, 5
-MODELS = {"gated": gated_model, "biased": biased_model, "answering": answering_model}
+MODELS = {
+    "gated": gated_model,
+    "biased": biased_model,
+    "answering": answering_model,
+    "sliding": sliding_model,
+    "post": post_norm_model,
+    "sparse": sparse_model,
+    "grouped": grouped_model,
+}
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "model": ("gated", "biased"),
@@ -81,6 +97,7 @@ def config_of(case: Mapping[str, Any], folder: str) -> EngineConfig:
     for name, place in PLACES.items():
         table, key = place.split(".")
         tables.setdefault(table, {})[key] = case.get(name, PLAIN[name])
+    tables["parallel"] |= {"ep": case.get("ep", 1), "etp": case.get("etp")}
     return EngineConfig.model_validate(tables)
 
 

@@ -16,10 +16,19 @@ from pretrain.config import (
     RecomputeTable,
     RunTable,
 )
-from pretrain.memory import SCORED_TOKENS, estimate_memory
+from pretrain.memory import BLOCKS, SCORED_TOKENS, estimate_memory
 from pretrain.optimizer import Optimizer
 from tests.helpers.allocations import Allocations
-from tests.helpers.models import answering_model, biased_model, gated_model, masked_model
+from tests.helpers.models import (
+    answering_model,
+    biased_model,
+    gated_model,
+    latent_model,
+    masked_model,
+    post_norm_model,
+    sliding_model,
+    sparse_model,
+)
 from tests.helpers.ranks import run_ranks
 from workbench.models import blockwise
 from workbench.models.batch import Batch
@@ -46,7 +55,19 @@ def config(compute="fp32", **parallel) -> EngineConfig:
     )
 
 
-@pytest.mark.parametrize("make", [gated_model, biased_model, masked_model, answering_model])
+@pytest.mark.parametrize(
+    "make",
+    [
+        gated_model,
+        biased_model,
+        post_norm_model,
+        sliding_model,
+        sparse_model,
+        latent_model,
+        masked_model,
+        answering_model,
+    ],
+)
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_one_process_keeps_about_what_is_estimated(make, compute):
     model = make(**LARGER)
@@ -70,7 +91,7 @@ def test_one_process_keeps_about_what_is_estimated(make, compute):
     assert real <= estimated <= 1.6 * real
 
 
-@pytest.mark.parametrize("make", [gated_model, biased_model])
+@pytest.mark.parametrize("make", [gated_model, biased_model, post_norm_model, sliding_model, latent_model])
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 @pytest.mark.parametrize("mode", ["none", "selective", "full"])
 @pytest.mark.parametrize("chunk", [0, 32])
@@ -104,6 +125,7 @@ def test_recompute_and_offload_leave_one_layer_and_what_is_kept():
 def test_scores_count_at_the_lengths_at_which_a_cpu_keeps_them():
     model = gated_model(**LARGER)
     assert (SCORED_TOKENS.start, SCORED_TOKENS.stop - 1) == (blockwise.SHORTEST, blockwise.LONGEST)
+    assert BLOCKS == blockwise.BLOCKS
     (on_cpu,) = estimate_memory(model, ParallelLayout(), config())
     (on_gpu,) = estimate_memory(model, ParallelLayout(), config(), on_cpu=False)
     assert on_cpu.activations > on_gpu.activations

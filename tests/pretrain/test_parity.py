@@ -42,12 +42,6 @@ def test_three_steps_at_any_layout_equal_one_process(name: str, tp: int, pp: int
     )
 
 
-@pytest.mark.parametrize("shard", SHARDS)
-def test_every_way_of_sharding_equals_one_process_with_all_three_axes(shard: str) -> None:
-    layout = ParallelLayout.model_validate({"tp": 2, "pp": 2, "dp": 2, "shard": shard})
-    _assert_equal("gated-tied", MODELS["gated-tied"], layout, "1f1b", micro_size=1)
-
-
 @pytest.mark.parametrize("shard", ["zero1", "zero2", "zero3"])
 @pytest.mark.parametrize("shard_size", [1, 2])
 def test_copies_that_ranks_share_equal_one_process_over_several_microbatches(shard: str, shard_size: int) -> None:
@@ -57,18 +51,12 @@ def test_copies_that_ranks_share_equal_one_process_over_several_microbatches(sha
     assert_observed(observed, train_three_steps(arguments[0], ParallelLayout(), "gpipe", 4, False, None, 8))
 
 
-@pytest.mark.parametrize("name", ["gated-tied", "biased-untied"])
 @pytest.mark.parametrize(
-    "degrees",
+    ("name", "degrees"),
     [
-        {"tp": 2},
-        {"pp": 2},
-        {"dp": 2, "shard": "zero3"},
-        {"tp": 2, "dp": 2},
-        {"tp": 2, "dp": 2, "shard": "zero2"},
-        {"tp": 4},  # KV heads with copies
-        {"dp": 4, "shard": "zero1", "shard_size": 2},
-        {"tp": 2, "pp": 2, "dp": 2, "shard": "zero3"},
+        ("gated-tied", {"tp": 4}),  # KV heads with copies
+        ("biased-untied", {"dp": 4, "shard": "zero1", "shard_size": 2}),
+        ("gated-tied", {"tp": 2, "pp": 2, "dp": 2, "shard": "zero3"}),
     ],
     ids=str,
 )
@@ -95,13 +83,8 @@ def test_dropout_is_the_same_at_every_layout(make: type, degrees: dict[str, int]
 @pytest.mark.parametrize(
     ("degrees", "options"),
     [
-        ({"tp": 2}, StageOptions(recompute="selective", loss_chunk_tokens=5)),
-        ({"tp": 2, "pp": 2}, StageOptions(recompute="full")),
-        ({"tp": 2, "sequence_parallel": True}, StageOptions(recompute="full", loss_chunk_tokens=5)),
-        ({"cp": 2, "context": "ring"}, StageOptions(recompute="selective", loss_chunk_tokens=5)),
         ({"cp": 2}, StageOptions(recompute="full", offload=True)),
         ({"pp": 2}, StageOptions(recompute="full", offload=True, loss_chunk_tokens=16)),
-        ({"dp": 2, "shard": "zero3"}, StageOptions(recompute="full", loss_chunk_tokens=7)),
         ({"tp": 2, "dp": 2, "shard": "zero3"}, StageOptions(recompute="selective", offload=True)),
     ],
 )

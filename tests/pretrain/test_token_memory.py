@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pretrain.memory import estimate_memory
-from tests.helpers.models import biased_model, gated_model
+from tests.helpers.models import biased_model, gated_model, latent_model
 from tests.helpers.ranks import run_ranks
 from tests.pretrain.test_memory import LARGER, config
 from workbench.models.batch import Batch
@@ -18,7 +18,7 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 
-@pytest.mark.parametrize("make", [gated_model, biased_model])
+@pytest.mark.parametrize("make", [gated_model, biased_model, latent_model])
 @pytest.mark.parametrize(
     "degrees", [{"tp": 2, "sequence_parallel": True}, {"cp": 2}, {"cp": 2, "context": "ring"}], ids=str
 )

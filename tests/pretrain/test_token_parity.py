@@ -30,31 +30,15 @@ MODELS = {
 }
 SP: dict[str, Any] = {"sequence_parallel": True}
 RING: dict[str, Any] = {"context": "ring"}
+# What the parity matrix (tests/parity) leaves out: dropout, KV heads with copies, and all of it at once.
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("gated", {"tp": 2, **SP}),
-    ("gated, tied", {"tp": 4, **SP}),
     ("biased", {"tp": 4, **SP}),
-    ("biased, tied", {"tp": 2, "pp": 2, **SP}),
-    ("gated", {"tp": 2, "dp": 2, "shard": "zero3", **SP}),
     ("biased, dropout", {"tp": 2, **SP}),
-    ("gated", {"cp": 2}),
-    ("biased, tied", {"cp": 2, **RING}),
-    ("gated, tied", {"cp": 4}),
-    ("gated", {"cp": 4, **RING}),
-    ("gated, tied", {"cp": 2, "pp": 2, **RING}),
-    ("biased", {"tp": 2, "cp": 2, **SP}),
-    ("gated, tied", {"tp": 2, "cp": 2, **SP, **RING}),
-    ("gated", {"cp": 2, "dp": 2, "shard": "zero3"}),
     ("biased, dropout", {"cp": 2}),
     ("gated, dropout", {"tp": 2, "cp": 2, **SP}),
+    ("gated, tied", {"tp": 2, "cp": 2, **SP, **RING}),
 ]
-DOCUMENT_CASES: list[tuple[str, dict[str, Any]]] = [
-    ("gated", {"cp": 2}),
-    ("biased, tied", {"cp": 2, **RING}),
-    ("biased", {"tp": 2, "cp": 2, **SP}),
-    ("gated, tied", {"cp": 4, **RING}),
-    ("gated, tied", {"tp": 2, "pp": 2, **SP}),
-]
+DOCUMENT_CASES: list[tuple[str, dict[str, Any]]] = [("biased", {"tp": 2, "cp": 2, **SP})]
 
 
 @cache

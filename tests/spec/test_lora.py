@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.helpers.models import biased_model, gated_model
+from tests.helpers.models import biased_model, gated_model, latent_model
 from workbench.parallel.initial import uniform
 from workbench.spec.geometry import Box, coverage_fault
 from workbench.spec.layout import ParallelLayout
@@ -19,10 +19,11 @@ from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors, parameter_specs, stored_shards
 
 MODELS = [gated_model(num_labels=2), biased_model(), gated_model(num_key_value_heads=1)]
+EVERY = [*MODELS, latent_model(), latent_model(None)]
 
 
 @given(
-    model=st.sampled_from(MODELS),
+    model=st.sampled_from(EVERY),
     layout=st.builds(ParallelLayout, tp=st.sampled_from([1, 2, 4]), pp=st.sampled_from([1, 2, 4])),
     r=st.integers(1, 7),
     data=st.data(),

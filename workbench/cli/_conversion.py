@@ -42,6 +42,7 @@ def new_layout(
     tp: int | None = None,
     pp: int | None = None,
     vpp: int | None = None,
+    ep: int | None = None,
     pp_layout: str = "",
     vocab_multiple: int | None = None,
 ) -> ParallelLayout:
@@ -56,9 +57,12 @@ def new_layout(
     new_pp = pp if pp is not None else max(len(stages) // max(new_vpp, 1), 1) if stages else old.pp
     if stages is None and (new_pp, new_vpp) == (old.pp, old.vpp):
         stages = old.pp_layout
+    new_ep = old.ep if ep is None else ep
     try:
         return ParallelLayout(
             tp=old.tp if tp is None else tp,
+            dp=new_ep,
+            ep=new_ep,
             pp=new_pp,
             vpp=new_vpp,
             pp_layout=stages,
@@ -167,4 +171,5 @@ def describe_layout(opened: OpenedCheckpoint) -> str:
         return opened.format
     stages = f" pp_layout={','.join(map(str, layout.pp_layout))}" if layout.pp_layout else ""
     chunks = f" vpp={layout.vpp}" if layout.vpp > 1 else ""
-    return f"{opened.format}, tp={layout.tp} pp={layout.pp}{chunks}{stages}"
+    experts = f" ep={layout.ep}" if layout.ep > 1 else ""
+    return f"{opened.format}, tp={layout.tp} pp={layout.pp}{chunks}{stages}{experts}"

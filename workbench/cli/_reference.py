@@ -83,9 +83,8 @@ def _section(table: Table) -> str:
 def _rows(table: Table) -> Iterator[str]:
     yield "| key | value | default | what it does |"
     yield "|---|---|---|---|"
-    if known := presets().get(table.header):
-        names = " or ".join(f"`{name}`" for name in known)
-        yield f"| `preset` | {names} | not set | Values to start from; the other keys go before it. |"
+    if table.header in presets():
+        yield "| `preset` | one of [the presets](presets.md) | not set | Values to start from; others go before it. |"
     for key in table.keys:
         default = "**required**" if key.default is None else f"`{key.default}`" if key.default else "not set"
         yield f"| `{key.name}` | {_escaped(key.kind)} | {default} | {_escaped(key.help)} |"

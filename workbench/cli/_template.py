@@ -58,7 +58,7 @@ def _table(table: Table, values: Mapping[str, Any]) -> str:
     header = [f"[{table.header}]"] if table.header else []
     lines = ["", f"# {table.help}", *(f"# {line}" if optional else line for line in header)]
     if "preset" in values:
-        lines.append(f"preset = {toml(values['preset'])}  # {', '.join(presets()[table.header])}")
+        lines.append(f"preset = {toml(values['preset'])}  # or another that `wb recipes ls` shows")
     shape = presets().get(table.header, {}).get(values.get("preset", ""), {})
     lines += [_line(key, values, shape) for key in table.keys]
     return "\n".join(lines)

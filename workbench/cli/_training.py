@@ -101,7 +101,8 @@ def say_plan(out: Output, facts: Mapping[str, Any], config: EngineConfig, model:
     tokens = " (tokens shared)" if layout["sequence_parallel"] else ""
     context = f" x cp {layout['cp']}" if layout["cp"] > 1 else ""
     shard = "" if layout["shard"] == "none" else f" ({layout['shard']})"
-    spread = f"tp {layout['tp']}{tokens}{context} x pp {layout['pp']} x dp {layout['dp']}{shard}"
+    experts = f" (experts dealt over {layout['ep']})" if layout["ep"] > 1 else ""
+    spread = f"tp {layout['tp']}{tokens}{context} x pp {layout['pp']} x dp {layout['dp']}{shard}{experts}"
     ranks = f"{facts['ranks']} rank" + ("s" if facts["ranks"] > 1 else "")
     micros = batch.num_microbatches(layout["dp"])
     pipeline = ""

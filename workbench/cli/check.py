@@ -96,7 +96,7 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
     from pretrain.memory import estimate_memory
     from pretrain.simulate import simulate_step
     from workbench.parallel.launch import choose_device
-    from workbench.spec.schema import num_parameters
+    from workbench.spec.schema import num_active_parameters, num_parameters
 
     num_ranks = nproc or config.parallel.num_ranks()
     layout = config.resolve_layout(model, num_ranks)
@@ -107,6 +107,7 @@ def _engine(config: EngineConfig, model: ModelConfig, nproc: int | None) -> dict
     return {
         "model": model.model_dump(mode="json", exclude_defaults=True),
         "parameters": num_parameters(model),
+        "active_parameters": num_active_parameters(model),
         "layout": layout.model_dump(mode="json", exclude_none=True),
         "ranks": num_ranks,
         "layers_per_stage": [len(layout.layers(model.num_hidden_layers, stage)) for stage in range(layout.pp)],
@@ -132,10 +133,11 @@ def _text(found: dict[str, Any]) -> str:
     parts = ("parameters", "working", "gradients", "optimizer", "activations")
     rows = [
         ("for", f"wb {found['for']}, {length} of {count_text(found['step_tokens'])} tokens"),
-        ("model", f"{count_text(found['parameters'])} parameters in {sum(found['layers_per_stage'])} layers"),
+        ("model", _model(found)),
         (
             "layout",
-            f"tp={layout['tp']} cp={layout['cp']} pp={layout['pp']} dp={layout['dp']} on {found['ranks']} ranks; "
+            f"tp={layout['tp']} cp={layout['cp']} pp={layout['pp']} dp={layout['dp']}"
+            f"{_experts(layout)} on {found['ranks']} ranks; "
             "layers a stage: "
             f"{', '.join(map(str, found['layers_per_stage']))}; {found['microbatches']} microbatches a step",
         ),
@@ -150,6 +152,16 @@ def _text(found: dict[str, Any]) -> str:
         ("", f"about {size_text(found['memory']['all_ranks_bytes'])} on all ranks, without what torch itself needs"),
     ]
     return "\n".join(f"{name:<8}{value}" for name, value in rows)
+
+
+def _experts(layout: dict[str, Any]) -> str:
+    return (f" ep={layout['ep']}" if layout["ep"] > 1 else "") + (f" etp={layout['etp']}" if "etp" in layout else "")
+
+
+def _model(found: dict[str, Any]) -> str:
+    size, active = found["parameters"], found["active_parameters"]
+    of_a_token = f" ({count_text(active)} of them compute a token)" if active < size else ""
+    return f"{count_text(size)} parameters{of_a_token} in {sum(found['layers_per_stage'])} layers"
 
 
 def _pipeline(found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -18,6 +18,7 @@ def reshard(
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; the source's by default.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages; the source's by default.")] = None,
     vpp: Annotated[int | None, typer.Option(help="Chunks of layers in each stage; the source's by default.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Replicas that share the experts; the source's by default.")] = None,
     pp_layout: Annotated[
         str, typer.Option(help="Layers per stage, or per chunk in the order of the network, when not even: 6,8,8,6.")
     ] = "",
@@ -29,7 +30,7 @@ def reshard(
     verify: Annotated[str, typer.Option(help="none, crc (checksums both sides) or full (fingerprints too).")] = "crc",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
-    """Write a checkpoint at another tensor and pipeline layout, optimizer state included, without a GPU."""
+    """Write a checkpoint at another tensor, pipeline and expert layout, optimizer state included, without a GPU."""
     with quick_imports():
         import converters.job  # noqa: F401 (wanted later, and quicker here)
         from converters.open import get_format, open_checkpoint
@@ -37,7 +38,7 @@ def reshard(
 
     opened = open_checkpoint(source)
     target = get_format("native")
-    layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
+    layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, ep=ep, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
     options = job_options(layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers)
     convert(out, opened, target, destination, options, operation="reshard", verify=verify, dry_run=dry_run)
 

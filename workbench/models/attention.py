@@ -12,12 +12,14 @@ import torch
 from torch import nn
 
 from workbench.errors import LayoutError
-from workbench.models.attend import WeightDropout, attend, visible
+from workbench.models.attend import WeightDropout, attend
 from workbench.models.batch import LocalBatch
 from workbench.models.context import attend_in_context
 from workbench.models.cross import attend_scored
+from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import apply_rope
+from workbench.models.scoring import scoring_of, visible
 from workbench.parallel.backends import Attend
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
@@ -35,28 +37,34 @@ class KeyValueCache:
         self._entries: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.length = 0
 
-    def extend(self, layer: int, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """All keys and values of `layer`, [B, S, K, d], the new ones last."""
+    def extend(
+        self, layer: int, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor, window: int | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of `layer` that are still needed, [B, S, K, d], the new ones last; of a window, what its
+        next query may see is kept."""
         if layer in self._entries:
             old_k, old_v = self._entries[layer]
             k_BTKd, v_BTKd = torch.cat((old_k, k_BTKd), dim=1), torch.cat((old_v, v_BTKd), dim=1)
-        self._entries[layer] = (k_BTKd, v_BTKd)
+        kept = slice(None) if window is None else slice(max(0, k_BTKd.shape[1] - window + 1), None)
+        self._entries[layer] = (k_BTKd[:, kept], v_BTKd[:, kept])
         return k_BTKd, v_BTKd
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, each token attending to those of its document that it may see (`model.causal`)."""
+    """softmax(scores) v, each token attending to those of its document that it may see (scoring.py)."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
         self.path = path = f"layers.{layer}.self_attn"
         self.qkv_proj = ColumnParallelLinear(mesh, specs[f"{path}.qkv_proj.weight"], specs.get(f"{path}.qkv_proj.bias"))
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"], specs.get(f"{path}.o_proj.bias"))
+        self.qk_norm = model.qk_norm
+        if self.qk_norm != "none":
+            self.q_norm, self.k_norm = (build_norm(model, mesh, specs, f"{path}.{name}_norm") for name in "qk")
         self.mesh = mesh
         self.head_dim = model.head_dim
+        self.scoring = scoring_of(model, layer)
         self.layer = layer
-        self.causal = model.causal and layer >= model.num_encoder_layers
-        self.scale = model.attention_scale
         self.dropout = model.attention_dropout
         self.recompute = False
         self.core: Attend | None = None
@@ -77,6 +85,9 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         q_size, k_size, v_size = self.qkv_proj.output_sizes
         qk, v = self.qkv_proj(x_BTD).split((q_size + k_size, v_size), dim=-1)
+        if self.qk_norm != "none":
+            q, k = qk.split((q_size, k_size), dim=-1)
+            qk = torch.cat((self._norm_heads(self.q_norm, q), self._norm_heads(self.k_norm, k)), dim=-1)
         qk, v_BTKd = (part.unflatten(-1, (-1, self.head_dim)) for part in (qk, v))
         if isinstance(positions, tuple):
             qk = apply_rope(qk, positions)
@@ -84,6 +95,12 @@ class Attention(nn.Module):
         q_BTHd, k_BTKd = qk.split((q_size // self.head_dim, k_size // self.head_dim), dim=2)
         attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, k_BTKd, v_BTKd, bias, batch, cache)
         return self.o_proj(attended_BTHd.flatten(2))
+
+    def _norm_heads(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, H * d], each head normed alone or all as one."""
+        if self.qk_norm == "full":
+            return norm(x)
+        return norm(x.unflatten(-1, (-1, self.head_dim))).flatten(-2)
 
     def _attend(
         self,
@@ -96,7 +113,7 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """What each head sees, [B, T, H, d]."""
         if cache is not None:
-            return attend(q_BTHd, *cache.extend(self.layer, k_BTKd, v_BTKd))
+            return attend(q_BTHd, *cache.extend(self.layer, k_BTKd, v_BTKd, self.scoring.window), scoring=self.scoring)
         if self.core is not None:
             if batch.documents is not None:
                 raise LayoutError(
@@ -110,7 +127,7 @@ class Attention(nn.Module):
         if bias_HTT is not None:
             tokens, documents = q_BTHd.shape[1], batch.documents
             mask = None
-            if self.causal or documents is not None:
-                mask = visible(0, tokens, 0, tokens, documents, q_BTHd.device, causal=self.causal)
-            return attend_scored(q_BTHd, k_BTKd, v_BTKd, mask, bias_HTT, self.scale, dropped)
-        return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh, causal=self.causal)
+            if self.scoring.causal or documents is not None:
+                mask = visible(0, tokens, 0, tokens, documents, q_BTHd.device, self.scoring)
+            return attend_scored(q_BTHd, k_BTKd, v_BTKd, mask, bias_HTT, self.scoring, dropped)
+        return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh, self.scoring)

@@ -30,6 +30,7 @@ class Batch:
     [B, S], the kind of segment of each token; None when all are of kind 0. pair_labels: [B], 0 where the second segment
     follows the first and 1 where it does not, IGNORE for no pair; their loss counts `pair_weight` times. decoder_ids:
     [B, U], what a decoder reads of an encoder's `input_ids`; labels are then [B, U], and lengths those of input_ids.
+    loss_scale: by what the gradient of the summed loss will be multiplied; None where no backward follows.
     """
 
     input_ids: torch.Tensor
@@ -42,6 +43,7 @@ class Batch:
     pair_labels: torch.Tensor | None = None
     pair_weight: float = 1.0
     decoder_ids: torch.Tensor | None = None
+    loss_scale: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ class LocalBatch:
     input_ids: [B, T]. labels: [B, T], or [B]. lengths: [B]. dropout: as in the batch. positions: [T] or [B, T].
     documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions,
     hidden_segments: [t], [t] or [B, t] and [B, t], the same of the tokens whose hidden states this rank has (fewer
-    under sequence parallelism). pair_labels, pair_weight: as in the batch.
+    under sequence parallelism). pair_labels, pair_weight, loss_scale: as in the batch. num_labels: labels of the whole
+    batch that count; 0 without labels. reach: [] or [B], the length of the longest sequence in each row, which is the
+    same on all ranks.
     """
 
     input_ids: torch.Tensor
@@ -66,6 +70,9 @@ class LocalBatch:
     hidden_segments: torch.Tensor | None
     pair_labels: torch.Tensor | None
     pair_weight: float
+    loss_scale: torch.Tensor | None
+    num_labels: torch.Tensor | int
+    reach: torch.Tensor
 
 
 def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0, causal: bool = True) -> LocalBatch:
@@ -109,7 +116,18 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0, causal: bool = True
         hidden_segments=None if segments is None else hidden(segments),
         pair_labels=batch.pair_labels,
         pair_weight=batch.pair_weight,
+        loss_scale=batch.loss_scale,
+        num_labels=0 if batch.labels is None else (batch.labels != IGNORE).sum(),
+        reach=_reach(batch, start),
     )
+
+
+def _reach(batch: Batch, start: int) -> torch.Tensor:
+    if batch.positions is not None:
+        return batch.positions.amax(dim=-1) + 1
+    if batch.lengths is not None:
+        return batch.lengths + start
+    return torch.full((), start + batch.input_ids.shape[1], device=batch.input_ids.device)
 
 
 def padded_length(length: int, layout: ParallelLayout) -> int:

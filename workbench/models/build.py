@@ -9,14 +9,17 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from workbench.models.attention import Attention
 from workbench.models.decoder import DecoderStage
+from workbench.models.mlp import MLP
+from workbench.models.moe import Experts
 from workbench.models.norm import LayerNorm, RMSNorm
 from workbench.models.recompute import HostMemory
 from workbench.parallel.backends import NormKind, open_executor
 from workbench.parallel.data import DataParallel
 from workbench.parallel.gemm import Gemm
 from workbench.parallel.initial import normal, uniform
-from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
+from workbench.parallel.linear import ColumnParallelLinear, DuplicatedLinear, RowParallelLinear
 from workbench.parallel.live import LiveParameter, live_parameters, shard_views
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
@@ -74,23 +77,26 @@ def _equip(stage: DecoderStage, options: StageOptions, mesh: Mesh) -> Gemm:
     gemm = head = executor.head()
     stage.loss_chunk_tokens, stage.region = options.loss_chunk_tokens, executor.region
     for layer in stage.modules():
-        if isinstance(layer, ColumnParallelLinear | RowParallelLinear):
+        if isinstance(layer, ColumnParallelLinear | RowParallelLinear | DuplicatedLinear):
             layer.gemm = gemm = executor.linear(*layer.weight.shape)
         elif isinstance(layer, ParallelModule):
             layer.gemm = head
-        if isinstance(layer, RMSNorm | LayerNorm):
+        if isinstance(layer, MLP | Experts):
+            layer.recompute = options.recompute == "selective"
+        if isinstance(layer, RMSNorm | LayerNorm) and not layer.is_cut:
             kind: NormKind = "rmsnorm" if isinstance(layer, RMSNorm) else "layernorm"
             layer.normalise = executor.norm(kind, layer.weight.numel(), layer.eps)
     host = HostMemory(pinned=mesh.device.type == "cuda")
     for block in stage.layers.values():
         block.recompute = options.recompute == "full"
-        for part in (block.self_attn, block.cross_attn, block.mlp):
+        for part in (block.self_attn, block.cross_attn):
             if part is not None:
                 part.recompute = options.recompute == "selective"
         if options.offload:
             block.saving = host.saving
-        heads, kv_heads = block.self_attn.local_heads
-        block.self_attn.core = executor.attention(heads, kv_heads, stage.model.head_dim)
+        if isinstance(block.self_attn, Attention):
+            heads, kv_heads = block.self_attn.local_heads
+            block.self_attn.core = executor.attention(heads, kv_heads, stage.model.head_dim)
     return gemm
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from workbench.models.attend import WeightDropout
 from workbench.models.batch import LocalBatch
 from workbench.models.recompute import recomputed
+from workbench.models.scoring import Scoring, scoring_of
 from workbench.parallel.dropout import dropout
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
@@ -64,18 +65,20 @@ def attend_scored(
     v_BSHd: torch.Tensor,
     mask: torch.Tensor | None,
     bias_HTS: torch.Tensor | None,
-    scale: float | None,
+    scoring: Scoring,
     dropped: WeightDropout | None,
 ) -> torch.Tensor:
-    """softmax(scale q k^T + bias) v, [B, T, H, d], where `mask`, [B or 1, 1, T or 1, S], lets a token look."""
+    """softmax(scale q k^T + bias) v, [B, T, H, d], where `mask`, [B or 1, 1, T or 1, S], lets a token look;
+    of `scoring` its scale counts alone."""
     q, k, v = (part.transpose(1, 2) for part in (q_BTHd, k_BSHd, v_BSHd))
+    scale = scoring.scale_of(q.shape[-1])
     if bias_HTS is not None and mask is not None:
         mask = bias_HTS.unsqueeze(0).masked_fill(~mask, float("-inf"))
     elif bias_HTS is not None:
         mask = bias_HTS.unsqueeze(0)
     if dropped is None:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).transpose(1, 2)
-    scores_BHTS = q @ k.transpose(-1, -2) * (1 / math.sqrt(q.shape[-1]) if scale is None else scale)
+    scores_BHTS = q @ k.transpose(-1, -2) * scale
     if mask is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores_BHTS + mask
     heads, tokens, seen = scores_BHTS.shape[1:]
@@ -96,7 +99,7 @@ class CrossAttention(nn.Module):
         self.q_proj = ColumnParallelLinear(mesh, specs[f"{path}.q_proj.weight"])
         self.kv_proj = ColumnParallelLinear(mesh, specs[f"{path}.kv_proj.weight"])
         self.o_proj = RowParallelLinear(mesh, specs[f"{path}.o_proj.weight"])
-        self.head_dim, self.scale, self.dropout = model.head_dim, model.attention_scale, model.attention_dropout
+        self.head_dim, self.scoring, self.dropout = model.head_dim, scoring_of(model, layer), model.attention_dropout
         self.recompute = False
         self.first_head = model.num_attention_heads // mesh.tp.size * mesh.tp.rank
 
@@ -107,6 +110,6 @@ class CrossAttention(nn.Module):
         dropped = None
         if self.dropout and target.dropout is not None:
             dropped = WeightDropout(self.dropout, target.dropout.rows(self.path), self.first_head)
-        arguments = (q_BTHd, k_BSHd, v_BSHd, mask, None, self.scale, dropped)
+        arguments = (q_BTHd, k_BSHd, v_BSHd, mask, None, self.scoring, dropped)
         attended = recomputed(self.recompute, attend_scored, *arguments)
         return self.o_proj(attended.flatten(2))

@@ -18,7 +18,9 @@ from torch import nn
 from workbench.models.attention import Attention, KeyValueCache, Positions
 from workbench.models.batch import Batch, LocalBatch, local_batch
 from workbench.models.cross import CrossAttention, RelativeBias
-from workbench.models.mlp import MLP, activate
+from workbench.models.latent_attention import LatentAttention
+from workbench.models.mlp import MLP
+from workbench.models.moe import SparseMLP
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
@@ -35,10 +37,13 @@ from workbench.parallel.embedding import (
 from workbench.parallel.loss import IGNORE, accumulation_dtype, vocab_parallel_cross_entropy
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.sequence import whole_input
+from workbench.parallel.softcap import soft_cap
+from workbench.registry import load
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.layout import ParallelLayout, virtual_stage
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import NORMS, predicts_words, stage_specs, tied_head
+from workbench.spec.norm_placement import SUMS
+from workbench.spec.schema import block_norms, has_final_norm, predicts_words, stage_specs, tied_head
 
 Memory = tuple[torch.Tensor, LocalBatch]
 """An encoder's output [B, S, D] (this rank's part of it) and the batch that it read."""
@@ -46,21 +51,27 @@ Output = Literal["loss", "token_losses", "logits", "pair_logits"]
 
 
 class Block(nn.Module):
-    """One transformer layer: x + attention(norm(x)), then x + mlp(norm(x)); or norm(x + attention(x)), and so on."""
+    """One transformer layer: x + norm(attention(norm(x))), then the same with the MLP, or both of one x in parallel;
+    which of the norms there are, and whether they are of the sums, is the model's `norm_placement`."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
         path = f"layers.{layer}"
-        self.self_attn = Attention(model, mesh, specs, layer)
-        self.mlp = MLP(model, mesh, specs, layer)
-        self.norm_names = NORMS[model.norm_placement]
-        for name in self.norm_names:
-            self.add_module(name, build_norm(model, mesh, specs, f"{path}.{name}"))
+        self.self_attn = (LatentAttention if model.latent else Attention)(model, mesh, specs, layer)
+        self.parallel_residual, self.shared_norm = model.parallel_residual, model.shared_norm
+        self.mlp: MLP | SparseMLP
+        if model.has_experts(layer):
+            self.mlp = SparseMLP(model, mesh, specs, layer)
+        else:
+            self.mlp = MLP(model, mesh, specs, f"{path}.mlp")
         self.cross_attn = None
         if model.num_encoder_layers and layer >= model.num_encoder_layers:
             self.cross_attention_layernorm = build_norm(model, mesh, specs, f"{path}.cross_attention_layernorm")
             self.cross_attn = CrossAttention(model, mesh, specs, layer)
-        self.norms_sum = model.norm_placement == "post_residual"
+        self.norms_sums = model.norm_placement == SUMS
+        self.norms = block_norms(model)
+        for name in filter(None, self.norms):
+            self.add_module(name, build_norm(model, mesh, specs, f"{path}.{name}"))
         self.path = path
         self.dropout = model.hidden_dropout
         self.recompute = False
@@ -85,17 +96,34 @@ class Block(nn.Module):
         cache: KeyValueCache | None,
         memory: Memory | None,
     ) -> torch.Tensor:
-        attention_norm, mlp_norm = (self.get_submodule(name) for name in self.norm_names)
-        attended_BTD = self.self_attn(x_BTD if self.norms_sum else attention_norm(x_BTD), positions, batch, cache)
-        x_BTD = x_BTD + drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
-        x_BTD = attention_norm(x_BTD) if self.norms_sum else x_BTD
+        before_attention, after_attention, before_mlp, after_mlp = (self._norm(name) for name in self.norms)
+        normed_BTD = before_attention(x_BTD)
+        attended_BTD = self.self_attn(normed_BTD, positions, batch, cache)
+        sum_BTD = self._add(x_BTD, attended_BTD, after_attention, batch, "self_attn.output")
         if self.cross_attn is not None:
             assert memory is not None
-            read_BTD = self.cross_attn(self.cross_attention_layernorm(x_BTD), memory[0], batch, memory[1])
-            x_BTD = x_BTD + drop_hidden(read_BTD, self.dropout, batch, self.path, "cross_attn.output")
-        transformed_BTD = self.mlp(x_BTD if self.norms_sum else mlp_norm(x_BTD))
-        x_BTD = x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
-        return mlp_norm(x_BTD) if self.norms_sum else x_BTD
+            read_BTD = self.cross_attn(self.cross_attention_layernorm(sum_BTD), memory[0], batch, memory[1])
+            sum_BTD = sum_BTD + drop_hidden(read_BTD, self.dropout, batch, self.path, "cross_attn.output")
+        if not self.shared_norm:
+            normed_BTD = before_mlp(x_BTD if self.parallel_residual else sum_BTD)
+        transformed_BTD = self.mlp(normed_BTD, batch) if isinstance(self.mlp, SparseMLP) else self.mlp(normed_BTD)
+        return self._add(sum_BTD, transformed_BTD, after_mlp, batch, "mlp.output")
+
+    def _add(
+        self,
+        x_BTD: torch.Tensor,
+        branch_BTD: torch.Tensor,
+        norm: Callable[[torch.Tensor], torch.Tensor],
+        batch: LocalBatch,
+        site: str,
+    ) -> torch.Tensor:
+        """The sum of x and what a branch made of it; the norm is of the branch, or of the sum."""
+        if self.norms_sums:
+            return norm(x_BTD + drop_hidden(branch_BTD, self.dropout, batch, self.path, site))
+        return x_BTD + drop_hidden(norm(branch_BTD), self.dropout, batch, self.path, site)
+
+    def _norm(self, name: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
+        return (lambda x_BTD: x_BTD) if name is None else self.get_submodule(name)
 
 
 class DecoderStage(nn.Module):
@@ -117,6 +145,8 @@ class DecoderStage(nn.Module):
         self.chunks = layout.chunks(model.num_hidden_layers)[stage]
         self.has_embedding, self.has_head = stage == 0, stage == layout.last_stage
         self.tied = tied_head(model)
+        # Rounded as an activation is, as in the reference models; not on the meta device, on which stages are built.
+        self.embed_scale = float(torch.tensor(model.hidden_size**0.5, dtype=compute_dtype, device="cpu"))
         if self.has_embedding or (self.has_head and self.tied):
             self.embed_tokens = VocabParallelEmbedding(mesh, specs["embed_tokens.weight"])
         if self.has_embedding and model.position_embedding == "learned":
@@ -143,7 +173,7 @@ class DecoderStage(nn.Module):
         def dense(path: str) -> ReplicatedLinear:
             return ReplicatedLinear(mesh, specs[f"{path}.weight"], specs.get(f"{path}.bias"))
 
-        self.norm = build_norm(model, mesh, specs, "norm") if model.norm_placement == "pre" else nn.Identity()
+        self.norm = build_norm(model, mesh, specs, "norm") if has_final_norm(model) else nn.Identity()
         if model.pooler:
             self.pooler = dense("pooler")
         if model.num_labels:
@@ -152,6 +182,7 @@ class DecoderStage(nn.Module):
             self.next_sentence = dense("next_sentence")
         if model.head_transform:
             self.head_transform = dense("head_transform")
+            self.head_activation = load("workbench.models.activations", model.hidden_act, "ACTIVATION")
             self.head_norm = build_norm(model, mesh, specs, "head_norm")
         if predicts_words(model):
             self.lm_head = VocabParallelHead(mesh, specs.get("lm_head.weight"), specs.get("lm_head.bias"))
@@ -181,12 +212,10 @@ class DecoderStage(nn.Module):
         if self.is_first(chunk):
             hidden_BTD = self._embed(local, "embed")
         assert hidden_BTD is not None
-        rope = None
-        if self.model.position_embedding == "rope":
-            rope = rope_table(self.model, local.positions, self.compute_dtype)
+        ropes = self._ropes(local)
         with self.region():
             for index in self.chunks[chunk]:
-                hidden_BTD = self.layers[str(index)](hidden_BTD, rope, local, cache)
+                hidden_BTD = self.layers[str(index)](hidden_BTD, ropes[self.model.slides(index)], local, cache)
         if cache is not None:
             cache.length += batch.input_ids.shape[1]
         if not self.is_last(chunk):
@@ -246,6 +275,8 @@ class DecoderStage(nn.Module):
 
     def _embed(self, batch: LocalBatch, site: str) -> torch.Tensor:
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
+        if self.model.scale_embeddings:
+            x_BTD = x_BTD * self.embed_scale
         if self.model.position_embedding == "learned":
             x_BTD = x_BTD + self.embed_positions(batch.hidden_positions, self.compute_dtype)
         if self.model.type_vocab_size:
@@ -255,15 +286,24 @@ class DecoderStage(nn.Module):
             x_BTD = self.embed_norm(x_BTD)
         return drop_hidden(x_BTD, self.model.embed_dropout, batch, site)
 
+    def _ropes(self, batch: LocalBatch) -> tuple[Positions, Positions]:
+        """The rotations of layers that see all tokens, and of those that slide."""
+        if self.model.position_embedding != "rope":
+            return None, None
+        table = rope_table(self.model, batch.positions, batch.reach, self.compute_dtype)
+        if self.model.rope_local_theta is None:
+            return table, table
+        return table, rope_table(self.model, batch.positions, batch.reach, self.compute_dtype, local=True)
+
     def _predict(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         """Loss, losses or logits of the tokens of this context rank."""
         if self.model.head_transform:
-            x_BTD = self.head_norm(activate(self.head_transform(x_BTD), self.model.hidden_act))
+            x_BTD = self.head_norm(self.head_activation(self.head_transform(x_BTD)))
         if self.model.logit_scale != 1.0:
             x_BTD = x_BTD * self.model.logit_scale
         if output != "logits" and self.loss_chunk_tokens:
             return self._chunked_losses(x_BTD, batch, output)
-        logits_BTV = self.lm_head(x_BTD, self._head_weight)
+        logits_BTV = soft_cap(self.lm_head(x_BTD, self._head_weight), self.model.final_logit_softcapping)
         if output == "logits":
             return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None
@@ -275,7 +315,7 @@ class DecoderStage(nn.Module):
     def _chunked_losses(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         assert batch.labels is not None
         x_ND = whole_input(x_BTD, self.mesh).flatten(0, 1)
-        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens)
+        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens, self.model.final_logit_softcapping)
         arguments = (x_ND, self._head_weight, self.lm_head.bias, batch.labels.flatten(), how)
         if output == "loss":
             return chunked_loss(*arguments)

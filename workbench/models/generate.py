@@ -16,6 +16,7 @@ from workbench.models.attention import KeyValueCache
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage, Output
+from workbench.models.rope import rope_changes
 from workbench.models.state import load
 from workbench.parallel.mesh import Mesh
 from workbench.spec.model import ModelConfig
@@ -93,10 +94,10 @@ def generate(
         raise ConfigError("the prompt has no tokens; give at least one")
     if outside := [token for token in prompt if not 0 <= token < model.vocab_size]:
         raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary of {model.vocab_size}")
-    if len(prompt) + max_new_tokens > model.max_position_embeddings:
+    if len(prompt) + max_new_tokens > model.max_length:
         raise ConfigError(
-            f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than "
-            f"max_position_embeddings={model.max_position_embeddings}; shorten one of them"
+            f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the {model.max_length} of the "
+            f"model (max_position_embeddings={model.max_position_embeddings}); shorten one of them"
         )
     return _generate(stage, list(prompt), max_new_tokens, sampling, frozenset(stop))
 
@@ -107,8 +108,10 @@ def _generate(
     device = stage.mesh.device
     generator = torch.Generator().manual_seed(sampling.seed)
     cache = KeyValueCache()
-    pending = prompt
+    tokens, pending = list(prompt), prompt
     for _ in range(max_new_tokens):
+        if cache.length and rope_changes(stage.model, cache.length, len(tokens)):
+            cache, pending = KeyValueCache(), tokens
         with torch.inference_mode():
             batch = Batch(torch.tensor([pending], device=device))
             logits_V = stage(None, batch, "logits", cache)[0, -1]
@@ -116,6 +119,7 @@ def _generate(
         if token in stop:
             return
         yield token
+        tokens.append(token)
         pending = [token]
 
 

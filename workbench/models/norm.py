@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from workbench.parallel.backends import Normalise
+from workbench.parallel.collectives import copy_to, reduce_from
 from workbench.parallel.loss import accumulation_dtype
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
@@ -17,24 +18,33 @@ from workbench.spec.model import ModelConfig
 class RMSNorm(ParallelModule):
     """x / rms(x) * weight (arXiv:1910.07467).
 
-    The scaled value is rounded to x's type before the weight multiplies it, as in the reference models.
+    The scaled value is rounded to x's type before the weight multiplies it, as in the reference models; but not if
+    with `unit_offset` the factor is 1 + weight. Where the weight is cut over tp, so is what is normed, and each forward
+    and backward all-reduces one value a token over tp.
     """
 
     weight: nn.Parameter
 
-    def __init__(self, mesh: Mesh, weight: ParameterSpec, eps: float) -> None:
+    def __init__(self, mesh: Mesh, weight: ParameterSpec, eps: float, *, unit_offset: bool = False) -> None:
         super().__init__(mesh, weight=weight)
-        self.eps = eps
+        self.eps, self.unit_offset = eps, unit_offset
+        self.is_cut = mesh.tp.size > 1 and weight.parts[0].dim is not None
         self.normalise: Normalise | None = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.normalise is not None:
-            return self.normalise(x) * self.weight.to(x.dtype)
-        wide = x.to(accumulation_dtype(x.dtype))
-        # Not F.rms_norm: without a kernel of its own (on a CPU) its backward costs 1.5 times this one's.
-        mean_square = (wide * wide).sum(-1, keepdim=True) / x.shape[-1]
-        normed = wide * torch.rsqrt(mean_square + self.eps)
+        wide = accumulation_dtype(x.dtype)
+        normed = self._normed(x.to(wide)) if self.normalise is None else self.normalise(x)
+        if self.unit_offset:
+            return (normed * (1 + self.weight.to(wide))).to(x.dtype)
         return normed.to(x.dtype) * self.weight.to(x.dtype)
+
+    def _normed(self, wide: torch.Tensor) -> torch.Tensor:
+        # Not F.rms_norm: without a kernel of its own (on a CPU) its backward costs 1.5 times this one's.
+        mean_square = (wide * wide).sum(-1, keepdim=True) / wide.shape[-1]
+        if self.is_cut:
+            # Every rank goes on with the sum and sees part of its gradient. All heads have equally many copies.
+            mean_square = copy_to(reduce_from(mean_square, self.mesh.tp), self.mesh.tp) / self.mesh.tp.size
+        return wide * torch.rsqrt(mean_square + self.eps)
 
 
 class LayerNorm(ParallelModule):
@@ -42,6 +52,7 @@ class LayerNorm(ParallelModule):
 
     weight: nn.Parameter
     bias: nn.Parameter
+    is_cut = False
 
     def __init__(self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec, eps: float) -> None:
         super().__init__(mesh, weight=weight, bias=bias)
@@ -58,4 +69,4 @@ def build_norm(model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], 
     """The norm at `path` that the model's features ask for."""
     if model.norm == "layernorm":
         return LayerNorm(mesh, specs[f"{path}.weight"], specs[f"{path}.bias"], model.norm_eps)
-    return RMSNorm(mesh, specs[f"{path}.weight"], model.norm_eps)
+    return RMSNorm(mesh, specs[f"{path}.weight"], model.norm_eps, unit_offset=model.norm_unit_offset)

@@ -17,15 +17,25 @@ import torch.nn.functional as F
 
 from workbench.parallel.loss import VocabParallelSoftmax, accumulation_dtype
 from workbench.parallel.mesh import Axis
+from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 
 @dataclass(frozen=True)
 class Chunking:
-    """How a head's loss is computed: over which axis its vocabulary is cut, its true size, tokens at a time."""
+    """How a head's loss is computed: over which axis its vocabulary is cut, its true size, tokens at a time, and what
+    its logits are capped at."""
 
     axis: Axis
     vocab_size: int
     tokens: int
+    softcap: float | None = None
+
+    def softmax(
+        self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
+    ) -> tuple[VocabParallelSoftmax, torch.Tensor]:
+        """The losses of a chunk, and its logits."""
+        logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
+        return VocabParallelSoftmax(logits_CV, labels_C, self.axis, self.vocab_size), logits_CV
 
 
 def chunked_loss(
@@ -55,12 +65,7 @@ def chunked_token_losses(
     """The loss of each label [N], 0 where ignored; without gradients."""
     weight, bias = _cast(weight_VD, bias_V, hidden_ND.dtype)
     pairs = zip(hidden_ND.split(how.tokens), labels_N.split(how.tokens), strict=True)
-    return torch.cat(
-        [
-            VocabParallelSoftmax(F.linear(h, weight, bias), labels, how.axis, how.vocab_size).losses_N
-            for h, labels in pairs
-        ]
-    )
+    return torch.cat([how.softmax(hidden_CD, weight, bias, labels_C)[0].losses_N for hidden_CD, labels_C in pairs])
 
 
 class _ChunkedLoss(torch.autograd.Function):
@@ -83,10 +88,11 @@ class _ChunkedLoss(torch.autograd.Function):
         for start in range(0, len(labels_N), how.tokens):
             rows = slice(start, start + how.tokens)
             hidden_CD = hidden_ND[rows]
-            softmax = VocabParallelSoftmax(F.linear(hidden_CD, weight, bias), labels_N[rows], how.axis, how.vocab_size)
+            softmax, logits_CV = how.softmax(hidden_CD, weight, bias, labels_N[rows])
             total += softmax.losses_N.sum()
             ones_C = torch.ones_like(softmax.losses_N)
-            grad_CV = VocabParallelSoftmax.gradient(softmax.tensors, ones_C).to(weight.dtype)
+            grad_CV = VocabParallelSoftmax.gradient(softmax.tensors, ones_C)
+            grad_CV = through_soft_cap(grad_CV, logits_CV, how.softcap).to(weight.dtype)
             if grad_ND is not None:
                 torch.mm(grad_CV, weight, out=grad_ND[rows])
             if grad_VD is not None and grad_VD.dtype == weight.dtype:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,6 +65,24 @@ class _Scatter(torch.autograd.Function):
         return ctx.axis.all_gather(grad, ctx.dim), None, None
 
 
+class _Exchange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+        ctx.axis, ctx.sent, ctx.received = axis, sent, received
+        return _exchange(rows, axis, sent, received)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
+        return _exchange(grad, ctx.axis, ctx.received, ctx.sent), None, None, None
+
+
+def _exchange(rows: torch.Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+    width = math.prod(rows.shape[1:])
+    pieces = [piece.reshape(-1) for piece in rows.split(list(sent))]
+    arrived = torch.cat(list(axis.exchange(pieces, [count * width for count in received])))
+    return arrived.view(-1, *rows.shape[1:])
+
+
 def copy_to(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """`tensor`, which is equal on all ranks of `axis`; backward sums the gradients over the axis.
 
@@ -89,3 +109,11 @@ def gather_copies(tensor: torch.Tensor, axis: Axis, dim: int = 1) -> torch.Tenso
 def scatter_to(tensor: torch.Tensor, axis: Axis, dim: int = 1) -> torch.Tensor:
     """This rank's share, on `dim`, of the sum of the ranks' tensors; backward gathers the gradients."""
     return tensor if axis.size == 1 else _Scatter.apply(tensor, axis, dim)
+
+
+def exchange_rows(rows: torch.Tensor, axis: Axis, sent: Sequence[int], received: Sequence[int]) -> torch.Tensor:
+    """The rows that each position of `axis` has for this one, in order of position, `received` of each.
+
+    `rows` go out in that order, `sent` to each. Backward sends the gradients back.
+    """
+    return rows if axis.size == 1 else _Exchange.apply(rows, axis, sent, received)

@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from workbench.errors import LaunchError
 from workbench.parallel.loss import accumulation_dtype
 from workbench.parallel.mesh import Mesh
+from workbench.parallel.module import ParallelModule
 
 
 class DataParallel:
@@ -40,20 +41,27 @@ class DataParallel:
         reduce_dtype: the type in which gradients are summed over replicas; by default fp32 or wider.
         """
         self._stage: FSDPModule | None = None
-        if mesh.data_mesh is None:
+        if mesh.replicas_of().mesh is None:
             return
         self._shard = mesh.layout.shard
-        # Where all replicas share one copy there is no second sum, not even one over a single rank.
-        one_copy = mesh.shard.size == mesh.data.size
+        layers = [module for module in stage.modules() if isinstance(module, ParallelModule)]
+        # Different experts have other replicas than the rest of their layer. What no gradient changes is kept whole.
+        dealt = [(layer, next(iter(layer.specs.values()))) for layer in layers if layer.is_dealt]
+        kept = {getattr(m, name) for m in layers for name, spec in m.specs.items() if spec.role == "balance"}
         policy = MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=reduce_dtype or accumulation_dtype(compute_dtype)
         )
-        for module in (*blocks, stage):
+        for module, spec in (*dealt, *((block, None) for block in blocks), (stage, None)):
+            replicas = mesh.replicas_of(spec)
+            assert replicas.mesh is not None and replicas.mesh.mesh_dim_names is not None
+            one_copy, names = replicas.one_copy, replicas.mesh.mesh_dim_names
             wrapped = fully_shard(
                 module,
-                mesh=mesh.data_mesh["dp_shard"] if one_copy else mesh.data_mesh,
+                # Where all replicas share one copy there is no second sum, not even one over a single rank.
+                mesh=replicas.mesh[names[1]] if one_copy else replicas.mesh,
                 mp_policy=policy,
                 reshard_after_forward=self._shard == "zero3" and module is not stage,
+                ignored_params=kept,
             )
             wrapped.set_gradient_divide_factor(1.0)
             # Otherwise torch asks for a pre-multiplied sum in fp32, which gloo does not have.

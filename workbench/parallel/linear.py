@@ -19,6 +19,7 @@ class ColumnParallelLinear(ParallelModule):
 
     Forward communicates nothing; backward all-reduces the gradient of the input over tp. Under sequence parallelism the
     input is this rank's tokens: forward gathers them over tp, backward reduces and scatters.
+    `entered` says that the input has been through `whole_input` already: then nothing is communicated.
     `delta`, when set, maps the input to something that is added to the output (an adapter).
     """
 
@@ -26,14 +27,25 @@ class ColumnParallelLinear(ParallelModule):
     bias: nn.Parameter | None
     delta: nn.Module | None
 
-    def __init__(self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec | None = None) -> None:
+    def __init__(
+        self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec | None = None, *, entered: bool = False
+    ) -> None:
         super().__init__(mesh, weight=weight, bias=bias)
         self.delta = None
+        self.entered = entered
 
     def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
-        x_BTI = enter_cut(x_BTI, self.mesh)
-        y_BTO = column_product(self.gemm, x_BTI, self.weight, self.bias, self.mesh)
+        if self.entered:
+            y_BTO = self.gemm(x_BTI, self.weight, self.bias)
+        else:
+            x_BTI = enter_cut(x_BTI, self.mesh)
+            y_BTO = column_product(self.gemm, x_BTI, self.weight, self.bias, self.mesh)
         return y_BTO if self.delta is None else y_BTO + self.delta(x_BTI)
+
+    @property
+    def gathers(self) -> bool:
+        """Whether the input is this rank's tokens and the output that of all."""
+        return self.mesh.layout.sequence_parallel and not self.entered
 
     @property
     def output_sizes(self) -> tuple[int, ...]:
@@ -65,3 +77,27 @@ class RowParallelLinear(ParallelModule):
             y_BTO = y_BTO + self.delta(x_BTI)
         y_BTO = leave_cut(y_BTO, self.mesh)
         return y_BTO if self.bias is None else y_BTO + self.bias.to(y_BTO.dtype)
+
+
+class DuplicatedLinear(ParallelModule):
+    """y = x W^T + b of the tokens that this rank has, the weights whole on every rank. No communication.
+
+    `delta` is added to the output.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+    delta: nn.Module | None
+
+    def __init__(self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec | None = None) -> None:
+        super().__init__(mesh, weight=weight, bias=bias)
+        self.delta = None
+
+    def forward(self, x_BTI: torch.Tensor) -> torch.Tensor:
+        y_BTO = self.gemm(x_BTI, self.weight, self.bias)
+        return y_BTO if self.delta is None else y_BTO + self.delta(x_BTI)
+
+    @property
+    def output_sizes(self) -> tuple[int, ...]:
+        """Outputs of each fused projection, in order."""
+        return tuple(part.shape[0] for part in self.specs["weight"].parts)

@@ -81,13 +81,14 @@ def _live(
 ) -> LiveParameter:
     tied = mesh.layout.last_stage != 0 and EMBED in spec.places and FINAL in spec.places
     everywhere = mesh.layout.pp > 1 and sum(isinstance(place, int) for place in spec.places) > 1
-    cut = isinstance(parameter, DTensor) and mesh.shard.size > 1
+    replicas = mesh.replicas_of(spec)
+    cut = isinstance(parameter, DTensor) and replicas.sharers > 1
     # The first of the copies that replicas hold, or share, speaks for all; so does the first of the stages.
-    counted = mesh.data.rank < (mesh.shard.size if cut else 1) and not ((tied or everywhere) and mesh.pp.rank > 0)
+    counted = replicas.rank < (replicas.sharers if cut else 1) and not ((tied or everywhere) and mesh.pp.rank > 0)
     if cut:
         rows = parameter.shape[0]
-        share = math.ceil(rows / mesh.shard.size)
-        start = min(share * mesh.shard.rank, rows)
+        share = math.ceil(rows / replicas.sharers)
+        start = min(share * (replicas.rank % replicas.sharers), rows)
         shards = cut_rows(shards, start, min(start + share, rows))
     return LiveParameter(path, spec, parameter, shards, tied, everywhere, counted)
 

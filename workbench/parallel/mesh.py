@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from workbench.spec.geometry import ParameterSpec
 from workbench.spec.layout import Coordinate, ParallelLayout
 
 Operation = Literal["sum", "max", "min"]
@@ -181,6 +182,19 @@ class PipelineAxis(Axis):
         return work
 
 
+@dataclass(frozen=True, slots=True)
+class Replicas:
+    """The ranks that hold the same boxes of a parameter: `rank` counts this one, neighbours by `sharers` share a copy.
+
+    mesh: these ranks as FSDP2 wants them, (copies, ranks that share one); None where there are no others.
+    """
+
+    rank: int
+    sharers: int
+    one_copy: bool
+    mesh: DeviceMesh | None
+
+
 def _one(name: str) -> Axis:
     return Axis(name, [0], 0, None)
 
@@ -197,9 +211,12 @@ class Axes:
     shard: Axis = field(default_factory=lambda: _one("shard"))
     holders: Axis = field(default_factory=lambda: _one("holders"))
     tied: Axis = field(default_factory=lambda: _one("tied"))
+    ep: Axis = field(default_factory=lambda: _one("ep"))
     world: Axis = field(default_factory=lambda: _one("world"))
     data_mesh: DeviceMesh | None = None
     """The replicas as FSDP2 wants them: (copies, ranks that share one)."""
+    expert_mesh: DeviceMesh | None = None
+    """Those of them that hold the same experts, in the same way."""
 
 
 class Mesh:
@@ -207,21 +224,30 @@ class Mesh:
 
     tp, cp, dp, pp: the four axes of the layout. data: the replicas of this rank's parameters, which are the ranks of dp
     and cp together (position dp_rank * cp + cp_rank). shard: those replicas that share one copy of the parameters.
-    holders: all ranks of this stage, which together hold its parameters. tied: the first and the last stage. world: all
-    ranks.
+    holders: all ranks of this stage, which together hold its parameters. tied: the first and the last stage. ep: the
+    neighbours among the replicas that share the experts, `layout.ep` of them. world: all ranks.
     """
 
     def __init__(self, layout: ParallelLayout, device: torch.device, rank: int, axes: Axes) -> None:
         self.layout, self.rank, self.device = layout, rank, device
         self.tp, self.cp, self.dp, self.pp = axes.tp, axes.cp, axes.dp, axes.pp
         self.data, self.shard, self.holders, self.tied = axes.data, axes.shard, axes.holders, axes.tied
-        self.world = axes.world
-        self.data_mesh = axes.data_mesh
+        self.ep, self.world = axes.ep, axes.world
+        self._data_mesh, self._expert_mesh = axes.data_mesh, axes.expert_mesh
         self._copies: dict[int, Axis] = {1: Axis("copies", [rank], 0, None)}
 
     @property
     def coordinate(self) -> Coordinate:
         return self.layout.coordinate(self.rank)
+
+    def replicas_of(self, spec: ParameterSpec | None = None) -> Replicas:
+        """Who holds what this rank holds of a parameter; by default of one that is not dealt over the expert axis."""
+        layout = self.layout
+        if spec is None or spec.dealt == 1:
+            sharers = self.shard.size
+            return Replicas(self.data.rank, sharers, sharers == self.data.size, self._data_mesh)
+        sharers = layout.expert_shard_degree
+        return Replicas(self.data.rank // layout.ep, sharers, sharers == layout.expert_replicas, self._expert_mesh)
 
     @staticmethod
     def single(device: torch.device | None = None) -> Mesh:
@@ -293,6 +319,7 @@ def _make_axes(layout: ParallelLayout, device: torch.device, rank: int) -> Axes:
         holders_group = grid.get_group("tp") if dp * cp == 1 else _group_of(rank, stages)
     position = data.index(rank)
     first = position - position % shards
+    ep_axis, expert_mesh = _expert_axis(layout, device, data, position)
     return Axes(
         tp=Axis("tp", line("tp_rank", at), at.tp_rank, grid.get_group("tp")),
         cp=Axis("cp", line("cp_rank", at), at.cp_rank, cp_group),
@@ -302,9 +329,28 @@ def _make_axes(layout: ParallelLayout, device: torch.device, rank: int) -> Axes:
         shard=Axis("shard", data[first : first + shards], position - first, grid.get_group("dp_shard")),
         holders=Axis("holders", stages[at.stage], rank % width, holders_group),
         tied=_axis_of(rank, "tied", tied, _group_of(rank, ends)),
+        ep=ep_axis,
         world=Axis("world", range(layout.world_size), rank, dist.group.WORLD),
+        expert_mesh=expert_mesh,
         data_mesh=grid["dp_replicate", "dp_shard"] if layout.replicas > 1 else None,
     )
+
+
+def _expert_axis(
+    layout: ParallelLayout, device: torch.device, data: Sequence[int], position: int
+) -> tuple[Axis, DeviceMesh | None]:
+    """The neighbours among the replicas `data` that share the experts, and the replicas that hold the same ones."""
+    ep, shards = layout.ep, layout.expert_shard_degree
+    if ep == 1:
+        return Axis("ep", [data[position]], 0, None), None
+    grid = init_device_mesh(
+        device.type,
+        (layout.pp, layout.expert_replicas // shards, shards, ep, layout.tp),
+        mesh_dim_names=("pp", "expert_replicate", "expert_shard", "ep", "tp"),
+    )
+    first = position - position % ep
+    axis = Axis("ep", data[first : first + ep], position - first, grid.get_group("ep"))
+    return axis, grid["expert_replicate", "expert_shard"]
 
 
 def _axis_of(rank: int, name: str, ranks: Sequence[int], group: dist.ProcessGroup | None) -> Axis:

@@ -26,11 +26,17 @@ class ParallelModule(nn.Module):
             self.specs[name] = spec
             shape = spec.local_shape(mesh.tp.size)
             self.register_parameter(name, nn.Parameter(torch.empty(shape)))
-            for part in spec.parts:
+            for part in spec.local_parts():
                 shard = part.shard(mesh.tp.size, mesh.tp.rank)
                 if shard is not None and shard.partial_grad:
                     mesh.copies(shard.copies)
 
     def shards(self) -> dict[str, tuple[Shard, ...]]:
         """Per parameter: which box of which logical tensor lies where in it, before data parallelism cuts its rows."""
-        return {name: spec.shards(self.mesh.tp.size, self.mesh.tp.rank) for name, spec in self.specs.items()}
+        tp, ep = self.mesh.tp, self.mesh.ep
+        return {name: spec.shards(tp.size, tp.rank, ep.rank) for name, spec in self.specs.items()}
+
+    @property
+    def is_dealt(self) -> bool:
+        """Whether ranks of the expert axis hold different tensors in the layer's parameters."""
+        return any(spec.dealt > 1 for spec in self.specs.values())

@@ -51,6 +51,7 @@ def execution_faults(options: StageOptions, model: ModelConfig, layout: Parallel
         *compile_faults(options, model, layout),
         *fp8_size_faults(options, model, layout),
         *te_faults(options, model, layout),
+        *expert_faults(options, model),
     ]
 
 
@@ -129,6 +130,18 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
             f"kernels.backend='te' and model.attention_dropout={model.attention_dropout:g}: its dropout depends on the "
             "layout; use attention_dropout = 0 or backend = 'torch'"
         )
+    if model.latent is not None:
+        found.append(
+            "kernels.backend='te' and model.latent: keys and values from a latent do not reach its attention; "
+            "use backend = 'torch'"
+        )
+    scoring = {"attention_mask", "sliding_window", "attn_logit_softcapping", "query_pre_attn_scalar"}
+    for name, value in model.model_dump(include=scoring).items():
+        if value not in (None, "causal"):
+            found.append(
+                f"kernels.backend='te' and model.{name}={value}: its attention knows plain causal scores alone; "
+                "use backend = 'torch'"
+            )
     if layout.cp > 1:
         found.append(
             f"kernels.backend='te' and cp={layout.cp}: its attention does not know how we deal out a sequence; "
@@ -139,4 +152,24 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
             "precision.linear='te:delayed' and recompute.mode='full': computing a layer again would count its largest "
             "values twice; use 'te:current' or recompute.mode = 'selective'"
         )
+    return found
+
+
+def expert_faults(options: StageOptions, model: ModelConfig) -> list[str]:
+    """Why experts cannot be computed in this way, if they cannot."""
+    if model.moe is None:
+        return []
+    found = []
+    if options.compile_blocks:
+        found.append(
+            "kernels.compile=true and model.moe: how many tokens each expert gets changes with every batch, which "
+            "breaks the graph of its layer; use compile = false"
+        )
+    if options.linear != "compute":
+        found.append(
+            f"precision.linear={options.linear!r} and model.moe: experts are multiplied in groups, for which there is "
+            "no such product here; use linear = 'compute'"
+        )
+    if options.backend == "te":
+        found.append("kernels.backend='te' and model.moe: it does not get the experts here; use backend = 'torch'")
     return found

@@ -166,25 +166,32 @@ class ParameterSpec:
     """A run-time parameter of a stage: its path in the stage's module tree, and its parts, stacked on dim 0.
 
     `places` are the positions in the network (a global layer index, EMBED or FINAL) that hold it: one, or two for tied
-    embeddings. `role` says what it is to the optimizer and to the initialiser.
+    embeddings. `role` says what it is to the optimizer and to the initialiser. `dealt`: over how many ranks of the
+    expert axis the parts are dealt, equally many to each, in order.
     """
 
     path: str
     parts: tuple[Part, ...]
     places: tuple[Place, ...]
-    role: Literal["matrix", "embedding", "bias", "norm", "head"]
+    role: Literal["matrix", "embedding", "bias", "norm", "head", "router", "balance"]
     init: Initial = "normal"
+    dealt: int = 1
+
+    def local_parts(self, ep_rank: int = 0) -> tuple[Part, ...]:
+        """The parts that rank `ep_rank` of the expert axis holds."""
+        share = len(self.parts) // self.dealt
+        return self.parts[share * ep_rank :][:share] if self.dealt > 1 else self.parts
 
     def local_shape(self, tp: int) -> tuple[int, ...]:
-        """Shape of the parameter on each rank of a tensor-parallel group of `tp`."""
-        shapes = [part.local_shape(tp) for part in self.parts]
+        """Shape of the parameter on each rank of a tensor-parallel group of `tp`; that of the parts does not vary."""
+        shapes = [part.local_shape(tp) for part in self.local_parts()]
         return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
-    def shards(self, tp: int, tp_rank: int) -> tuple[Shard, ...]:
-        """Which box of which logical tensor lies where in the parameter of rank `tp_rank`."""
+    def shards(self, tp: int, tp_rank: int, ep_rank: int = 0) -> tuple[Shard, ...]:
+        """Which box of which logical tensor lies where in the parameter of a rank."""
         found: list[Shard] = []
         row = 0
-        for part in self.parts:
+        for part in self.local_parts(ep_rank):
             shard = part.shard(tp, tp_rank)
             if shard is not None:
                 local = shard.local.shift((row,) + (0,) * (len(part.shape) - 1))

@@ -38,6 +38,14 @@ class ParallelLayout(Config):
     pp: int = Field(default=1, gt=0, description="Stages of the pipeline.")
     vpp: int = Field(default=1, gt=0, description="Chunks of layers in each stage (virtual stages).")
     dp: int = Field(default=1, gt=0, description="Copies of the model that split the batch.")
+    ep: int = Field(
+        default=1, gt=0, description="Replicas that share the experts (expert parallelism); it divides dp x cp."
+    )
+    etp: int | None = Field(
+        default=None,
+        gt=0,
+        description="Tensor ranks that share each expert's width: all of them, as when not set, or 1.",
+    )
     pp_layout: tuple[int, ...] | None = Field(
         default=None, description="Layers per virtual stage in the order of the network, when not even: [6, 8, 8, 6]."
     )
@@ -78,6 +86,21 @@ class ParallelLayout(Config):
     def shard_degree(self) -> int:
         """Replicas over which each parameter's rows are cut; 1 without sharding."""
         return 1 if self.shard == "none" else self.shard_size or self.replicas
+
+    @property
+    def expert_tp(self) -> int:
+        """Tensor ranks that share each expert's width."""
+        return self.tp if self.etp is None else self.etp
+
+    @property
+    def expert_replicas(self) -> int:
+        """Ranks that hold the same box of every expert."""
+        return self.replicas // self.ep
+
+    @property
+    def expert_shard_degree(self) -> int:
+        """Replicas over which the rows of experts are cut: those of `shard_degree` that hold the same ones."""
+        return max(self.shard_degree // self.ep, 1)
 
     @property
     def token_multiple(self) -> int:
@@ -146,6 +169,7 @@ class ParallelLayout(Config):
             *self._depth_faults(model),
             *self._token_faults(model),
             *self._shard_faults(),
+            *self._expert_faults(model),
         ]
 
     def _width_faults(self, model: ModelConfig) -> list[str]:
@@ -158,10 +182,47 @@ class ParallelLayout(Config):
                 f"num_key_value_heads={kv_heads} can neither be split over nor copied evenly to tp={self.tp}; "
                 f"use a tp that divides {kv_heads} or is a multiple of it"
             )
-        if model.intermediate_size % self.tp:
+        if not all(map(model.has_experts, range(model.num_hidden_layers))) and model.intermediate_size % self.tp:
             found.append(
                 f"intermediate_size={model.intermediate_size} cannot be split over tp={self.tp}; "
                 f"{_use('tp', model.intermediate_size)}"
+            )
+        return found
+
+    def _expert_faults(self, model: ModelConfig) -> list[str]:
+        moe, found = model.moe, []
+        if moe is None:
+            given = [
+                f"{name}={value}" for name, value in (("ep", self.ep), ("etp", self.etp)) if value not in (1, None)
+            ]
+            return [f"{' and '.join(given)}: the model has no experts to share; remove them"] if given else []
+        if self.replicas % self.ep:
+            found.append(f"ep={self.ep} does not divide dp={self.dp} x cp={self.cp}; {_use('ep', self.replicas)}")
+        if moe.num_experts % self.ep:
+            found.append(
+                f"num_experts={moe.num_experts} cannot be dealt over ep={self.ep}; {_use('ep', moe.num_experts)}"
+            )
+        if self.expert_tp not in (1, self.tp):
+            found.append(f"etp={self.etp} is neither 1 nor tp={self.tp}; leave it out or set it to 1")
+        if moe.moe_intermediate_size % self.expert_tp:
+            found.append(
+                f"moe_intermediate_size={moe.moe_intermediate_size} cannot be split over etp={self.expert_tp}; "
+                f"{_use('tp', moe.moe_intermediate_size)} or etp = 1"
+            )
+        if moe.shared_expert_intermediate_size % self.tp:
+            width = moe.shared_expert_intermediate_size
+            found.append(
+                f"shared_expert_intermediate_size={width} cannot be split over tp={self.tp}; {_use('tp', width)}"
+            )
+        if self.expert_tp == 1 < self.tp and not self.sequence_parallel:
+            found.append(
+                f"etp=1 with tp={self.tp}: without sequence_parallel every tensor rank would compute all tokens again; "
+                "set sequence_parallel = true or leave etp out"
+            )
+        if self.shard_size is not None and self.shard != "none" and self.shard_size % self.ep:
+            found.append(
+                f"shard_size={self.shard_size} is not a multiple of ep={self.ep}, so replicas that share parameters "
+                f"would hold different experts; use a multiple of {self.ep} or leave shard_size out"
             )
         return found
 

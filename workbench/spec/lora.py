@@ -3,7 +3,8 @@
 An adapted projection computes x W^T + s (x A^T) B^T (Hu et al., arXiv:2106.09685). Every logical projection has a pair
 of its own, also where several are fused in one run-time parameter, so that adapters are exchanged as plain renames.
 A column-parallel projection has A whole on every rank and B cut like the outputs; a row-parallel one has A cut like
-the inputs and B whole. Each rank sees part of the gradient of a whole factor.
+the inputs and B whole. Each rank sees part of the gradient of a whole factor. A projection that is whole on every rank
+has whole factors, whose gradients are whole or partial as its own.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from workbench.errors import ConfigError
 from workbench.spec.geometry import LogicalTensor, ParameterSpec, Part
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import head_specs, layer_specs
+from workbench.spec.schema import feed_forward_specs, head_specs, layer_specs
 
 A_SUFFIX, B_SUFFIX = "lora_A.weight", "lora_B.weight"
 
@@ -71,14 +72,16 @@ class LoraPair:
 
 def projections(model: ModelConfig) -> tuple[str, ...]:
     """The names of the projections in a layer that can be adapted, in network order."""
-    return tuple(
-        _leaf(part) for spec in layer_specs(model, ParallelLayout(), 0) if spec.role == "matrix" for part in spec.parts
-    )
+    return tuple(_leaf(part) for spec in _adaptable(model, ParallelLayout(), 0) for part in spec.parts)
 
 
 def resolved_targets(model: ModelConfig, lora: LoraSpec) -> tuple[str, ...]:
     """The projections that `lora` adapts, in network order; ConfigError for a name that the model does not have."""
     known = projections(model)
+    if lora.targets == "all" and model.moe is not None:
+        raise ConfigError(
+            f'targets = "all": the model has experts, to which there are no adapters; name some of {", ".join(known)}'
+        )
     if lora.targets == "all":
         return known
     unknown = [name for name in lora.targets if name not in known]
@@ -92,11 +95,11 @@ def resolved_targets(model: ModelConfig, lora: LoraSpec) -> tuple[str, ...]:
     return tuple(name for name in known if name in lora.targets)
 
 
-def layer_pairs(model: ModelConfig, lora: LoraSpec, layer: int) -> Iterator[LoraPair]:
+def layer_pairs(model: ModelConfig, lora: LoraSpec, layout: ParallelLayout, layer: int) -> Iterator[LoraPair]:
     """The adapters of one layer."""
     targets = resolved_targets(model, lora)
-    for base in layer_specs(model, ParallelLayout(), layer):
-        parts = tuple(part for part in base.parts if _leaf(part) in targets) if base.role == "matrix" else ()
+    for base in _adaptable(model, layout, layer):
+        parts = tuple(part for part in base.parts if _leaf(part) in targets)
         if parts:
             path = f"{base.path.removesuffix('.weight')}.delta"
             a = ParameterSpec(f"{path}.lora_A", tuple(_a(p, lora.r) for p in parts), base.places, "matrix", "fan_in")
@@ -106,7 +109,7 @@ def layer_pairs(model: ModelConfig, lora: LoraSpec, layer: int) -> Iterator[Lora
 
 def adapter_specs(model: ModelConfig, lora: LoraSpec, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
     """Every run-time parameter that an adapter checkpoint holds: the pairs, and the sequence head if there is one."""
-    pairs = (pair for layer in range(model.num_hidden_layers) for pair in layer_pairs(model, lora, layer))
+    pairs = (pair for layer in range(model.num_hidden_layers) for pair in layer_pairs(model, lora, layout, layer))
     heads = [spec for spec in head_specs(model, layout) if model.num_labels and spec.role == "head"]
     return (*(spec for pair in pairs for spec in (pair.a, pair.b)), *heads)
 
@@ -126,18 +129,24 @@ def factor_names(weight: str) -> tuple[str, str]:
     return f"{module}.{A_SUFFIX}", f"{module}.{B_SUFFIX}"
 
 
+def _adaptable(model: ModelConfig, layout: ParallelLayout, layer: int) -> list[ParameterSpec]:
+    """The matrices of a layer; where layers have experts, those of attention alone."""
+    fixed = {s.path for s in feed_forward_specs(model, layout, layer)} if model.moe is not None else set()
+    return [s for s in layer_specs(model, layout, layer) if s.role == "matrix" and s.path not in fixed]
+
+
 def _a(base: Part, r: int) -> Part:
     shape = (r, base.shape[1])
     if base.dim == 1:
         return Part(factor_names(base.name)[0], shape, dim=1, units=base.units)
-    return Part(factor_names(base.name)[0], shape, partial_grad=True)
+    return Part(factor_names(base.name)[0], shape, partial_grad=base.partial_grad or base.dim is not None)
 
 
 def _b(base: Part, r: int) -> Part:
     shape = (base.shape[0], r)
     if base.dim == 0:
         return Part(factor_names(base.name)[1], shape, dim=0, units=base.units, replicate=base.replicate)
-    return Part(factor_names(base.name)[1], shape, partial_grad=True)
+    return Part(factor_names(base.name)[1], shape, partial_grad=base.partial_grad or base.dim is not None)
 
 
 def _leaf(part: Part) -> str:

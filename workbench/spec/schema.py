@@ -6,18 +6,17 @@ Layers are built from these specs, so a layer's `shards()` and the offline plann
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import product
 from typing import Final, Literal
 
+from workbench.spec.attention_schema import latent_specs
+from workbench.spec.expert_specs import expert_specs, router_specs
 from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
+from workbench.spec.norm_placement import PLACEMENTS, SUMS, BlockNorms
 
 OPTIMIZER_PREFIX: Final = "optim."
-NORMS: Final = {
-    "pre": ("input_layernorm", "post_attention_layernorm"),
-    "post_residual": ("post_attention_layernorm", "post_feedforward_layernorm"),
-}
-"""The two norms of a layer by `norm_placement`: of its attention, and of its MLP."""
 
 
 def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
@@ -50,7 +49,7 @@ def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[Paramet
 def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple[ParameterSpec, ...]:
     """The parameters of one transformer layer."""
     base = f"layers.{layer}"
-    hidden, ffn, d = model.hidden_size, model.intermediate_size, model.head_dim
+    hidden, d = model.hidden_size, model.head_dim
     heads, kv_heads = model.num_attention_heads, model.num_key_value_heads
 
     def qkv(suffix: str, *columns: int) -> tuple[Part, ...]:
@@ -60,36 +59,35 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
             Part(f"{base}.self_attn.v_proj.{suffix}", (kv_heads * d, *columns), dim=0, units=kv_heads, replicate=True),
         )
 
-    def up(suffix: str, *columns: int) -> tuple[Part, ...]:
-        names = ("gate_proj", "up_proj") if model.gated_mlp else ("up_proj",)
-        return tuple(Part(f"{base}.mlp.{name}.{suffix}", (ffn, *columns), dim=0) for name in names)
-
-    o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * d), dim=1, units=heads)
-    down_proj = Part(f"{base}.mlp.down_proj.weight", (hidden, ffn), dim=1)
+    o_proj = Part(f"{base}.self_attn.o_proj.weight", (hidden, heads * model.value_head_dim), dim=1, units=heads)
     residual: Initial = "residual" if model.scale_residual_init else "normal"
     at = (layer,)
-    first_norm, second_norm = NORMS[model.norm_placement]
+    before_attention, after_attention, before_mlp, after_mlp = (
+        () if name is None else norm_specs(model, layout, f"{base}.{name}", layer) for name in block_norms(model)
+    )
     specs = [
-        *norm_specs(model, layout, f"{base}.{first_norm}", layer),
-        ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),
+        *before_attention,
+        *(
+            latent_specs(model, model.latent, layout, layer)
+            if model.latent is not None
+            else (ParameterSpec(f"{base}.self_attn.qkv_proj.weight", qkv("weight", hidden), at, "matrix"),)
+        ),
         ParameterSpec(f"{base}.self_attn.o_proj.weight", (o_proj,), at, "matrix", residual),
-        *norm_specs(model, layout, f"{base}.{second_norm}", layer),
-        ParameterSpec(f"{base}.mlp.up_proj.weight", up("weight", hidden), at, "matrix"),
-        ParameterSpec(f"{base}.mlp.down_proj.weight", (down_proj,), at, "matrix", residual),
+        *qk_norm_specs(model, f"{base}.self_attn", layer),
+        *after_attention,
+        *before_mlp,
+        *feed_forward_specs(model, layout, layer),
+        *after_mlp,
     ]
     if model.num_encoder_layers and layer >= model.num_encoder_layers:
         specs += cross_specs(model, layout, layer)
     if layer == model.num_encoder_layers - 1:
         specs += norm_specs(model, layout, "encoder_norm", layer)
-    if model.attention_bias:
+    if model.attention_bias and model.latent is None:
         specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
     if model.attention_output_bias:
         o_bias = Part(f"{base}.self_attn.o_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{base}.self_attn.o_proj.bias", (o_bias,), at, "bias", "zeros"))
-    if model.mlp_bias:
-        specs.append(ParameterSpec(f"{base}.mlp.up_proj.bias", up("bias"), at, "bias", "zeros"))
-        down_bias = Part(f"{base}.mlp.down_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
-        specs.append(ParameterSpec(f"{base}.mlp.down_proj.bias", (down_bias,), at, "bias", "zeros"))
     return tuple(specs)
 
 
@@ -108,9 +106,41 @@ def cross_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
     )
 
 
+def feed_forward_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> list[ParameterSpec]:
+    """The MLP of a layer, or its router, its experts and the one that they share."""
+    path, moe = f"layers.{layer}.mlp", model.moe
+    if moe is None or not moe.has_experts(layer):
+        return mlp_specs(model, layout, path, model.intermediate_size, layer)
+    specs = [*router_specs(model, moe, layout, layer), *expert_specs(model, moe, layout, layer)]
+    if width := moe.shared_expert_intermediate_size:
+        specs += mlp_specs(model, layout, f"{path}.shared_expert", width, layer)
+    return specs
+
+
+def mlp_specs(model: ModelConfig, layout: ParallelLayout, path: str, width: int, layer: int) -> list[ParameterSpec]:
+    """An MLP of this width."""
+    hidden, at = model.hidden_size, (layer,)
+    residual: Initial = "residual" if model.scale_residual_init else "normal"
+
+    def up(suffix: str, *columns: int) -> tuple[Part, ...]:
+        names = ("gate_proj", "up_proj") if model.gated_mlp else ("up_proj",)
+        return tuple(Part(f"{path}.{name}.{suffix}", (width, *columns), dim=0) for name in names)
+
+    down = Part(f"{path}.down_proj.weight", (hidden, width), dim=1)
+    specs = [
+        ParameterSpec(f"{path}.up_proj.weight", up("weight", hidden), at, "matrix"),
+        ParameterSpec(f"{path}.down_proj.weight", (down,), at, "matrix", residual),
+    ]
+    if model.mlp_bias:
+        specs.append(ParameterSpec(f"{path}.up_proj.bias", up("bias"), at, "bias", "zeros"))
+        down_bias = Part(f"{path}.down_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
+        specs.append(ParameterSpec(f"{path}.down_proj.bias", (down_bias,), at, "bias", "zeros"))
+    return specs
+
+
 def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
     """The last norm, if layers do not end with one, and the heads. A tied head has no weight of its own."""
-    specs = list(norm_specs(model, layout, "norm", FINAL)) if model.norm_placement == "pre" else []
+    specs = list(norm_specs(model, layout, "norm", FINAL)) if has_final_norm(model) else []
     hidden, vocabulary = model.hidden_size, model.vocab_size
     if model.pooler:
         specs += dense_specs("pooler", (hidden, hidden), bias=True)
@@ -154,11 +184,41 @@ def norm_specs(model: ModelConfig, layout: ParallelLayout, path: str, place: Pla
     """Scale, and shift if the norm has one. Under sequence parallelism each tensor rank norms other tokens, so it sees
     part of the gradient; so it is with all that acts between the cut layers."""
     weight = Part(f"{path}.weight", (model.hidden_size,), partial_grad=layout.sequence_parallel)
-    specs = [ParameterSpec(f"{path}.weight", (weight,), (place,), "norm", "ones")]
+    specs = [ParameterSpec(f"{path}.weight", (weight,), (place,), "norm", _norm_init(model))]
     if model.norm == "layernorm":
         bias = Part(f"{path}.bias", (model.hidden_size,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{path}.bias", (bias,), (place,), "norm", "zeros"))
     return tuple(specs)
+
+
+def block_norms(model: ModelConfig) -> BlockNorms:
+    """A layer's norms. One that both branches of a parallel residual share is the one before attention."""
+    before_attention, after_attention, before_mlp, after_mlp = PLACEMENTS[model.norm_placement]
+    return before_attention, after_attention, None if model.shared_norm else before_mlp, after_mlp
+
+
+def has_final_norm(model: ModelConfig) -> bool:
+    """Whether a norm follows the last layer, which does not end with one of the residual stream."""
+    return model.norm_placement != SUMS
+
+
+def qk_norm_specs(model: ModelConfig, base: str, layer: int) -> Iterator[ParameterSpec]:
+    """Scales of queries and keys: one for all heads, of whose gradient each tensor rank sees the part of its heads; or
+    of the whole width, cut like the heads."""
+    if model.qk_norm == "none":
+        return
+    d = model.head_dim
+    for kind, count in (("q", model.num_attention_heads), ("k", model.num_key_value_heads)):
+        name = f"{base}.{kind}_norm.weight"
+        if model.qk_norm == "head":
+            part = Part(name, (d,), partial_grad=True)
+        else:
+            part = Part(name, (count * d,), dim=0, units=count, replicate=kind == "k")
+        yield ParameterSpec(name, (part,), (layer,), "norm", _norm_init(model))
+
+
+def _norm_init(model: ModelConfig) -> Initial:
+    return "zeros" if model.norm_unit_offset else "ones"
 
 
 def weight_of(name: str) -> str:
@@ -199,6 +259,23 @@ def num_parameters(model: ModelConfig) -> int:
     return sum(tensor.numel for tensor in logical_tensors(model, "F32").values())
 
 
+def num_active_parameters(model: ModelConfig) -> int:
+    """Those of `num_parameters` that compute a token: of the experts of a layer only the ones that it takes."""
+    if model.moe is None:
+        return num_parameters(model)
+    layers, idle = (
+        model.moe.sparse_layers(model.num_hidden_layers),
+        model.moe.num_experts - model.moe.num_experts_per_tok,
+    )
+    return num_parameters(model) - len(layers) * idle * expert_size(model)
+
+
+def expert_size(model: ModelConfig) -> int:
+    """Elements of one expert."""
+    assert model.moe is not None
+    return model.hidden_size * model.moe.moe_intermediate_size * (3 if model.gated_mlp else 2)
+
+
 def stage_specs(model: ModelConfig, layout: ParallelLayout, stage: int) -> Iterator[ParameterSpec]:
     """The parameters that live on `stage` of the pipeline."""
     here = stage_places(model, layout, stage)
@@ -217,18 +294,20 @@ def stage_places(model: ModelConfig, layout: ParallelLayout, stage: int) -> set[
 
 def stored_shards(
     model: ModelConfig, layout: ParallelLayout, specs: Iterable[ParameterSpec] | None = None
-) -> Mapping[tuple[int, int], tuple[Shard, ...]]:
-    """What each (stage, tp_rank) writes to a checkpoint of `layout`: each logical element once.
+) -> Mapping[tuple[int, int, int], tuple[Shard, ...]]:
+    """What each (stage, tp_rank, ep_rank) writes to a checkpoint of `layout`: each logical element once.
 
-    Of several copies the first one writes; what several stages hold is written by the first stage. `specs`: what is
-    stored, if not the parameters of the model (an adapter).
+    Of several copies the first one writes; what several stages hold is written by the first stage, and what is not
+    dealt by the first rank of the expert axis. `specs`: what is stored, if not the parameters of the model (an
+    adapter).
     """
     everything = tuple(parameter_specs(model, layout) if specs is None else specs)
-    found: dict[tuple[int, int], tuple[Shard, ...]] = {}
+    found: dict[tuple[int, int, int], tuple[Shard, ...]] = {}
     for stage in range(layout.pp):
         here = stage_places(model, layout, stage)
         inside = [s for s in everything if here.intersection(s.places) and (stage == 0 or len(s.places) == 1)]
-        for tp_rank in range(layout.tp):
-            shards = (shard for spec in inside for shard in spec.shards(layout.tp, tp_rank))
-            found[stage, tp_rank] = tuple(shard for shard in shards if shard.copy == 0)
+        for tp_rank, ep_rank in product(range(layout.tp), range(layout.ep)):
+            held = [spec for spec in inside if ep_rank < spec.dealt]
+            shards = (shard for spec in held for shard in spec.shards(layout.tp, tp_rank, ep_rank))
+            found[stage, tp_rank, ep_rank] = tuple(shard for shard in shards if shard.copy == 0)
     return found

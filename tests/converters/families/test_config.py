@@ -2,157 +2,31 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import BertConfig, GPT2Config, LlamaConfig, T5Config
+from transformers import (
+    CONFIG_MAPPING,
+)
 
 from converters.family import detect_family, families, family_for, family_named
+from tests.converters.families.configs import CONFIGS, LATENT
 from workbench.errors import ConversionError
-from workbench.spec.model import ModelConfig, RopeScaling
+from workbench.spec.model import ModelConfig
+from workbench.spec.rope import RopeScaling
 
-LLAMA3_ROPE = {
-    "rope_type": "llama3",
-    "factor": 8.0,
-    "low_freq_factor": 1.0,
-    "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32,
+OLDER = {
+    "eos_token_id",
+    "rope_scaling",
+    "partial_rotary_factor",
+    "original_max_position_embeddings",
+    "max_window_layers",
+    "sliding_window_pattern",
+    "position_embedding_type",
 }
-CONFIGS: dict[str, dict[str, Any]] = {
-    "llama defaults": LlamaConfig(architectures=["LlamaForCausalLM"]).to_dict(),
-    "llama grouped, tied, biased": LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        vocab_size=99,
-        hidden_size=32,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-        attention_bias=True,
-        mlp_bias=True,
-        tie_word_embeddings=True,
-        rope_parameters={**LLAMA3_ROPE, "rope_theta": 500000.0},
-        eos_token_id=[7, 8],
-        pad_token_id=0,
-    ).to_dict(),
-    "llama linear rope": LlamaConfig(
-        architectures=["LlamaForCausalLM"],
-        rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 10000.0},
-    ).to_dict(),
-    "llama classifier": LlamaConfig(architectures=["LlamaForSequenceClassification"], num_labels=3).to_dict(),
-    "llama classifier of two": LlamaConfig(architectures=["LlamaForSequenceClassification"]).to_dict(),
-    "gpt2 defaults": GPT2Config(architectures=["GPT2LMHeadModel"]).to_dict(),
-    "gpt2 untied, own width": GPT2Config(
-        architectures=["GPT2LMHeadModel"], n_embd=32, n_head=4, n_inner=100, tie_word_embeddings=False, resid_pdrop=0.0
-    ).to_dict(),
-    "bert defaults": BertConfig(architectures=["BertForMaskedLM"]).to_dict(),
-    "bert, both heads": BertConfig(
-        architectures=["BertForPreTraining"], hidden_size=32, num_attention_heads=2, type_vocab_size=3
-    ).to_dict(),
-    "bert classifier": BertConfig(architectures=["BertForSequenceClassification"], num_labels=3).to_dict(),
-    "bert body": BertConfig(architectures=["BertModel"], hidden_act="gelu_new").to_dict(),
-    "bert of 2019": {
-        "architectures": ["BertForMaskedLM"],
-        "attention_probs_dropout_prob": 0.1,
-        "gradient_checkpointing": False,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.1,
-        "hidden_size": 768,
-        "initializer_range": 0.02,
-        "intermediate_size": 3072,
-        "layer_norm_eps": 1e-12,
-        "max_position_embeddings": 512,
-        "model_type": "bert",
-        "num_attention_heads": 12,
-        "num_hidden_layers": 12,
-        "pad_token_id": 0,
-        "position_embedding_type": "absolute",
-        "transformers_version": "4.6.0.dev0",
-        "type_vocab_size": 2,
-        "use_cache": True,
-        "vocab_size": 30522,
-    },
-    "t5 defaults": T5Config(architectures=["T5ForConditionalGeneration"]).to_dict(),
-    "t5, gated, not scaled": T5Config(
-        architectures=["T5ForConditionalGeneration"],
-        feed_forward_proj="gated-gelu",
-        tie_word_embeddings=False,
-        num_decoder_layers=3,
-    ).to_dict(),
-    "t5 of 2021": {
-        "architectures": ["T5ForConditionalGeneration"],
-        "d_ff": 1024,
-        "d_kv": 64,
-        "d_model": 512,
-        "decoder_start_token_id": 0,
-        "dropout_rate": 0.1,
-        "eos_token_id": 1,
-        "feed_forward_proj": "gated-gelu",
-        "initializer_factor": 1.0,
-        "is_encoder_decoder": True,
-        "layer_norm_epsilon": 1e-06,
-        "model_type": "t5",
-        "num_decoder_layers": 8,
-        "num_heads": 6,
-        "num_layers": 8,
-        "output_past": True,
-        "pad_token_id": 0,
-        "relative_attention_num_buckets": 32,
-        "tie_word_embeddings": False,
-        "use_cache": True,
-        "vocab_size": 32128,
-    },
-    "gpt2 of 2019": {
-        "activation_function": "gelu_new",
-        "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.1,
-        "bos_token_id": 50256,
-        "embd_pdrop": 0.1,
-        "eos_token_id": 50256,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-05,
-        "model_type": "gpt2",
-        "n_ctx": 1024,
-        "n_embd": 768,
-        "n_head": 12,
-        "n_layer": 12,
-        "n_positions": 1024,
-        "resid_pdrop": 0.1,
-        "summary_activation": None,
-        "summary_first_dropout": 0.1,
-        "summary_proj_to_labels": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-        "vocab_size": 50257,
-    },
-    "llama of 2024": {
-        "architectures": ["LlamaForCausalLM"],
-        "hidden_size": 2048,
-        "intermediate_size": 8192,
-        "model_type": "llama",
-        "num_attention_heads": 32,
-        "num_hidden_layers": 16,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": LLAMA3_ROPE,
-        "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
-        "torch_dtype": "bfloat16",
-        "vocab_size": 128256,
-    },
-    "llama of 2023": {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "intermediate_size": 11008,
-        "num_attention_heads": 32,
-        "num_hidden_layers": 32,
-        "rms_norm_eps": 1e-06,
-        "rope_scaling": {"type": "linear", "factor": 4.0},
-        "torch_dtype": "float16",
-        "vocab_size": 32000,
-    },
-}
+"""Keys that say again what others say, or of which a list is cut to its first."""
 
 
 def dtype_of(config: dict[str, Any]) -> str:
@@ -176,25 +50,37 @@ def test_a_configuration_written_without_its_original_describes_the_same_model(c
     model = family.load_config(CONFIGS[case])
     written = family.dump_config(model, "float32")
     assert family.load_config(written) == model
-    reader = {"llama": LlamaConfig, "gpt2": GPT2Config, "bert": BertConfig, "t5": T5Config}[family.name]
+    reader = CONFIG_MAPPING[family.model_type]
     theirs, ours = reader(**CONFIGS[case]).to_dict(), reader(**written).to_dict()
-    theirs["rope_parameters"] = {k: v for k, v in (theirs.get("rope_parameters") or {}).items() if k != "type"}
-    ours["rope_parameters"] = ours.get("rope_parameters") or {}
-    behaviour = {key for rule in family.fields for key in rule.keys} - {
-        "eos_token_id",
-        "rope_scaling",
-        "position_embedding_type",
-    }
+    theirs["rope_parameters"], ours["rope_parameters"] = rope_of(theirs), rope_of(ours)
+    if ours.get("head_dim") is not None and theirs.get("head_dim") is None:
+        theirs["head_dim"] = theirs["hidden_size"] // theirs["num_attention_heads"]  # what transformers then takes
+    behaviour = {key for rule in family.fields for key in rule.keys} - OLDER
     assert {key: ours.get(key) for key in behaviour} == {key: theirs.get(key) for key in behaviour}
 
 
+def rope_of(config: dict[str, Any]) -> dict[str, Any]:
+    """What transformers reads in `rope_parameters`, and for longrope the factor that it finds where none is said."""
+    found = {key: value for key, value in (config.get("rope_parameters") or {}).items() if key != "type"}
+    if found.get("rope_type") == "longrope":
+        found.setdefault("factor", config["max_position_embeddings"] / found["original_max_position_embeddings"])
+    return found
+
+
 @pytest.mark.parametrize("name", sorted(families()))
-def test_every_feature_of_a_model_has_one_place_in_the_family(name: str) -> None:
+def test_no_feature_of_a_model_has_two_places_in_the_family(name: str) -> None:
     family = family_named(name)
     claimed = [field for rule in family.fields for field in rule.fields]
     claimed += {name for features in family.other_classes.values() for name in features}
     claimed += [*family.features, *family.training_only, *family.unused, "num_labels"]
-    assert sorted(claimed) == sorted(ModelConfig.model_fields)
+    assert len(claimed) == len(set(claimed)) and set(claimed) <= ModelConfig.model_fields.keys()
+
+
+def test_a_feature_that_the_family_does_not_name_is_refused_on_export() -> None:
+    family = family_named("gpt2")
+    model = family.load_config({}).model_copy(update={"sliding_window": 8})
+    with pytest.raises(ConversionError, match="sliding_window=8 has no place, only None"):
+        family.dump_config(model, "float32")
 
 
 def test_scaled_rotary_positions_become_the_named_feature() -> None:
@@ -212,7 +98,7 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
     ("case", "change", "words"),
     [
         ("llama defaults", {"sliding_window": 4096}, ["sliding_window=4096 is unknown", "'llama'"]),
-        ("llama defaults", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, ["rope_type='yarn'", "linear"]),
+        ("llama defaults", {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}, ["rope_type='ntk'", "linear"]),
         ("llama defaults", {"hidden_act": "mish"}, ["hidden_act='mish'", "silu"]),
         ("llama defaults", {"rope_theta": 5.0}, ["rope_theta is given as 5.0 and as 10000.0"]),
         ("llama defaults", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
@@ -225,6 +111,20 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
         ("bert defaults", {"architectures": ["BertForTokenClassification"]}, ["BertForTokenClassification"]),
         ("t5 defaults", {"is_gated_act": True}, ["is_gated_act=True, but feed_forward_proj='relu' means False"]),
         ("t5 defaults", {"is_encoder_decoder": False}, ["is_encoder_decoder=False", "only True"]),
+        ("qwen2 defaults", {"layer_types": ["sliding_attention"] * 32}, ["layers that slide", "no sliding_window"]),
+        ("qwen3 defaults", {"layer_types": ["chunked_attention"] * 32}, ["layer_types has chunked_attention"]),
+        ("mistral defaults", {"layer_types": ["full_attention"] * 32}, ["layer_types=", "is unknown"]),
+        ("gemma2 defaults", {"use_bidirectional_attention": True}, ["use_bidirectional_attention=True"]),
+        ("gemma3 defaults", {"attn_logit_softcapping": 50.0}, ["attn_logit_softcapping=50.0", "only None"]),
+        ("gemma3 defaults", {"rope_local_base_freq": 5.0}, ["rope_theta of sliding_attention is given as 5.0 and as"]),
+        (
+            "gemma3 defaults",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            ["rope_parameters.sliding_attention=", "only a rope_theta"],
+        ),
+        ("deepseek_v3 defaults", {"scoring_func": "softmax"}, ["scoring_func='softmax'", "only 'sigmoid'"]),
+        ("deepseek_v3, dense", {"kv_lora_rank": None}, ["kv_lora_rank"]),
+        ("deepseek_v3, dense", {"num_key_value_heads": 8}, ["num_key_value_heads=8", "num_attention_heads=128"]),
         ("gpt2 defaults", {"scale_attn_weights": False}, ["scale_attn_weights=False", "only True"]),
         ("gpt2 defaults", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
         ("gpt2 defaults", {"activation_function": "mish", "odd": 1}, ["activation_function='mish'", "odd=1"]),
@@ -246,8 +146,12 @@ def test_what_has_no_place_is_refused_by_name(case: str, change: dict[str, Any],
         ("llama", {"norm": "layernorm"}, ["norm='layernorm'", "'rmsnorm'"]),
         ("llama", {"head_dim": 6, "num_attention_heads": 3, "num_key_value_heads": 3}, ["hidden_size=32", "=3"]),
         ("bert", {"pooler": True}, ["none of BertFor", "pooler=True", "next_sentence=False"]),
+        ("llama", {"latent": LATENT, "head_dim": 12}, ["latent={...}", "only None"]),
+        ("deepseek_v3", {}, ["latent=None"]),
         ("gpt2", {"num_key_value_heads": 2}, ["num_key_value_heads=2 is not num_attention_heads=4"]),
         ("gpt2", {"position_embedding": "rope"}, ["position_embedding='rope'"]),
+        ("llama", {"parallel_residual": True}, ["parallel_residual=True has no place, only False"]),
+        ("llama", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5 has no place here, only 1.0"]),
     ],
 )
 def test_a_model_that_the_family_cannot_say_is_refused_by_field(
@@ -266,21 +170,25 @@ def test_a_model_that_the_family_cannot_say_is_refused_by_field(
         assert word in str(error.value)
 
 
+def test_the_page_of_families_has_a_line_for_each() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "families.md").read_text()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE)) == sorted(families())
+
+
 def test_a_model_finds_its_family_by_what_it_is() -> None:
     for case in ("llama classifier", "gpt2 defaults", "bert, both heads", "bert classifier", "bert body"):
         family = detect_family(CONFIGS[case], "config.json")
         assert family_for(family.load_config(CONFIGS[case])) is family
-    odd = ModelConfig(
-        vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, norm="layernorm"
-    )
+    sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+    odd = ModelConfig(**sizes, num_attention_heads=2, norm="layernorm", position_embedding="learned")
     with pytest.raises(ConversionError, match=r"(?s)gpt2.*gated_mlp=True.*llama.*norm='layernorm'"):
         family_for(odd)
 
 
 def test_an_unknown_model_type_names_the_known_families() -> None:
-    with pytest.raises(ConversionError, match=r"model_type='mamba'.*gpt2, llama.*--family"):
+    with pytest.raises(ConversionError, match=r"model_type='mamba'.*gpt2, .*llama.*--family"):
         detect_family({"model_type": "mamba"}, "config.json")
-    with pytest.raises(ConversionError, match=r"'mamba' is not known; use one of: .*gpt2, llama"):
+    with pytest.raises(ConversionError, match=r"'mamba' is not known; use one of: .*gpt2, .*llama"):
         family_named("mamba")
 
 

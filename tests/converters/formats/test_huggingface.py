@@ -77,7 +77,9 @@ def test_every_logical_tensor_is_there_and_equals_the_reference(folders: Mapping
         pairs = {name: theirs[f"encoder.block.1.layer.0.SelfAttention.{name}.weight"] for name in "qkv"}
     else:
         pairs = {name: theirs[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"}
-        assert np.array_equal(read("layers.3.input_layernorm.weight"), theirs["model.layers.3.input_layernorm.weight"])
+        assert np.array_equal(
+            read("layers.3.post_attention_layernorm.weight"), theirs["model.layers.3.post_attention_layernorm.weight"]
+        )
     for name, expected in pairs.items():
         assert np.array_equal(read(f"layers.1.self_attn.{name}_proj.weight"), expected.numpy())
 

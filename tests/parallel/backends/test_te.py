@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.helpers import fake_transformer_engine
-from tests.helpers.models import biased_model, gated_model
+from tests.helpers.models import biased_model, gated_model, post_norm_model
 from tests.helpers.ranks import run_ranks
 from workbench.errors import LaunchError
 from workbench.models.batch import Batch
@@ -22,7 +22,12 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-MODELS = {"gated": gated_model(**SIZES), "biased": biased_model(**SIZES, num_key_value_heads=2)}
+MODELS = {
+    "gated": gated_model(**SIZES),
+    "biased": biased_model(**SIZES, num_key_value_heads=2),
+    "post": post_norm_model(**SIZES, sliding_window=None),
+    "normed": gated_model(**SIZES, norm_placement="sandwich", norm_unit_offset=True, qk_norm="head"),
+}
 LINEARS = 4 * 2  # of both layers
 
 
