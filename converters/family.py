@@ -207,6 +207,7 @@ class Family:
 
     def _fixed(self) -> dict[str, Any]:
         named = {name for rule in self.fields for name in rule.fields} | {*self.training_only, *self.unused}
+        named |= {name for features in self.classes.values() for name in features}
         defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
         unnamed = {name: value for name, value in defaults.items() if name not in named | {"num_labels"}}
         return {**unnamed, **self.features}

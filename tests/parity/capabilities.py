@@ -97,7 +97,7 @@ FEATURES = (
         "an encoder with a decoder",
         "`tests/pretrain/test_answering_parity.py`",
         {},
-        model={"num_encoder_layers": 4, "position_embedding": "relative"},
+        model={"num_encoder_layers": 4, "position_embedding": "relative", "num_key_value_heads": 4},
     ),
     Feature(
         "dropout", "dropout on hidden states", "`tests/pretrain/test_parity.py`", {}, model={"hidden_dropout": 0.1}

@@ -234,7 +234,9 @@ class ModelConfig(Config):
             "type_vocab_size": 0,
         }
         found += [
-            f"{name}={value!r} does not go with num_encoder_layers={self.num_encoder_layers}, only {only[name]!r}"
+            f"{name}={'{...}' if isinstance(value, dict) else repr(value)} does not go with "
+            f"num_encoder_layers={self.num_encoder_layers}, only {only[name]!r}; "
+            "use that or num_encoder_layers = 0"
             for name, value in self.model_dump(include=set(only)).items()
             if value != only[name]
         ]
