@@ -136,7 +136,9 @@ def test_its_activation_exports_to_what_transformers_computes_and_its_mask_is_re
 
 
 def test_a_word_without_its_file_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'gelu_tan' is not one of gelu, gelu_tanh, relu, silu; did you mean 'gelu_tanh'"):
+    with pytest.raises(
+        ValueError, match=r"'gelu_tan' is not one of gelu, gelu_tanh, relu, silu; did you mean 'gelu_tanh'"
+    ):
         tiny_model(hidden_act="gelu_tan")
     with pytest.raises(ValueError, match="'chunked' is not one of causal"):
         tiny_model(attention_mask="chunked")
