@@ -90,7 +90,7 @@ def engine_step(
     """A training step of the engine as `wb pretrain` runs it, on random tokens."""
     from pretrain.config import EngineConfig
     from pretrain.objective import Rows
-    from pretrain.step import train_step
+    from pretrain.step import agree, train_step
     from pretrain.trainer import Subject, Trainer
     from workbench.models.build import initialise
     from workbench.parallel.launch import choose_device
@@ -121,7 +121,7 @@ def engine_step(
             trainer.pipeline,
             trainer.optimizer,
             [microbatch],
-            num_labels=microbatch.labels.size,
+            agreed=agree([microbatch], mesh, stop=False),
             lr=1e-4,
             seed=1,
             step=0,

@@ -58,22 +58,27 @@ class IgnoredTensor:
         return re.fullmatch(re.escape(self.pattern).replace(r"\{i\}", r"\d+"), name) is not None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Family:
     """One model family of transformers.
 
+    causal_lm, sequence_classification: the classes of transformers with these heads, where the family has them.
+    other_classes: further classes, each with the features that it stands for; one that is sequence_classification has
+    its features here. The first of all is what a configuration without a class means.
     prefix: what a model with a head puts before the names of its body; files of the bare body lack it.
     features: fields of ModelConfig that have one value in this family; what is named nowhere has its default, which for
     a feature is to be without it. unused: fields that mean nothing in it.
     training_only: fields that the family cannot say and inference does not need, with the value they get on import.
     harmless: keys beyond HARMLESS that may have any value. also_read: another table of rules, by which some files of
-    this family are stored; written are always those of `rules`.
+    this family are stored; written are always those of `rules`. renamed: words in names of tensors, and what they were
+    in old files. repeats: tensors that old files hold although they must equal others, by the name of that other.
     """
 
     name: str
     model_type: str
-    causal_lm: str
-    sequence_classification: str
+    causal_lm: str | None = None
+    sequence_classification: str | None = None
+    other_classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prefix: str
     fields: tuple[FieldRule, ...]
     features: Mapping[str, Any]
@@ -83,17 +88,44 @@ class Family:
     unused: tuple[str, ...] = ()
     harmless: tuple[str, ...] = ()
     ignored: tuple[IgnoredTensor, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict)
+    repeats: Mapping[str, str] = field(default_factory=dict)
     faults: Callable[[ModelConfig], list[str]] = field(default=lambda _: [])
 
+    @property
+    def _all_fields(self) -> tuple[FieldRule, ...]:
+        """The family's own rules, and those of all families for keys that it does not name."""
+        own = {key for rule in self.fields for key in rule.keys}
+        return (*self.fields, *(rule for rule in FIXED if rule.key not in own))
+
+    @property
+    def classes(self) -> Mapping[str, Mapping[str, Any]]:
+        """Every class of transformers that the family has, with the features that it stands for."""
+        plain = [name for name in (self.causal_lm, self.sequence_classification) if name is not None]
+        return {**{name: {} for name in plain if name not in self.other_classes}, **self.other_classes}
+
     def architecture(self, model: ModelConfig) -> str:
-        """The class of transformers that this model is."""
-        return self.sequence_classification if model.num_labels else self.causal_lm
+        """The class of transformers that this model is; ConversionError when there is none."""
+        values = model.model_dump()
+        for name, features in self.classes.items():
+            is_classifier = name == self.sequence_classification
+            if is_classifier == bool(model.num_labels) and all(values[key] == features[key] for key in features):
+                return name
+        heads = {key: values[key] for features in self.classes.values() for key in features}
+        said = ", ".join(f"{key}={value!r}" for key, value in {"num_labels": model.num_labels, **heads}.items())
+        raise ConversionError(f"none of {', '.join(self.classes)} has {said}")
+
+    def current(self, name: str) -> str:
+        """The name that a tensor has today, given the one that it may have had in an old file."""
+        for today, once in self.renamed.items():
+            name = name.replace(once, today)
+        return name
 
     def load_config(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """The model that a foreign configuration describes; ConversionError with every key that has no place."""
         faults: list[str] = []
-        values: dict[str, Any] = {**self.features, **self.training_only, "num_labels": self._num_labels(given, faults)}
-        for rule in (*self.fields, *FIXED):
+        values: dict[str, Any] = {**self.features, **self.training_only, **self._heads(given, faults)}
+        for rule in self._all_fields:
             try:
                 values |= rule.load(given)
             except FieldFault as fault:
@@ -109,17 +141,20 @@ class Family:
         raise ConversionError(f"{where}: family {self.name!r} has no place for: {'; '.join(faults)}")
 
     def _known_keys(self) -> set[str]:
-        return {key for rule in (*self.fields, *FIXED) for key in rule.keys} | HARMLESS | set(self.harmless)
+        return {key for rule in self._all_fields for key in rule.keys} | HARMLESS | set(self.harmless)
 
-    def _num_labels(self, given: Mapping[str, Any], faults: list[str]) -> int:
-        architectures = given.get("architectures") or [self.causal_lm]
-        if self.sequence_classification in architectures:
-            labels = given.get("id2label")
-            return len(labels) if labels else int(given.get("num_labels") or 2)
-        if self.causal_lm not in architectures:
-            known = f"{self.causal_lm} and {self.sequence_classification}"
-            faults.append(f"architectures={architectures!r}, only {known}")
-        return 0
+    def _heads(self, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
+        """num_labels, and the features that the class of `given` stands for."""
+        named = given.get("architectures") or list(self.classes)[:1]
+        found = [name for name in self.classes if name in named]
+        if not found:
+            faults.append(f"architectures={named!r}, only {' and '.join(self.classes)}")
+            return {"num_labels": 0}
+        if self.sequence_classification not in found:
+            return {"num_labels": 0, **self.classes[found[0]]}
+        labels = given.get("id2label")
+        count = len(labels) if labels else int(given.get("num_labels") or 2)
+        return {"num_labels": count, **self.classes[self.sequence_classification]}
 
     def dump_config(self, model: ModelConfig, dtype: str, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The foreign configuration of `model`, whose weights are of torch type `dtype`.
@@ -129,7 +164,7 @@ class Family:
         that the family cannot say.
         """
         original = original or {}
-        rules = (*self.fields, *FIXED)
+        rules = self._all_fields
         faults = [*self.faults(model), *self._feature_faults(model)]
         said: dict[str, Any] = {}
         for rule in rules:
@@ -137,6 +172,10 @@ class Family:
                 said |= rule.dump(model)
             except FieldFault as fault:
                 faults.append(str(fault))
+        try:
+            self.architecture(model)
+        except ConversionError as error:
+            faults.append(str(error))
         if faults:
             raise ConversionError(f"family {self.name!r} cannot represent this model: {'; '.join(faults)}")
         written = {key: original[key] for key in original if key in HARMLESS or key in self.harmless}
@@ -152,7 +191,7 @@ class Family:
         heading["dtype" if "torch_dtype" not in original or "dtype" in original else "torch_dtype"] = dtype
         if not model.num_labels or (
             architecture in (original.get("architectures") or ())
-            and model.num_labels == (self._num_labels(original, []))
+            and model.num_labels == self._heads(original, [])["num_labels"]
         ):
             return heading
         names = {str(index): f"LABEL_{index}" for index in range(model.num_labels)}
@@ -168,6 +207,7 @@ class Family:
 
     def _fixed(self) -> dict[str, Any]:
         named = {name for rule in self.fields for name in rule.fields} | {*self.training_only, *self.unused}
+        named |= {name for features in self.classes.values() for name in features}
         defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
         unnamed = {name: value for name, value in defaults.items() if name not in named | {"num_labels"}}
         return {**unnamed, **self.features}
@@ -188,10 +228,12 @@ class Family:
         for name in logical_tensors(model, "F32"):
             layer = re.fullmatch(r"layers\.(\d+)\..*", name)
             pattern = f"layers.{{i}}.{name.split('.', 2)[2]}" if layer else name
-            if pattern not in table:
+            if layer and pattern in table:
+                bound[name] = table[pattern].at(int(layer[1]))
+            elif name in table:
+                bound[name] = table[name]
+            else:
                 homeless.append(name)
-                continue
-            bound[name] = table[pattern].at(int(layer[1])) if layer else table[pattern]
         if homeless:
             raise ConversionError(f"{summarise(homeless, 'has', 'have')} no place in family {self.name!r}")
         return bound
@@ -224,7 +266,7 @@ def detect_family(config: Mapping[str, Any], where: str) -> Family:
         if config.get("model_type") == family.model_type:
             return family
     for family in families().values():
-        if not config.get("model_type") and {family.causal_lm, family.sequence_classification} & set(architectures):
+        if not config.get("model_type") and family.classes.keys() & set(architectures):
             return family
     raise ConversionError(
         f"{where}: model_type={config.get('model_type')!r}, architectures={architectures!r} is no known family; "

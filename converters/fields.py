@@ -21,6 +21,7 @@ ACTIVATIONS: Final[Mapping[str, str]] = {
     "gelu_fast": "gelu_tanh",
     "gelu": "gelu",
     "gelu_python": "gelu",
+    "relu": "relu",
 }
 """transformers' activation words (activations.py, ACT2CLS) -> ours."""
 

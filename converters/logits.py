@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from converters.auto import auto_class
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ResourceError, VerificationError
 from workbench.spec.model import ModelConfig
@@ -68,23 +69,31 @@ def probe_sequences(model: ModelConfig) -> list[list[int]]:
     return sequences
 
 
+def probe_inputs(model: ModelConfig, sequence: Sequence[int]) -> dict[str, list[int]]:
+    """What the model reads with a sequence, by transformers' names: where it knows segments, the last half is of the
+    second kind; a decoder that has an encoder reads half of it backwards."""
+    found = {"input_ids": list(sequence)}
+    if model.type_vocab_size > 1:
+        found["token_type_ids"] = [int(2 * index >= len(sequence)) for index in range(len(sequence))]
+    if model.num_encoder_layers:
+        found["decoder_input_ids"] = found["input_ids"][::-2]
+    return found
+
+
 def engine_logits(model: ModelConfig, source: TensorSource, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """The engine's logits of each sequence, in fp32 on the CPU at tp=1."""
-    from workbench.models.generate import load_model, logits
+    """The engine's logits of each sequence, of one head after the other, in fp32 on the CPU at tp=1."""
+    from workbench.models.generate import load_model, outputs
 
     stage = load_model(model, source)
-    return [logits(stage, sequence).float().numpy() for sequence in sequences]
+    inputs = [probe_inputs(model, sequence) for sequence in sequences]
+    return [outputs(stage, row, name).float().numpy() for name in auto_class(model).outputs for row in inputs]
 
 
 def reference_logits(model: ModelConfig, folder: Path, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
-    """transformers' logits of each sequence, from a fresh offline process that imports nothing of ours."""
+    """transformers' logits, as those of the engine, from a fresh offline process that imports nothing of ours."""
     import numpy as np
 
-    request = {
-        "folder": str(folder.absolute()),
-        "task": "sequence_classification" if model.num_labels else "causal_lm",
-        "sequences": [list(sequence) for sequence in sequences],
-    }
+    request = reference_request(model, folder, sequences)
     with tempfile.TemporaryDirectory() as scratch:
         asked, output = Path(scratch, "request.json"), Path(scratch, "logits.npz")
         asked.write_text(json.dumps(request))
@@ -95,7 +104,18 @@ def reference_logits(model: ModelConfig, folder: Path, sequences: Sequence[Seque
             last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or ["no message"]
             raise VerificationError(f"{folder}: transformers cannot load it: {last[0]}")
         with np.load(output) as found:
-            return [found[str(index)] for index in range(len(sequences))]
+            return [found[name] for name in found.files]
+
+
+def reference_request(model: ModelConfig, folder: Path, sequences: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """What reference.py is asked for."""
+    loader = auto_class(model)
+    return {
+        "folder": str(folder.absolute()),
+        "loader": loader.name,
+        "inputs": [probe_inputs(model, sequence) for sequence in sequences],
+        "outputs": list(loader.outputs.values()),
+    }
 
 
 def judge(
@@ -107,7 +127,8 @@ def judge(
     largest = max(float(np.abs(array).max()) for array in theirs)
     tolerance = TOLERANCE * max(1.0, largest / 10)
     worst = 0.0
-    for index, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+    for number, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        index = number % len(sequences)
         if a.shape != b.shape:
             raise VerificationError(
                 f"{folder}: logits have shape {list(b.shape)} in transformers, {list(a.shape)} here"

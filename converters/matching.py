@@ -33,6 +33,7 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
 
     ConversionError unless all names and shapes match, with nothing over on either side.
     """
+    foreign = {family.current(name): tensor for name, tensor in foreign.items()}
     bound = _bound(family, model, foreign)
     actual = _names_in_file(family, bound, foreign)
     shapes = {name: tensor.shape for name, tensor in logical_tensors(model, "F32").items()}
@@ -47,14 +48,14 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
             faults.append(f"{found.name!r} has shape {list(found.shape)}, the configuration says {list(expected)}")
         places[name] = (found.name, rule)
         schema[name] = LogicalTensor(name, shapes[name], found.dtype)
-        used.add(found.name)
+        used.add(actual(rule.foreign))
     ignored = {
         name: entry.why
-        for name in foreign
+        for name in foreign.keys() - used
         for entry in family.ignored
         if entry.matches(name) or entry.matches(family.prefix + name)
     }
-    repeated = _repeated(model, foreign, {name: place for name, (place, _) in places.items()})
+    repeated = _repeated(family, model, foreign, {name: place for name, (place, _) in places.items()})
     over = set(foreign) - used - ignored.keys() - {name for name, _ in repeated}
     if over:
         faults.append(
@@ -88,9 +89,13 @@ def _names_in_file(
 
 
 def _repeated(
-    model: ModelConfig, foreign: Mapping[str, LogicalTensor], places: Mapping[str, str]
+    family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor], places: Mapping[str, str]
 ) -> tuple[tuple[str, str], ...]:
     """A tied head that was stored all the same."""
+    if family.repeats:
+        pairs = family.repeats.items()
+        own = set(places.values())
+        return tuple((name, other) for name, other in pairs if {name, other} <= foreign.keys() and name not in own)
     if model.tie_word_embeddings and "lm_head.weight" in foreign and "embed_tokens.weight" in places:
         return (("lm_head.weight", places["embed_tokens.weight"]),)
     return ()
@@ -105,7 +110,7 @@ def _why_missing(missing: list[str]) -> str:
 def _hint(family: Family, model: ModelConfig, over: set[str]) -> str:
     """Another family that knows all of the names that this one does not."""
     for other in families().values():
-        patterns = {rule.foreign.replace("{i}", "*") for rule in other.rules(model)}
+        patterns = {fold(rule.foreign.replace("{i}", "0")) for rule in other.rules(model)}
         folded = {fold(name) for name in over}
         bare = {pattern.removeprefix(other.prefix) for pattern in patterns}
         if other.name != family.name and folded <= patterns | bare:

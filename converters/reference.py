@@ -1,7 +1,7 @@
 """Run as a script, by itself: logits of a Hugging Face folder by plain transformers, offline.
 
 usage: python reference.py REQUEST.json OUTPUT.npz
-REQUEST holds: folder, task ("causal_lm" or "sequence_classification") and sequences.
+REQUEST holds: folder, loader (a class of transformers), inputs (by name, one set a sequence) and outputs (names).
 Nothing of Workbench is imported here: what this process sees is what any user of the folder sees.
 """
 
@@ -12,10 +12,9 @@ from typing import Any
 
 
 def main(request_path: str, output: str) -> int:
-    """Writes one array of logits per sequence, in fp32; exit code 1 and a line on stderr when weights do not fit."""
+    """Writes the arrays; exit code 1 and a line on stderr when weights do not fit."""
     os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     import numpy as np
-    import torch
 
     with open(request_path) as file:
         request = json.load(file)
@@ -23,22 +22,27 @@ def main(request_path: str, output: str) -> int:
     if faults:
         print(f"it loads with {faults}", file=sys.stderr)
         return 1
-    model.eval()
-    found = {}
-    with torch.inference_mode():
-        for index, row in enumerate(request["sequences"]):
-            found[str(index)] = model(input_ids=torch.tensor([row])).logits[0].float().numpy()
-    np.savez(output, **found)
+    np.savez(output, *arrays(model, request))
     return 0
+
+
+def arrays(model: Any, request: dict[str, Any]) -> list[Any]:
+    """Each output of each sequence, in fp32, the sequences of one output together."""
+    import torch
+
+    model.eval()
+    with torch.inference_mode():
+        rows = [{name: torch.tensor([ids]) for name, ids in row.items()} for row in request["inputs"]]
+        results = [model(**row) for row in rows]
+    return [result[name][0].float().numpy() for name in request["outputs"] for result in results]
 
 
 def load(request: dict[str, Any]) -> tuple[Any, dict[str, list[str]]]:
     """The model, and what does not fit, by kind."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+    import transformers
 
-    loaders = {"causal_lm": AutoModelForCausalLM, "sequence_classification": AutoModelForSequenceClassification}
-    loader = loaders[request["task"]]
+    loader = getattr(transformers, request["loader"])
     model, report = loader.from_pretrained(request["folder"], dtype=torch.float32, output_loading_info=True)
     return model, {kind: sorted(map(str, names)) for kind, names in report.items() if names}
 

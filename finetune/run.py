@@ -21,10 +21,8 @@ from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
 from workbench.spec.lora import A_SUFFIX, B_SUFFIX, AdapterRecord, adapter_tensors
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import num_parameters
+from workbench.spec.schema import logical_tensors, num_parameters
 from workbench.tokenizer import Tokenizer
-
-HEAD = "score.weight"
 
 
 @dataclass(frozen=True)
@@ -107,7 +105,8 @@ class Finetuning:
         names = [part.name for part in parameter.spec.parts]
         if all(name.endswith((A_SUFFIX, B_SUFFIX)) for name in names):
             return True
-        return names == [HEAD] and self.base.model.num_labels != self.model.num_labels
+        ours, theirs = (logical_tensors(model, "F32") for model in (self.model, self.base.model))
+        return all(theirs.get(name) != ours[name] for name in names)
 
 
 def judge(
@@ -137,6 +136,7 @@ def evaluate_model(
             f"{config.task.kind!r} needs {prepared.num_labels or 'the language-model head'}; give the checkpoint that "
             "was tuned for this task"
         )
+    tuned_model(model, prepared)  # refuses a model that the task's rows do not suit
     built = build_stage(model, mesh)
     load(built.parameters, source)
     pipeline = Pipeline(built, mesh, schedule_named(config.parallel.schedule))
@@ -158,10 +158,23 @@ def prepare(config: FinetuneConfig, model: ModelConfig, tokenizer: Tokenizer) ->
 
 def tuned_model(base: ModelConfig, prepared: Prepared) -> ModelConfig:
     """The base with the head that the task needs; ConfigError when it has lost its language-model head."""
+    if base.num_encoder_layers:
+        raise ConfigError(
+            f"the base has an encoder (num_encoder_layers={base.num_encoder_layers}), for which no task makes rows "
+            "yet; use a base without one"
+        )
     if prepared.num_labels:
         # transformers finds the last token of a padded row by this id, and refuses batches without it.
         pad = prepared.pad_id if base.pad_token_id is None else base.pad_token_id
-        return base.model_copy(update={"num_labels": prepared.num_labels, "pad_token_id": pad})
+        words = {"lm_head": True, "head_transform": False, "lm_head_bias": False, "next_sentence": False}
+        # Where no token comes last by what it has seen, the first one speaks, by way of the pooler.
+        heads = {**words, "pooler": not base.causal, "num_labels": prepared.num_labels}
+        return base.model_copy(update={**heads, "pad_token_id": pad})
+    if not base.causal:
+        raise ConfigError(
+            "the base sees the tokens after each as well (causal=false) and cannot learn to go on with a text; use a "
+            "task that labels texts, or a base with causal = true"
+        )
     if base.num_labels:
         raise ConfigError(
             f"the base has a head of {base.num_labels} labels in place of its language-model head, which this task "

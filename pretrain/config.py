@@ -338,8 +338,31 @@ def length_faults(model: ModelConfig, seq_len: int) -> list[str]:
     return []
 
 
+def objective_faults(model: ModelConfig, data: DataConfig) -> list[str]:
+    """Why the model cannot learn what the data's rows ask for, if it cannot."""
+    found = []
+    if model.num_labels:
+        found.append(f"model.num_labels={model.num_labels}, but pretraining needs the language-model head; remove it")
+    elif not model.lm_head:
+        found.append("model.lm_head=false, but pretraining predicts words; set lm_head = true")
+    fits = "span" if model.num_encoder_layers else "causal" if model.causal else "masked"
+    if data.objective != fits:
+        why = {
+            "span": f"num_encoder_layers={model.num_encoder_layers}, whose decoder spells out hidden spans",
+            "causal": "causal=true, whose tokens see those before them alone",
+            "masked": "causal=false, whose tokens would see the one that they are to tell",
+        }
+        found.append(f"data.objective={data.objective!r} for a model with {why[fits]}; use objective = {fits!r}")
+    if model.next_sentence != data.next_sentence:
+        found.append(
+            f"data.next_sentence={str(data.next_sentence).lower()}, but model.next_sentence="
+            f"{str(model.next_sentence).lower()}: rows and head must both be of pairs, or neither; make them equal"
+        )
+    return found
+
+
 class PretrainConfig(EngineConfig):
-    """A run of next-token prediction from initial weights."""
+    """A run that learns from token files, from initial weights."""
 
     model: ModelConfig
     data: DataConfig
@@ -347,10 +370,7 @@ class PretrainConfig(EngineConfig):
     @model_validator(mode="after")
     def _fits(self) -> Self:
         found = length_faults(self.model, self.batch.seq_len)
-        if self.model.num_labels:
-            found.append(
-                f"model.num_labels={self.model.num_labels}, but pretraining needs the language-model head; remove it"
-            )
+        found += objective_faults(self.model, self.data)
         if self.parallel.dp != "auto":
             found += self.batch.faults(self.parallel.dp)
         steps = self.planned_steps()

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
+from pretrain.data.spans import lengths_of, text_tokens
 from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
+from workbench.spec.schema import predicts_words
 
 CONVENTION = "matrix products forward and backward (3 x 2 per weight), attention in full, recompute not counted"
 
@@ -25,17 +27,35 @@ class Peak:
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations to train on one token, by CONVENTION; the embedding lookup is none, the head counts."""
+    """Floating-point operations to train on one token, by CONVENTION; the embedding lookup is none, the head counts.
+
+    Of an encoder with a decoder: on a token that the encoder reads, with the decoder's part of span corruption.
+    """
     heads, kv_heads, d = model.num_attention_heads, model.num_key_value_heads, model.head_dim
     attention = model.hidden_size * d * (2 * heads + 2 * kv_heads)
     if model.latent is not None:
         attention = _latent_weights(model, model.latent)
+    head = model.hidden_size * model.vocab_size if predicts_words(model) else 0
+    head += model.hidden_size**2 if model.head_transform else 0
+    if model.num_encoder_layers:
+        return _flops_of_pair(model, seq_len, attention, head)
     feed_forward = sum(_feed_forward(model, layer) for layer in range(model.num_hidden_layers))
     seen = sum(min(seq_len, model.window(layer) or seq_len) for layer in range(model.num_hidden_layers))
     # In units of 2 FLOPs: queries by keys, and probabilities by values.
     scores = seen * heads * (d + model.value_head_dim)
-    head = 0 if model.num_labels else model.hidden_size * model.vocab_size
     return 6.0 * (model.num_hidden_layers * attention + feed_forward + scores + head)
+
+
+def _flops_of_pair(model: ModelConfig, seq_len: int, attention: int, head: int) -> float:
+    """The same of an encoder with a decoder."""
+    heads_dim = model.num_attention_heads * model.head_dim
+    target_len = lengths_of(text_tokens(seq_len))[1]
+    answers, decoder_layers = target_len / seq_len, model.num_hidden_layers - model.num_encoder_layers
+    layer, scores = attention + _feed_forward(model, 0), 2 * seq_len * heads_dim
+    own_scores, projections = 2 * target_len * heads_dim, 2 * model.hidden_size * heads_dim
+    # Queries and output of the attention to the encoder are of answers, keys and values of what it read.
+    decoder = answers * (layer + own_scores + projections + scores) + projections
+    return 6.0 * (model.num_encoder_layers * (layer + scores) + decoder_layers * decoder + answers * head)
 
 
 def _feed_forward(model: ModelConfig, layer: int) -> int:

@@ -13,7 +13,7 @@ from workbench.spec.geometry import ParameterSpec, Place
 from workbench.spec.latent import LatentSizes
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import block_norms, stage_specs
+from workbench.spec.schema import block_norms, predicts_words, stage_specs
 
 MASTER_BYTES = GRADIENT_BYTES = 4
 FORMAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -232,7 +232,7 @@ def _latent_activations(
     if recompute == "selective":
         return own, down, heads * (query + value)
     keys = query + latent.qk_nope_head_dim + value
-    if layout.cp == 1 and on_cpu and seq_len in SCORED_TOKENS:
+    if layout.cp == 1 and on_cpu and model.causal and seq_len in SCORED_TOKENS:
         return own, down, heads * (2 * query + value + keys + (query + value) * 5 // 2 + seq_len * 5 // 8)
     if layout.cp > 1 and layout.context == "ring":
         return own, down, heads * (query + keys + (query + value) + 3 * value)
@@ -246,8 +246,10 @@ def _core_activations(model: ModelConfig, layout: ParallelLayout, seq_len: int, 
     heads = model.num_attention_heads * model.head_dim
     if layout.cp > 1 and layout.context == "ring":
         return 2 * heads
+    if model.position_embedding == "relative":
+        return 3 * model.num_attention_heads * seq_len  # scores with their bias, and what they become
     is_capped = model.attn_logit_softcapping is not None
-    if layout.cp == 1 and on_cpu and seq_len in SCORED_TOKENS:
+    if layout.cp == 1 and on_cpu and model.causal and seq_len in SCORED_TOKENS:
         # Blocks of queries, each with its scores and its own copy of the keys and values that it sees.
         kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
         scores = model.num_attention_heads * seq_len * (1 + is_capped)
@@ -274,13 +276,16 @@ def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConf
 
     In chunks they are few, but the gradient of the head's weight is kept with each of `scored`.
     """
-    if model.num_labels:
+    if not predicts_words(model):
         return 0
     rows = -(-model.vocab_size // layout.tp)
     tokens, chunk = config.batch.micro_size * config.batch.seq_len // layout.cp, config.kernels.loss_chunk_tokens
     compute = FORMAT_BYTES[config.precision.compute]
+    # What a transform before the head keeps: its product, the activation and what its norm reads, of each of `scored`.
+    shares = layout.tp if layout.sequence_parallel else 1
+    kept = 3 * tokens * model.hidden_size // shares * compute * scored if model.head_transform else 0
     capped = 0 if model.final_logit_softcapping is None else compute  # what the cap's backward needs
     if not chunk:
-        return tokens * rows * (compute + (scored + 1) * (MASTER_BYTES + capped))
+        return kept + tokens * rows * (compute + (scored + 1) * (MASTER_BYTES + capped))
     of_chunk = min(chunk, tokens) * rows * (compute + capped + 2 * MASTER_BYTES)
-    return of_chunk + rows * model.hidden_size * MASTER_BYTES * scored
+    return kept + of_chunk + rows * model.hidden_size * MASTER_BYTES * scored

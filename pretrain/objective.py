@@ -22,13 +22,22 @@ from workbench.parallel.loss import IGNORE
 class Rows:
     """One microbatch as arrays of int64: input_ids [B, T]; labels [B, T] already shifted, or [B] for a sequence head;
     sample_ids [B], global; lengths [B] where rows are padded; documents [B, T] where rows are several that do not see
-    each other."""
+    each other; segments [B, T], kinds of segments; pair_labels [B], 1 where the second segment does not follow the
+    first; decoder_ids [B, U], what a decoder reads, whose labels [B, U] then are."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     sample_ids: np.ndarray
     lengths: np.ndarray | None = None
     documents: np.ndarray | None = None
+    segments: np.ndarray | None = None
+    pair_labels: np.ndarray | None = None
+    decoder_ids: np.ndarray | None = None
+
+    @property
+    def num_pairs(self) -> int:
+        """Labels of pairs that count."""
+        return 0 if self.pair_labels is None else int(np.count_nonzero(self.pair_labels != IGNORE))
 
     @property
     def num_labels(self) -> int:
@@ -92,19 +101,31 @@ class Objective(Protocol):
         ...
 
 
-def to_batch(rows: Rows, device: torch.device, *, seed: int | None = None, step: int = 0) -> Batch:
-    """The rows as tensors on `device`; with a seed, dropout is on. Positions begin anew with each document."""
+def to_batch(
+    rows: Rows, device: torch.device, *, seed: int | None = None, step: int = 0, pair_weight: float = 0.0
+) -> Batch:
+    """The rows as tensors on `device`; with a seed, dropout is on. Positions begin anew with each document.
+
+    pair_weight: labels of pairs count this many times in the loss.
+    """
 
     def tensor(array: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(array).to(device, non_blocking=True)
 
+    def optional(array: np.ndarray | None) -> torch.Tensor | None:
+        return None if array is None else tensor(array)
+
     return Batch(
         input_ids=tensor(rows.input_ids),
         labels=tensor(rows.labels),
-        lengths=None if rows.lengths is None else tensor(rows.lengths),
+        lengths=optional(rows.lengths),
         dropout=None if seed is None else DropoutKey(seed, step, tensor(rows.sample_ids)),
         positions=None if rows.documents is None else tensor(document_positions(rows.documents)),
-        documents=None if rows.documents is None else tensor(rows.documents),
+        documents=optional(rows.documents),
+        segments=optional(rows.segments),
+        pair_labels=optional(rows.pair_labels),
+        pair_weight=pair_weight,
+        decoder_ids=optional(rows.decoder_ids),
     )
 
 
@@ -116,16 +137,20 @@ def document_positions(documents_BT: np.ndarray) -> np.ndarray:
 
 
 class NextToken:
-    """Next-token prediction over token files."""
+    """Prediction of tokens over token files: the next one, or those that their rows hide."""
 
     def __init__(self, data: OpenedData, *, seed: int) -> None:
         self._data, self._seed = data, seed
         self.evaluations: tuple[Evaluation, ...] = () if data.valid is None else (NextTokenLoss(data.valid),)
+        if data.valid is not None and data.next_sentence:
+            self.evaluations += (PairAccuracy(data.valid),)
 
     @property
     def identity(self) -> dict[str, Any]:
         masked = {"mask_documents": True} if self._data.mask_documents else {}
-        return {"kind": "next_token", "seed": self._seed, "tokens": self._data.train_tokens, **masked}
+        kind = "next_token" if self._data.objective == "causal" else self._data.objective
+        pairs = {"next_sentence": True} if self._data.next_sentence else {}
+        return {"kind": kind, "seed": self._seed, "tokens": self._data.train_tokens, **masked, **pairs}
 
     def train_rows(self, share: Share, *, step: int, first_sample: int, global_size: int) -> list[Rows]:
         found = self._data.train.batch(
@@ -170,5 +195,32 @@ class NextTokenLoss:
         return found
 
 
+class PairAccuracy:
+    """How often the model is right about whether the second segment follows the first."""
+
+    name = "next_sentence"
+    output: Output = "pair_logits"
+
+    def __init__(self, loader: EvaluationLoader) -> None:
+        self.batches = NextTokenLoss(loader).batches
+
+    def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
+        assert batch.pair_labels is not None
+        right = output.argmax(dim=-1) == batch.pair_labels
+        return torch.stack([right.sum().double(), (batch.pair_labels != IGNORE).sum().double()])
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        return {"accuracy": sums[0] / max(sums[1], 1.0), "pairs": sums[1]}
+
+
 def _rows(microbatch: Microbatch) -> Rows:
-    return Rows(microbatch.input_ids, microbatch.labels, microbatch.sample_ids, documents=microbatch.documents)
+    return Rows(
+        microbatch.input_ids,
+        microbatch.labels,
+        microbatch.sample_ids,
+        lengths=microbatch.lengths,
+        documents=microbatch.documents,
+        segments=microbatch.segments,
+        pair_labels=microbatch.pair_labels,
+        decoder_ids=microbatch.decoder_ids,
+    )

@@ -17,9 +17,11 @@ from workbench.parallel.mesh import Mesh
 
 @dataclass(frozen=True)
 class Agreement:
-    """What all ranks know before a step: its labels and tokens over all of them, and whether one wants to stop."""
+    """What all ranks know before a step: its labels, those of pairs of segments and tokens over all of them, and
+    whether one wants to stop."""
 
     num_labels: int
+    num_pairs: int
     num_tokens: int
     stop: bool
 
@@ -47,9 +49,11 @@ class StepResult:
 def agree(rows: Sequence[Rows], mesh: Mesh, *, stop: bool) -> Agreement:
     """Sums labels and tokens over data-parallel ranks, wishes to stop over all: one small all-reduce on the CPU."""
     counts_here = mesh.tp.rank == 0 and mesh.cp.rank == 0 and mesh.pp.rank == 0
-    labels, tokens = (sum(r.num_labels for r in rows), sum(r.num_tokens for r in rows)) if counts_here else (0, 0)
-    total = mesh.world.all_reduce(torch.tensor([labels, tokens, int(stop)], dtype=torch.int64))
-    return Agreement(int(total[0]), int(total[1]), bool(total[2]))
+    counted = [(r.num_labels, r.num_pairs, r.num_tokens) for r in rows] if counts_here else []
+    counts = [sum(column) for column in zip(*counted, strict=True)] or [0, 0, 0]
+    total = mesh.world.all_reduce(torch.tensor([*counts, int(stop)], dtype=torch.int64)).tolist()
+    labels, pairs, tokens, wishes = total
+    return Agreement(labels, pairs, tokens, bool(wishes))
 
 
 def train_step(
@@ -57,18 +61,22 @@ def train_step(
     optimizer: Optimizer,
     rows: Sequence[Rows],
     *,
-    num_labels: int,
+    agreed: Agreement,
     lr: float,
     seed: int,
     step: int,
     loss_scale: LossScale | None = None,
 ) -> StepResult:
-    """Updates the parameters by the gradient of the mean loss of the step's `num_labels` labels, of all ranks.
+    """Updates the parameters by the gradient of the mean loss of the step's labels, of all ranks; where there are pairs
+    of segments, plus that of their labels.
 
-    The mean is a global sum over a global count, so it does not depend on how rows lie in microbatches and ranks.
+    A mean is a global sum over a global count, so it does not depend on how rows lie in microbatches and ranks.
     """
+    num_labels = agreed.num_labels
     device = pipeline.mesh.device
-    batches = [to_batch(microbatch, device, seed=seed, step=step) for microbatch in rows]
+    # The loss of all labels is divided by the number of those of tokens.
+    pair_weight = num_labels / max(agreed.num_pairs, 1)
+    batches = [to_batch(microbatch, device, seed=seed, step=step, pair_weight=pair_weight) for microbatch in rows]
     factor = (1.0 if loss_scale is None else loss_scale.value) / max(num_labels, 1)
     updates = optimizer.step_count
     loss_sum = pipeline.train(batches, torch.tensor(factor, dtype=torch.float64, device=device))

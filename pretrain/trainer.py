@@ -196,7 +196,7 @@ class Trainer:
                 self.pipeline,
                 self.optimizer,
                 rows,
-                num_labels=agreed.num_labels,
+                agreed=agreed,
                 lr=lr,
                 seed=config.run.seed,
                 step=step,

@@ -73,6 +73,22 @@ class Tokenizer:
         """The id of one token, by its text."""
         return self._backend.token_to_id(token)
 
+    def pieces(self) -> list[str]:
+        """The text by which the tokenizer itself knows each id, empty for ids that it does not give."""
+        return [self._backend.id_to_token(token) or "" for token in range(self.vocab_size)]
+
+    @cached_property
+    def special_ids(self) -> tuple[int, ...]:
+        """Ids of the tokens that stand for no text."""
+        return tuple(token for token, added in self._backend.get_added_tokens_decoder().items() if added.special)
+
+    @cached_property
+    def continuation(self) -> str:
+        """What marks a token that goes on with the word before it, such as ##; empty where words are marked by the
+        space before them."""
+        prefix = getattr(self._backend.model, "continuing_subword_prefix", None)
+        return prefix if isinstance(prefix, str) else ""
+
     @cached_property
     def vocab_size(self) -> int:
         """One more than the largest id that can come out."""

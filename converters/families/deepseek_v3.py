@@ -112,9 +112,8 @@ class SparseLayers:
 
 def rules(model: ModelConfig) -> tuple[Rule, ...]:
     """Where each logical tensor lies."""
-    assert model.latent is not None
     sizes, views = model.latent, dict[str, Halve]()
-    if sizes.rope_interleave:
+    if sizes is not None and sizes.rope_interleave:
         halve_q = Halve(0, sizes.qk_nope_head_dim, sizes.qk_head_dim)
         halve_k = Halve(0, sizes.kv_lora_rank, sizes.kv_lora_rank + sizes.qk_rope_head_dim)
         views = {"q_proj": halve_q, "q_b_proj": halve_q, "kv_a_proj_with_mqa": halve_k}

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from converters.auto import auto_class
 from converters.family import Family
 from converters.format import WriteRequest
 
@@ -14,12 +15,11 @@ def model_card(request: WriteRequest, family: Family, dtype: str) -> str:
     """What the model is, where it came from, and how to load it."""
     model = request.model
     elements = sum(math.prod(tensor.shape) for tensor in request.schema.values())
-    task = "text-classification" if model.num_labels else "text-generation"
-    loader = "AutoModelForSequenceClassification" if model.num_labels else "AutoModelForCausalLM"
+    loader = auto_class(model)
     lines = [
         "---",
         "library_name: transformers",
-        f"pipeline_tag: {task}",
+        f"pipeline_tag: {loader.task}",
         "tags:",
         "- workbench",
         "---",
@@ -32,9 +32,9 @@ def model_card(request: WriteRequest, family: Family, dtype: str) -> str:
         f"vocabulary of {model.vocab_size}.",
         "",
         "```python",
-        f"from transformers import AutoTokenizer, {loader}",
+        f"from transformers import AutoTokenizer, {loader.name}",
         "",
-        f'model = {loader}.from_pretrained("{request.path.name}")',
+        f'model = {loader.name}.from_pretrained("{request.path.name}")',
         *([f'tokenizer = AutoTokenizer.from_pretrained("{request.path.name}")'] if request.tokenizer else []),
         "```",
         "",

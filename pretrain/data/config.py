@@ -4,14 +4,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
 from pretrain.data.indexed import IndexedTokens
 from pretrain.data.loader import EvaluationLoader, Loader
 from pretrain.data.manifest import DataManifest, read_manifest
+from pretrain.data.masking import MaskedSampler, Vocabulary, num_marks
 from pretrain.data.sampler import BlendedSampler, Sampler, SequentialSampler, ShuffledSampler, TokenStream
+from pretrain.data.spans import SpanSampler, text_tokens
 from workbench.config import Config
 from workbench.errors import DataError
 from workbench.tokenizer import Tokenizer
@@ -37,6 +39,7 @@ def _as_sources(value: Any) -> Any:
     return value
 
 
+ObjectiveName = Literal["causal", "masked", "span"]
 Sources = Annotated[tuple[DataSource, ...], BeforeValidator(_as_sources)]
 
 
@@ -52,6 +55,14 @@ class DataConfig(Config):
         description="share of each train source, whole documents from its end, to hold out as evaluation data",
     )
     seed: int = Field(default=1234, ge=0, description="decides the order of samples, alone")
+    objective: ObjectiveName = Field(
+        default="causal",
+        description="what is to be predicted: the next token (causal); hidden words, for tokens that see all others "
+        "(masked); hidden spans, spelt out by a decoder (span)",
+    )
+    next_sentence: bool = Field(
+        default=False, description="objective masked: rows of two segments, and whether the second follows the first"
+    )
     mask_documents: bool = Field(
         default=False,
         description="keep documents that share a sequence apart: a token attends to its own document only, positions "
@@ -61,6 +72,18 @@ class DataConfig(Config):
     tokenizer: str | None = Field(
         default=None, description="tokenizer folder or tokenizer.json; carried into checkpoints"
     )
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> "DataConfig":
+        if self.next_sentence and self.objective != "masked":
+            raise ValueError(f"next_sentence=true goes with objective='masked', not {self.objective!r}; remove it")
+        if self.objective == "causal":
+            return self
+        if self.tokenizer is None:
+            raise ValueError(f"objective={self.objective!r} needs to know the tokens; name their folder: tokenizer")
+        if self.mask_documents:
+            raise ValueError(f"mask_documents=true is for objective='causal', not {self.objective!r}; remove it")
+        return self
 
     @model_validator(mode="after")
     def _one_kind_of_validation(self) -> "DataConfig":
@@ -81,6 +104,8 @@ class OpenedData:
     train_tokens: int
     train_documents: int
     mask_documents: bool
+    objective: ObjectiveName = "causal"
+    next_sentence: bool = False
 
 
 def open_data(config: DataConfig, *, seq_len: int, vocab_size: int | None = None) -> OpenedData:
@@ -101,14 +126,50 @@ def open_data(config: DataConfig, *, seq_len: int, vocab_size: int | None = None
         ]
     else:
         valid = [TokenStream(tokens, mask_documents=masked) for tokens in valid_files]
+    rows = _RowMaker(config, tokenizer, seq_len, vocab_size)
     return OpenedData(
-        train=Loader(_training_sampler(config, train, seq_len), vocab_size=vocab_size),
-        valid=_evaluation_loader(valid, seq_len, vocab_size) if valid else None,
+        train=Loader(rows.made_from(_training_sampler(config, train, rows.text_len)), vocab_size=vocab_size),
+        valid=_evaluation_loader(valid, rows, vocab_size) if valid else None,
         tokenizer=None if tokenizer is None else tokenizer.path,
         train_tokens=sum(stream.num_tokens for stream in train),
         train_documents=sum(stream.num_documents for stream in train),
         mask_documents=masked,
+        objective=config.objective,
+        next_sentence=config.next_sentence,
     )
+
+
+class _RowMaker:
+    """Makes the samples of an objective from samples of text, each of `text_len` tokens."""
+
+    def __init__(self, config: DataConfig, tokenizer: Tokenizer | None, seq_len: int, vocab_size: int | None) -> None:
+        self._config, self._tokenizer, self._seq_len = config, tokenizer, seq_len
+        self.text_len = seq_len
+        if config.objective == "causal":
+            return
+        assert tokenizer is not None, "the table asks for a tokenizer"
+        self._vocab_size = tokenizer.vocab_size if vocab_size is None else vocab_size
+        if config.objective == "masked":
+            self.text_len = seq_len - num_marks(config.next_sentence)
+            self._vocabulary = Vocabulary(tokenizer, self._vocab_size)
+        else:
+            self.text_len = text_tokens(seq_len)
+
+    @property
+    def predicts_text(self) -> bool:
+        """Whether the labels are all tokens of the text."""
+        return self._config.objective == "causal"
+
+    def made_from(self, source: Sampler, num_samples: int | None = None) -> Sampler:
+        """The sampler of rows; `num_samples` is how many `source` has, if they end."""
+        config, tokenizer = self._config, self._tokenizer
+        if config.objective == "causal" or tokenizer is None:
+            return source
+        if config.objective == "span":
+            size = self._vocab_size
+            return SpanSampler(source, tokenizer, seq_len=self._seq_len, vocab_size=size, seed=config.seed)
+        pool = {} if num_samples is None else {"pool": num_samples}
+        return MaskedSampler(source, self._vocabulary, seed=config.seed, pairs=config.next_sentence, **pool)
 
 
 def _training_sampler(config: DataConfig, streams: Sequence[TokenStream], seq_len: int) -> Sampler:
@@ -120,18 +181,21 @@ def _training_sampler(config: DataConfig, streams: Sequence[TokenStream], seq_le
     return BlendedSampler(samplers, weights=[source.weight for source in config.train])
 
 
-def _evaluation_loader(streams: Sequence[TokenStream], seq_len: int, vocab_size: int | None) -> EvaluationLoader:
+def _evaluation_loader(streams: Sequence[TokenStream], rows: _RowMaker, vocab_size: int | None) -> EvaluationLoader:
     manifests = [read_manifest(stream.tokens.prefix) for stream in streams]
     known = [manifest for manifest in manifests if manifest is not None]
     # Of a held-out tail the bytes are not known, so the ratio is that of the whole file.
     ratio = None
-    if len(known) == len(manifests):
+    if rows.predicts_text and len(known) == len(manifests):
         shares = [
             stream.num_tokens * manifest.text_bytes / manifest.tokens
             for stream, manifest in zip(streams, known, strict=True)
         ]
         ratio = sum(stream.num_tokens for stream in streams) / sum(shares)
-    return EvaluationLoader(SequentialSampler(streams, seq_len=seq_len), vocab_size=vocab_size, tokens_per_byte=ratio)
+    source = SequentialSampler(streams, seq_len=rows.text_len)
+    count = source.num_samples
+    made = rows.made_from(source, count)
+    return EvaluationLoader(made, num_samples=count, vocab_size=vocab_size, tokens_per_byte=ratio)
 
 
 def _held_out(tokens: IndexedTokens, split: float) -> int:

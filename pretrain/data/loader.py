@@ -1,11 +1,11 @@
 """Microbatches of one data-parallel rank, as a pure function of the step: there is no cursor to save."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
-from pretrain.data.sampler import Ids, Sampler, SequentialSampler
+from pretrain.data.sampler import Ids, Sampler
 from workbench.errors import DataError
 
 
@@ -13,13 +13,18 @@ from workbench.errors import DataError
 class Microbatch:
     """`input_ids` [B, T], `labels` [B, T] (already shifted, IGNORE = -100) and `sample_ids` [B]; all int64.
 
-    `documents` [B, T] numbers those of each row that do not see each other; None where rows are one stream.
+    `documents` [B, T] numbers those of each row that do not see each other; None where rows are one stream. lengths,
+    pair_labels [B], segments [B, T] and decoder_ids [B, U]: as in a sample, None where it has none.
     """
 
     input_ids: Ids
     labels: Ids
     sample_ids: Ids
     documents: Ids | None = None
+    lengths: Ids | None = None
+    segments: Ids | None = None
+    pair_labels: Ids | None = None
+    decoder_ids: Ids | None = None
 
 
 class Loader:
@@ -53,11 +58,25 @@ class Loader:
     def rows(self, sample_ids: Ids) -> Microbatch:
         """The microbatch of these global samples."""
         samples = [self.sampler.sample(int(index)) for index in sample_ids]
+
+        def stacked(values: Iterable[Ids | int | None]) -> Ids | None:
+            found = [value for value in values if value is not None]
+            return np.stack(found).astype(np.int64) if found else None
+
         input_ids = np.stack([sample.input_ids for sample in samples])
         labels = np.stack([sample.labels for sample in samples])
         self._check(input_ids, labels)
-        documents = [sample.documents for sample in samples if sample.documents is not None]
-        return Microbatch(input_ids, labels, sample_ids.astype(np.int64), np.stack(documents) if documents else None)
+        lengths = stacked(sample.length for sample in samples)
+        return Microbatch(
+            input_ids,
+            labels,
+            sample_ids.astype(np.int64),
+            documents=stacked(sample.documents for sample in samples),
+            lengths=None if lengths is None or (lengths == self.seq_len).all() else lengths,
+            segments=stacked(sample.segments for sample in samples),
+            pair_labels=stacked(sample.pair_label for sample in samples),
+            decoder_ids=stacked(sample.decoder_ids for sample in samples),
+        )
 
     def _check(self, input_ids: Ids, labels: Ids) -> None:
         # A vocabulary-parallel embedding silently gives zeros for an id that no rank holds.
@@ -75,10 +94,15 @@ class EvaluationLoader(Loader):
     """Every token of the evaluation data once, in a fixed order; `num_samples` sequences."""
 
     def __init__(
-        self, sampler: SequentialSampler, *, vocab_size: int | None = None, tokens_per_byte: float | None = None
+        self,
+        sampler: Sampler,
+        *,
+        num_samples: int,
+        vocab_size: int | None = None,
+        tokens_per_byte: float | None = None,
     ) -> None:
         super().__init__(sampler, vocab_size=vocab_size)
-        self.num_samples = sampler.num_samples
+        self.num_samples = num_samples
         self.tokens_per_byte = tokens_per_byte
 
     def batches(

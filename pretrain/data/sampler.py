@@ -27,12 +27,18 @@ Ids = npt.NDArray[np.int64]
 class Sample:
     """One sequence: `input_ids` [T] and `labels` [T], already shifted; IGNORE where there is nothing to predict.
 
-    `documents` [T] numbers the documents that tokens belong to; None where they are one stream.
+    `documents` [T] numbers the documents that tokens belong to; None where they are one stream. length: tokens before
+    the padding; None where there is none. segments [T]: the kind of segment of each token. pair_label: whether the
+    second segment does not follow the first. decoder_ids [U]: what a decoder reads, whose `labels` [U] then are.
     """
 
     input_ids: Ids
     labels: Ids
     documents: Ids | None = None
+    length: int | None = None
+    segments: Ids | None = None
+    pair_label: int | None = None
+    decoder_ids: Ids | None = None
 
 
 class Sampler(Protocol):

@@ -39,6 +39,7 @@ from transformers import (
     StableLmForSequenceClassification,
 )
 
+from tests.helpers.hf_encoders import ENCODER_CASES
 from tests.helpers.hf_experts import EXPERT_CASES
 from tests.helpers.hf_latents import LATENT_CASES
 from tests.helpers.hf_sizes import LLAMA, LLAMA3_ROPE
@@ -313,6 +314,7 @@ CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
             "partial_rotary_factor": 0.5,
         },
     ),
+    **ENCODER_CASES,
     **EXPERT_CASES,
     **LATENT_CASES,
     "stablelm classifier": (
@@ -331,7 +333,7 @@ def make_model(case: str, seed: int = 0) -> PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            is_norm = "norm" in name or ".ln_" in name
+            is_norm = "norm" in name.lower() or ".ln_" in name
             if is_norm and name.endswith("weight"):
                 parameter.copy_(1.0 + 0.3 * noise)
             else:

@@ -66,6 +66,40 @@ def biased_model(**changes: Any) -> ModelConfig:
     return gated_model(**{**features, **changes})
 
 
+def masked_model(**changes: Any) -> ModelConfig:
+    """Tokens that see all others, segments, norms after the sums; a head with a transform, and one for pairs."""
+    features: dict[str, Any] = dict(
+        hidden_act="gelu",
+        causal=False,
+        norm_placement="post_residual",
+        type_vocab_size=2,
+        embed_norm=True,
+        tie_word_embeddings=True,
+        head_transform=True,
+        lm_head_bias=True,
+        pooler=True,
+        next_sentence=True,
+    )
+    return biased_model(**{**features, **changes})
+
+
+def answering_model(**changes: Any) -> ModelConfig:
+    """An encoder of two layers and a decoder of two; biases by distance, no scaling of scores, a tied scaled head."""
+    features: dict[str, Any] = dict(
+        num_encoder_layers=2,
+        num_key_value_heads=4,
+        head_dim=6,
+        hidden_act="gelu_tanh",
+        position_embedding="relative",
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=6,
+        query_pre_attn_scalar=1,
+        tie_word_embeddings=True,
+        logit_scale=32**-0.5,
+    )
+    return gated_model(**{**features, **changes})
+
+
 def latent_model(q_lora_rank: int | None = 12, **changes: Any) -> ModelConfig:
     """Keys and values from a latent, queries too or not; values smaller than keys; biases on the way down."""
     latent = LatentSizes(q_lora_rank=q_lora_rank, kv_lora_rank=10, qk_nope_head_dim=8, qk_rope_head_dim=4, v_head_dim=6)

@@ -31,6 +31,8 @@ ADAMW = OptimTable(lr=1e-2, weight_decay=0.1, clip=1.0)
 # The documents of each row: of one token, of many, across the chunks of every layout.
 DOCUMENTS = torch.tensor([[0] * 12, [0] + [1] * 11, [0] * 5 + [1] * 4 + [2] * 3, [0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 4, 4]])
 POSITIONS = torch.stack([torch.cat([torch.arange(n) for n in row.unique(return_counts=True)[1]]) for row in DOCUMENTS])
+# Of a model whose tokens see all others: the tokens of each row, and whether its second half follows its first.
+LENGTHS, PAIRS = torch.tensor([12, 9, 1, 6]), torch.tensor([0, 1, IGNORE, 1])
 Boxes = list[tuple[str, Box, torch.Tensor]]
 
 
@@ -137,6 +139,13 @@ def _train(pipeline: Pipeline, model: ModelConfig, step: int, micro_size: int, s
     for first in range(mesh.dp.rank * micro_size, samples, across):
         rows = torch.arange(first, first + micro_size)
         batch = Batch(ids[rows], labels[rows], dropout=DropoutKey(3, step, rows))
+        if model.num_encoder_layers:
+            batch = replace(batch, input_ids=_samples(model, step + 50, samples)[0][rows], lengths=LENGTHS[rows])
+            batch = replace(batch, decoder_ids=ids[rows, :9], labels=labels[rows, :9])
+        if not model.causal:
+            pairs = PAIRS[rows] if model.next_sentence else None
+            segments = (torch.arange(TOKENS) >= 5).long().expand(len(rows), -1) if model.type_vocab_size else None
+            batch = replace(batch, lengths=LENGTHS[rows], segments=segments, pair_labels=pairs, pair_weight=2.5)
         if documents:
             batch = replace(batch, positions=POSITIONS[rows], documents=DOCUMENTS[rows])
         batches.append(batch)
@@ -151,4 +160,6 @@ def _samples(model: ModelConfig, step: int, samples: int) -> tuple[torch.Tensor,
     labels = ids[:, 1:].clone()
     for row in range(samples):
         labels[row, : row % 5] = IGNORE
+    if not model.causal:
+        labels[torch.arange(TOKENS) >= LENGTHS.unsqueeze(-1)] = IGNORE
     return ids[:, :-1].contiguous(), labels, int((labels != IGNORE).sum())

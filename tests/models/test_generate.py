@@ -10,9 +10,13 @@ import torch
 
 from converters.formats.huggingface import FORMAT
 from tests.helpers.hf_models import make_model
+from tests.helpers.models import answering_model, masked_model
 from workbench.errors import ConfigError, ConversionError
+from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage
-from workbench.models.generate import Sampling, choose, generate, load_model, logits
+from workbench.models.generate import Sampling, choose, generate, load_model, outputs
+from workbench.parallel.mesh import Mesh
+from workbench.spec.model import ModelConfig
 
 CASES = (
     "llama, tied, grouped, llama3 rope",
@@ -51,7 +55,7 @@ def test_a_cached_step_equals_a_whole_forward_pass(tmp_path: Path, case: str) ->
     stage = load_case(case, tmp_path)
     tokens = list(PROMPT)
     for token in generate(stage, PROMPT, max_new_tokens=24):
-        assert token == int(logits(stage, tokens)[-1].argmax())
+        assert token == int(outputs(stage, {"input_ids": tokens})[-1].argmax())
         tokens.append(token)
 
 
@@ -100,3 +104,12 @@ def test_what_cannot_be_generated_is_refused(tmp_path: Path) -> None:
         Sampling(temperature=-1.0, top_p=0.0)
     with pytest.raises(ConversionError, match="head of num_labels=3"):
         generate(load_case("llama classifier", tmp_path / "cls"), PROMPT, max_new_tokens=1)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"), [(masked_model(), "causal=false"), (answering_model(), "generation with one is not there yet")]
+)
+def test_a_model_that_cannot_go_on_with_a_text_is_refused(model: ModelConfig, words: str) -> None:
+    stage = build_stage(model, Mesh.single()).module
+    with pytest.raises(ConversionError, match=words):
+        generate(stage, [1], max_new_tokens=2)

@@ -26,7 +26,7 @@ from tests.helpers.parity import assert_observed, train_three_steps
 from tests.helpers.ranks import run_ranks
 from workbench.errors import ConversionError
 from workbench.models.build import build_stage, initialise
-from workbench.models.generate import generate, logits
+from workbench.models.generate import generate, outputs
 from workbench.parallel.mesh import Mesh
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -103,9 +103,9 @@ def test_each_word_of_the_variant_changes_what_is_computed(tmp_path: Path) -> No
             model = ModelConfig.model_validate({key: value for key, value in MODEL.items() if key != without})
             built = build_stage(model, Mesh.single())
             initialise(built.parameters, model, seed=1)
-            found.append(logits(built.module, range(1, 12)))
+            found.append(outputs(built.module, {"input_ids": range(1, 12)}))
             tokens = list(generate(built.module, [1, 2, 3], max_new_tokens=9))
-            assert tokens[-1] == int(logits(built.module, [1, 2, 3, *tokens[:-1]])[-1].argmax())
+            assert tokens[-1] == int(outputs(built.module, {"input_ids": [1, 2, 3, *tokens[:-1]]})[-1].argmax())
     assert all(not torch.allclose(found[0], other) for other in found[1:])
 
 
@@ -136,7 +136,9 @@ def test_its_activation_exports_to_what_transformers_computes_and_its_mask_is_re
 
 
 def test_a_word_without_its_file_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"'gelu_tan' is not one of gelu, gelu_tanh, silu; did you mean 'gelu_tanh'"):
+    with pytest.raises(
+        ValueError, match=r"'gelu_tan' is not one of gelu, gelu_tanh, relu, silu; did you mean 'gelu_tanh'"
+    ):
         tiny_model(hidden_act="gelu_tan")
     with pytest.raises(ValueError, match="'chunked' is not one of causal"):
         tiny_model(attention_mask="chunked")

@@ -87,7 +87,7 @@ def test_no_product_of_the_head_runs_twice() -> None:
     hidden, weight, labels = _case()
     counter = FlopCounterMode(display=False)
     with counter:
-        chunked_loss(hidden.requires_grad_(), weight.requires_grad_(), labels, _how(1, 2)).backward()
+        chunked_loss(hidden.requires_grad_(), weight.requires_grad_(), None, labels, _how(1, 2)).backward()
     assert counter.get_total_flops() == 3 * 2 * TOKENS * HIDDEN * VOCAB
 
 
@@ -95,7 +95,7 @@ def test_a_frozen_head_has_no_gradient_and_no_product_for_it() -> None:
     hidden, weight, labels = _case()
     counter = FlopCounterMode(display=False)
     with counter:
-        chunked_loss(hidden.requires_grad_(), weight, labels, _how(1, 2)).backward()
+        chunked_loss(hidden.requires_grad_(), weight, None, labels, _how(1, 2)).backward()
     assert hidden.grad is not None and weight.grad is None
     assert counter.get_total_flops() == 2 * 2 * TOKENS * HIDDEN * VOCAB
 
@@ -105,7 +105,7 @@ def test_bfloat16_gradients_of_the_weight_are_summed_in_float32() -> None:
     hidden, weight, labels = (part.repeat(64, 1) if part.dim() > 1 else part.repeat(64) for part in _case())
     weight = weight[:VOCAB].float().requires_grad_()
     narrow = hidden.to(torch.bfloat16).requires_grad_()
-    loss = chunked_loss(narrow, weight, labels, _how(1, 5))
+    loss = chunked_loss(narrow, weight, None, labels, _how(1, 5))
     loss.backward()
     wide = weight.detach().to(torch.bfloat16).double().requires_grad_()
     expected = F.cross_entropy(narrow.detach().double() @ wide.t(), labels, reduction="sum", ignore_index=IGNORE)
@@ -138,10 +138,10 @@ def _local(tp: int, chunk: int) -> tuple[torch.Tensor, ...]:
     local = padded.chunk(tp)[mesh.tp.rank].clone().requires_grad_()
     hidden.requires_grad_()
     how = Chunking(mesh.tp, VOCAB, chunk)
-    total = chunked_loss(copy_to(hidden, mesh.tp), local, labels, how)
+    total = chunked_loss(copy_to(hidden, mesh.tp), local, None, labels, how)
     (total * SCALE).backward()
     assert hidden.grad is not None and local.grad is not None
-    each = chunked_token_losses(hidden.detach(), local.detach(), labels, how)
+    each = chunked_token_losses(hidden.detach(), local.detach(), None, labels, how)
     return total.detach(), each, hidden.grad, local.grad
 
 

@@ -90,6 +90,16 @@ FEATURES = (
     Feature("backend", "Transformer Engine", TE, {"kernels.backend": "te"}),
     Feature("compile", "torch.compile", "`tests/models/test_compile.py`", {"kernels.compile": True}),
     Feature(
+        "attention", "tokens that see all others", "`tests/pretrain/test_masked_parity.py`", {}, model={"causal": False}
+    ),
+    Feature(
+        "attention",
+        "an encoder with a decoder",
+        "`tests/pretrain/test_answering_parity.py`",
+        {},
+        model={"num_encoder_layers": 4, "position_embedding": "relative", "num_key_value_heads": 4},
+    ),
+    Feature(
         "dropout", "dropout on hidden states", "`tests/pretrain/test_parity.py`", {}, model={"hidden_dropout": 0.1}
     ),
     Feature("dropout", "dropout in attention", "`tests/pretrain/test_parity.py`", {}, model={"attention_dropout": 0.1}),

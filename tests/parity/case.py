@@ -8,6 +8,7 @@ from typing import Any
 from pretrain.config import EngineConfig
 from pretrain.schedules import schedule_named
 from tests.helpers.models import (
+    answering_model,
     biased_model,
     gated_model,
     grouped_model,
@@ -24,6 +25,7 @@ SAMPLES, TOKENS, STEPS, LABELS = 8, 16, 3, 5
 MODELS = {
     "gated": gated_model,
     "biased": biased_model,
+    "answering": answering_model,
     "sliding": sliding_model,
     "post": post_norm_model,
     "sparse": sparse_model,

@@ -35,16 +35,17 @@ def train(case: Case, folder: str, ranks: int) -> Seen:
     model, config = model_of(case), config_of(case, folder)
     mesh = Mesh.create(config.resolve_layout(model, ranks), torch.device("cpu"))
     subject = Subject(model, fill=lambda parameters: fill(parameters, model))
-    objective = Noise(tokens=TOKENS, documents=case["documents"], classes=model.num_labels)
+    answers = model.num_encoder_layers > 0
+    objective = Noise(tokens=TOKENS, documents=case["documents"], classes=model.num_labels, answers=answers)
     trainer = Trainer(config, subject, objective, mesh, dtype=torch.float64)
     share = Share(config.batch.micro_size, mesh.dp.rank, mesh.dp.size)
     seen = Seen()
     parameters = trainer.built.parameters
     for step in range(-1, STEPS):
         rows = objective.train_rows(share, step=max(step, 0), first_sample=SAMPLES * max(step, 0), global_size=SAMPLES)
-        labels = agree(rows, mesh, stop=False).num_labels
+        agreed = agree(rows, mesh, stop=False)
         if step < 0:
-            scale = torch.tensor(1.0 / labels, dtype=torch.float64)
+            scale = torch.tensor(1.0 / agreed.num_labels, dtype=torch.float64)
             trainer.pipeline.train([to_batch(r, mesh.device, seed=7, step=0) for r in rows], scale)
             complete_gradients(parameters, mesh)
             seen.norms.append(float(gradient_norm(parameters, mesh)))
@@ -52,7 +53,7 @@ def train(case: Case, folder: str, ranks: int) -> Seen:
             for parameter in parameters:
                 parameter.parameter.grad = None
             continue
-        result = train_step(trainer.pipeline, trainer.optimizer, rows, num_labels=labels, lr=1e-2, seed=7, step=step)
+        result = train_step(trainer.pipeline, trainer.optimizer, rows, agreed=agreed, lr=1e-2, seed=7, step=step)
         seen.losses.append(result.mean_loss(mesh))
         seen.norms.append(float(result.gradient_norm))
     seen.weights = boxes_of(parameters)

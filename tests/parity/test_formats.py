@@ -101,12 +101,12 @@ def losses(case: Case, folder: str, alone: bool) -> list[float]:
     found = []
     for step in range(STEPS):
         rows = objective.train_rows(share, step=step, first_sample=SAMPLES * step, global_size=SAMPLES)
-        labels = agree(rows, mesh, stop=False).num_labels
+        agreed = agree(rows, mesh, stop=False)
         result = train_step(
             trainer.pipeline,
             trainer.optimizer,
             rows,
-            num_labels=labels,
+            agreed=agreed,
             lr=3e-3,
             seed=7,
             step=step,

@@ -42,6 +42,7 @@ SP: Case = {**TP, "sp": True}
 CP: Case = {"cp": 2, "documents": True}
 RING: Case = {**CP, "context": "ring"}
 TIED: Case = {"pp": 2, "schedule": "1f1b"}
+ANSWERS: Case = {"pp": 2, "schedule": "1f1b", "model": "answering", "tied": False}
 MUON: Case = {"tp": 2, "optimizer": "muon"}
 CHUNKS: Case = {"tp": 2, "loss_chunk": 5, "tied": False}
 CHUNKS_SP: Case = {**CHUNKS, "sp": True}
@@ -59,7 +60,7 @@ SHOWN_BY: dict[str, tuple[Case, ...]] = {
     "workbench.parallel.embedding": (TP, UNTIED, SP),
     "workbench.parallel.loss": (TP,),
     "workbench.parallel.chunked_loss": (CHUNKS,),
-    "workbench.parallel.gradients": (COPIES, TIED, TP),
+    "workbench.parallel.gradients": (COPIES, TIED, TP, ANSWERS),
     "workbench.parallel.whole": (MUON,),
     "workbench.models.norm": (NORMED,),
     "workbench.models.ring": (RING,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -68,8 +69,16 @@ def sample(index: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 class Noise:
     """An objective over random tokens, that remembers which samples it was asked for."""
 
-    def __init__(self, *, tokens: int = 12, held_out: int = 0, documents: bool = False, classes: int = 0) -> None:
-        self._tokens, self._documents, self._classes = tokens, documents, classes
+    def __init__(
+        self,
+        *,
+        tokens: int = 12,
+        held_out: int = 0,
+        documents: bool = False,
+        classes: int = 0,
+        answers: bool = False,
+    ) -> None:
+        self._tokens, self._documents, self._classes, self._answers = tokens, documents, classes, answers
         self.asked: list[int] = []
         self.evaluations: tuple[Evaluation, ...] = (HeldOut(held_out, tokens),) if held_out else ()
         self.identity = {"kind": "noise"}
@@ -79,7 +88,8 @@ class Noise:
         starts = range(first_sample + share.dp_rank * share.micro_size, first_sample + global_size, across)
         found = [np.arange(start, start + share.micro_size) for start in starts]
         self.asked += [int(index) for ids in found for index in ids]
-        return [rows_of(ids, self._tokens, documents=self._documents, classes=self._classes) for ids in found]
+        rows = [rows_of(ids, self._tokens, documents=self._documents, classes=self._classes) for ids in found]
+        return [answered(one) for one in rows] if self._answers else rows
 
 
 class HeldOut:
@@ -120,3 +130,8 @@ def rows_of(ids: np.ndarray, tokens: int, *, documents: bool = False, classes: i
         lengths=tokens - ids % tokens if classes else None,
         documents=numbers,
     )
+
+
+def answered(rows: Rows) -> Rows:
+    """The same rows for an encoder, with the last of their labels for a decoder, which reads them backwards."""
+    return replace(rows, decoder_ids=rows.input_ids[:, ::-2].copy(), labels=rows.labels[:, rows.labels.shape[1] // 2 :])

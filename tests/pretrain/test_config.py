@@ -12,9 +12,11 @@ from pretrain.config import EngineConfig, ParallelTable, PretrainConfig
 from pretrain.execution import choose_executor
 from pretrain.presets import PRESETS
 from pretrain.schedules import schedules
+from tests.helpers.models import answering_model, gated_model, masked_model
 from tests.pretrain.models import tiny_config, tiny_model
 from workbench.errors import LaunchError, LayoutError
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
 
 VALUES: dict[str, Any] = {
     "model": dict(PRESETS["llama-tiny"]),
@@ -223,3 +225,43 @@ def test_tokens_that_ranks_cannot_share_are_refused(
 def test_the_first_bound_ends_the_run(run: dict[str, Any], steps: int | None) -> None:
     config = EngineConfig.model_validate({"run": run, "batch": {"global_size": 8, "micro_size": 8, "seq_len": 12}})
     assert config.planned_steps() == steps
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "words"),
+    [
+        (masked_model(next_sentence=False), {}, "data.objective='causal' for a model with causal=false"),
+        (gated_model(), {"objective": "masked"}, "data.objective='masked' for a model with causal=true"),
+        (answering_model(), {"objective": "masked"}, "for a model with num_encoder_layers=2.*use objective = 'span'"),
+        (masked_model(), {"objective": "masked"}, "data.next_sentence=false, but model.next_sentence=true"),
+        (
+            masked_model(head_transform=False, lm_head_bias=False, next_sentence=False, lm_head=False),
+            {"objective": "masked"},
+            "model.lm_head=false, but pretraining predicts words",
+        ),
+    ],
+)
+def test_an_objective_that_the_model_cannot_learn_is_refused(
+    model: ModelConfig, data: dict[str, Any], words: str
+) -> None:
+    tokenizer = {"tokenizer": "words"} if data else {}
+    with pytest.raises(ValidationError, match=words):
+        PretrainConfig.model_validate(
+            {**VALUES, "model": model, "data": {"train": "x", **tokenizer, **data}, "batch": {"seq_len": 32}}
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"next_sentence": True}, "reads the pooler and tells two segments apart"),
+        ({"pooler": True}, "pooler=true reads the first token, which sees nothing"),
+        ({"num_labels": 2, "lm_head_bias": True}, "lm_head_bias=true belongs to an LM head"),
+        ({"position_embedding": "relative"}, "position_embedding='relative' goes with num_encoder_layers"),
+        ({"num_encoder_layers": 2}, "position_embedding='rope' does not go with num_encoder_layers=2, only 'relative'"),
+        ({"num_encoder_layers": 4, "position_embedding": "relative"}, "leaves no layer of num_hidden_layers=4"),
+    ],
+)
+def test_features_that_need_each_other_are_named(change: dict[str, Any], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        gated_model(**change)

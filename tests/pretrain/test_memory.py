@@ -20,9 +20,11 @@ from pretrain.memory import BLOCKS, SCORED_TOKENS, estimate_memory
 from pretrain.optimizer import Optimizer
 from tests.helpers.allocations import Allocations
 from tests.helpers.models import (
+    answering_model,
     biased_model,
     gated_model,
     latent_model,
+    masked_model,
     post_norm_model,
     sliding_model,
     sparse_model,
@@ -54,7 +56,17 @@ def config(compute="fp32", **parallel) -> EngineConfig:
 
 
 @pytest.mark.parametrize(
-    "make", [gated_model, biased_model, post_norm_model, sliding_model, sparse_model, latent_model]
+    "make",
+    [
+        gated_model,
+        biased_model,
+        post_norm_model,
+        sliding_model,
+        sparse_model,
+        latent_model,
+        masked_model,
+        answering_model,
+    ],
 )
 @pytest.mark.parametrize("compute", ["fp32", "bf16"])
 def test_one_process_keeps_about_what_is_estimated(make, compute):
@@ -70,7 +82,8 @@ def test_one_process_keeps_about_what_is_estimated(make, compute):
 
     ids = torch.zeros(2, 128, dtype=torch.int64)
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        built.module(None, Batch(input_ids=ids, labels=ids), "loss")
+        answers = ids if model.num_encoder_layers else None
+        built.module(None, Batch(input_ids=ids, labels=ids, decoder_ids=answers), "loss")
     real = sum(tensor.untyped_storage().nbytes() for at, tensor in kept.items() if at not in own)
     (found,) = estimate_memory(model, ParallelLayout(), config(compute))
     assert found.num_parameters == sum(parameter.numel() for parameter in built.module.parameters())

@@ -42,8 +42,8 @@ def train_three_steps(
     losses, norms = [], []
     for step in range(3):
         rows = objective.train_rows(share, step=step, first_sample=8 * step, global_size=8)
-        labels = agree(rows, mesh, stop=False).num_labels
-        result = train_step(pipeline, optimizer, rows, num_labels=labels, lr=1e-2, seed=5, step=step)
+        agreed = agree(rows, mesh, stop=False)
+        result = train_step(pipeline, optimizer, rows, agreed=agreed, lr=1e-2, seed=5, step=step)
         losses.append(result.mean_loss(mesh))
         norms.append(result.gradient_norm.item())
     micros = 8 // (micro_size * mesh.dp.size)

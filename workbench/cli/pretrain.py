@@ -111,12 +111,13 @@ def lineage_of(config: PretrainConfig) -> dict[str, Any]:
 def _summary(outcome: Outcome, config: PretrainConfig) -> str:
     """What a finished run is told as."""
     scores = {name: value for name, value in outcome["metrics"].items() if not name.endswith("/tokens")}
+    speak = f"wb generate {config.run.dir} --prompt '...'    " if config.data.objective == "causal" else ""
     lines = [
         f"done       step {outcome['step']}, {count_text(outcome['tokens'])} tokens in {time_text(outcome['seconds'])}",
         *skipped_text(outcome),
         *(f"{name:<22} {_number(value)}" for name, value in scores.items()),
         f"checkpoint {outcome['checkpoint']}",
-        f"next       wb generate {config.run.dir} --prompt '...'    wb export {config.run.dir} DST",
+        f"next       {speak}wb export {config.run.dir} DST",
     ]
     if outcome["loss"] is not None:
         lines.insert(1, f"{'train/loss':<22} {outcome['loss']:.4f}")

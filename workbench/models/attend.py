@@ -1,4 +1,4 @@
-"""Attention on one rank: causal, inside documents, with dropout, for the last tokens of a row or for all.
+"""Attention on one rank: causal or not, inside documents, with dropout, for the last tokens of a row or for all.
 
 Legend: B batch, T tokens, S tokens attended to, H heads (local), K key/value heads (local), d head size.
 """
@@ -37,33 +37,37 @@ def attend(
     documents_BS: torch.Tensor | None = None,
     dropped: WeightDropout | None = None,
     scoring: Scoring = PLAIN,
+    first: int | None = None,
 ) -> torch.Tensor:
-    """softmax(scores) v, [B, T, H, d]: each token attends to itself and those before it in its document and window.
+    """softmax(scores) v, [B, T, H, d]: each token attends to itself and those before it in its document and window, or
+    to all of its document if scoring is not causal.
 
-    The queries are those of the last T of the S tokens.
+    The queries are those of the T tokens from `first` on, by default the last of the S tokens.
     """
     tokens, attended = q_BTHd.shape[1], k_BSKd.shape[1]
-    if documents_BS is None and dropped is None and tokens == attended and suits(q_BTHd):
+    first = attended - tokens if first is None else first
+    if scoring.causal and documents_BS is None and dropped is None and tokens == attended and suits(q_BTHd):
         return attend_blockwise(q_BTHd, k_BSKd, v_BSKd, scoring)
     if scoring.window is not None and tokens > (span := max(scoring.window, WINDOWED_QUERIES)):
         return _attend_by_spans(span, q_BTHd, k_BSKd, v_BSKd, documents_BS, dropped, scoring)
-    if dropped is None and (unseen := scoring.first_seen(attended - tokens)):
-        k_BSKd, v_BSKd, attended = k_BSKd[:, unseen:], v_BSKd[:, unseen:], attended - unseen
+    if dropped is None and (unseen := scoring.first_seen(first)):
+        k_BSKd, v_BSKd = k_BSKd[:, unseen:], v_BSKd[:, unseen:]
+        attended, first = attended - unseen, first - unseen
         documents_BS = None if documents_BS is None else documents_BS[:, unseen:]
     q_BHTd, k_BKSd, v_BKSd = (part.transpose(1, 2) for part in (q_BTHd, k_BSKd, v_BSKd))
-    hides = scoring.first_seen(attended - 1) > 0 or scoring.mask is not None
+    hides = scoring.first_seen(first + tokens - 1) > 0 or scoring.mask is not None
     by_scores = dropped is not None or scoring.softcap is not None
     if by_scores or documents_BS is not None or hides:
-        mask = visible(attended - tokens, tokens, 0, attended, documents_BS, q_BTHd.device, scoring)
+        mask = visible(first, tokens, 0, attended, documents_BS, q_BTHd.device, scoring)
         k_BHSd, v_BHSd = _repeat_heads(q_BHTd, k_BKSd), _repeat_heads(q_BHTd, v_BKSd)
         if by_scores:
-            return _attend_by_scores(q_BHTd, k_BHSd, v_BHSd, mask, dropped, scoring).transpose(1, 2)
+            return _attend_by_scores(q_BHTd, k_BHSd, v_BHSd, mask, dropped, scoring, first).transpose(1, 2)
         return _fused(q_BHTd, k_BHSd, v_BHSd, mask, scoring).transpose(1, 2)
     # Not a tensor: a GPU's kernels know this mask, and of a long row it would be larger than the activations.
-    causal = None if tokens in (1, attended) else causal_lower_right(tokens, attended)
+    mask = None if not scoring.causal or tokens in (1, attended) else causal_lower_right(tokens, attended)
     if not shares_heads(q_BHTd, k_BKSd, v_BKSd):
         k_BKSd, v_BKSd = _repeat_heads(q_BHTd, k_BKSd), _repeat_heads(q_BHTd, v_BKSd)
-    return _fused(q_BHTd, k_BKSd, v_BKSd, causal, scoring).transpose(1, 2)
+    return _fused(q_BHTd, k_BKSd, v_BKSd, mask, scoring).transpose(1, 2)
 
 
 def _attend_by_spans(
@@ -100,8 +104,8 @@ def shares_heads(q_BHTd: torch.Tensor, k_BKSd: torch.Tensor, v_BKSd: torch.Tenso
 def _fused(
     q_BHTd: torch.Tensor, k_BKSd: torch.Tensor, v_BKSd: torch.Tensor, mask: torch.Tensor | None, scoring: Scoring
 ) -> torch.Tensor:
-    """softmax(q k^T scale) v, [B, H, T, d], without keeping scores; without a mask causal, if all tokens look."""
-    whole = mask is None and q_BHTd.shape[2] == k_BKSd.shape[2]
+    """softmax(q k^T scale) v, [B, H, T, d], without keeping scores; all without a mask, or those before."""
+    whole = scoring.causal and mask is None and q_BHTd.shape[2] == k_BKSd.shape[2]
     scale, size = scoring.scale_of(q_BHTd.shape[-1]), v_BKSd.shape[-1]
     if q_BHTd.device.type == "cpu" and size != q_BHTd.shape[-1]:
         q_BHTd, k_BKSd, v_BKSd = _of_one_size(q_BHTd, k_BKSd, v_BKSd)
@@ -118,6 +122,7 @@ def _attend_by_scores(
     mask: torch.Tensor,
     dropped: WeightDropout | None,
     scoring: Scoring,
+    first: int,
 ) -> torch.Tensor:
     scores_BHTS = q_BHTd @ k_BHSd.transpose(-1, -2) * scoring.scale_of(q_BHTd.shape[-1])
     scores_BHTS = soft_cap(scores_BHTS, scoring.softcap)
@@ -128,7 +133,7 @@ def _attend_by_scores(
     device = q_BHTd.device
     coordinates = (
         torch.arange(dropped.first_head, dropped.first_head + heads, device=device),
-        torch.arange(attended - tokens, attended, device=device),
+        torch.arange(first, first + tokens, device=device),
         torch.arange(attended, device=device),
     )
     return dropout(weights_BHTS, dropped.probability, dropped.rows_B, coordinates) @ v_BHSd

@@ -1,10 +1,12 @@
-"""Causal self-attention with grouped key/value heads, its heads cut over the tensor axis.
+"""Self-attention with grouped key/value heads, its heads cut over the tensor axis.
 
 Legend: B batch, T tokens (of this context rank), S tokens attended to, D hidden, H heads (local), K key/value heads
 (local), d head size.
 """
 
 from __future__ import annotations
+
+from typing import TypeAlias
 
 import torch
 from torch import nn
@@ -13,15 +15,19 @@ from workbench.errors import LayoutError
 from workbench.models.attend import WeightDropout, attend
 from workbench.models.batch import LocalBatch
 from workbench.models.context import attend_in_context
+from workbench.models.cross import attend_scored
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import apply_rope
-from workbench.models.scoring import scoring_of
+from workbench.models.scoring import scoring_of, visible
 from workbench.parallel.backends import Attend
 from workbench.parallel.linear import ColumnParallelLinear, RowParallelLinear
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.model import ModelConfig
+
+Positions: TypeAlias = tuple[torch.Tensor, torch.Tensor] | torch.Tensor | None
+"""How attention knows places: tables of a rotation, a bias of scores [H, T, T], or not at all."""
 
 
 class KeyValueCache:
@@ -45,7 +51,7 @@ class KeyValueCache:
 
 
 class Attention(nn.Module):
-    """softmax(q k^T / sqrt(d)) v, each token attending to itself and those before it in its document and window."""
+    """softmax(scores) v, each token attending to those of its document that it may see (scoring.py)."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
@@ -73,7 +79,7 @@ class Attention(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: Positions,
         batch: LocalBatch,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
@@ -83,10 +89,11 @@ class Attention(nn.Module):
             q, k = qk.split((q_size, k_size), dim=-1)
             qk = torch.cat((self._norm_heads(self.q_norm, q), self._norm_heads(self.k_norm, k)), dim=-1)
         qk, v_BTKd = (part.unflatten(-1, (-1, self.head_dim)) for part in (qk, v))
-        if rope is not None:
-            qk = apply_rope(qk, rope)
+        if isinstance(positions, tuple):
+            qk = apply_rope(qk, positions)
+        bias = positions if isinstance(positions, torch.Tensor) else None
         q_BTHd, k_BTKd = qk.split((q_size // self.head_dim, k_size // self.head_dim), dim=2)
-        attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, k_BTKd, v_BTKd, batch, cache)
+        attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, k_BTKd, v_BTKd, bias, batch, cache)
         return self.o_proj(attended_BTHd.flatten(2))
 
     def _norm_heads(self, norm: nn.Module, x: torch.Tensor) -> torch.Tensor:
@@ -100,6 +107,7 @@ class Attention(nn.Module):
         q_BTHd: torch.Tensor,
         k_BTKd: torch.Tensor,
         v_BTKd: torch.Tensor,
+        bias_HTT: torch.Tensor | None,
         batch: LocalBatch,
         cache: KeyValueCache | None,
     ) -> torch.Tensor:
@@ -116,4 +124,10 @@ class Attention(nn.Module):
         dropped = None
         if self.dropout and batch.dropout is not None:
             dropped = WeightDropout(self.dropout, batch.dropout.rows(self.path), self.first_head)
+        if bias_HTT is not None:
+            tokens, documents = q_BTHd.shape[1], batch.documents
+            mask = None
+            if self.scoring.causal or documents is not None:
+                mask = visible(0, tokens, 0, tokens, documents, q_BTHd.device, self.scoring)
+            return attend_scored(q_BTHd, k_BTKd, v_BTKd, mask, bias_HTT, self.scoring, dropped)
         return attend_in_context(q_BTHd, k_BTKd, v_BTKd, batch.documents, dropped, self.mesh, self.scoring)

@@ -26,8 +26,11 @@ class Batch:
     predicted; [B] class numbers for a sequence head; None where only logits are wanted. lengths: [B], real tokens of
     each row, None when all rows are full. dropout: what the dropout masks depend on; None switches dropout off.
     positions: [B, S], the place of each token in its sequence; None for 0 to S-1. documents: [B, S], the number of the
-    document that each token belongs to, which it does not look beyond; None when a row is one document. loss_scale: by
-    what the gradient of the summed loss will be multiplied; None where no backward follows.
+    document that each token belongs to, which it does not look beyond; None when a row is one document. segments:
+    [B, S], the kind of segment of each token; None when all are of kind 0. pair_labels: [B], 0 where the second segment
+    follows the first and 1 where it does not, IGNORE for no pair; their loss counts `pair_weight` times. decoder_ids:
+    [B, U], what a decoder reads of an encoder's `input_ids`; labels are then [B, U], and lengths those of input_ids.
+    loss_scale: by what the gradient of the summed loss will be multiplied; None where no backward follows.
     """
 
     input_ids: torch.Tensor
@@ -36,6 +39,10 @@ class Batch:
     dropout: DropoutKey | None = None
     positions: torch.Tensor | None = None
     documents: torch.Tensor | None = None
+    segments: torch.Tensor | None = None
+    pair_labels: torch.Tensor | None = None
+    pair_weight: float = 1.0
+    decoder_ids: torch.Tensor | None = None
     loss_scale: torch.Tensor | None = None
 
 
@@ -44,10 +51,11 @@ class LocalBatch:
     """What one rank computes of a batch, whose rows are padded to what its ranks can share.
 
     input_ids: [B, T]. labels: [B, T], or [B]. lengths: [B]. dropout: as in the batch. positions: [T] or [B, T].
-    documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions:
-    [t] and [t] or [B, t], the same of the tokens whose hidden states this rank has (fewer under sequence parallelism).
-    loss_scale: as in the batch. num_labels: labels of the whole batch that count; 0 without labels.
-    reach: [] or [B], the length of the longest sequence in each row, which is the same on all ranks.
+    documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions,
+    hidden_segments: [t], [t] or [B, t] and [B, t], the same of the tokens whose hidden states this rank has (fewer
+    under sequence parallelism). pair_labels, pair_weight, loss_scale: as in the batch. num_labels: labels of the whole
+    batch that count; 0 without labels. reach: [] or [B], the length of the longest sequence in each row, which is the
+    same on all ranks.
     """
 
     input_ids: torch.Tensor
@@ -59,13 +67,19 @@ class LocalBatch:
     tokens: torch.Tensor
     hidden_tokens: torch.Tensor
     hidden_positions: torch.Tensor
+    hidden_segments: torch.Tensor | None
+    pair_labels: torch.Tensor | None
+    pair_weight: float
     loss_scale: torch.Tensor | None
     num_labels: torch.Tensor | int
     reach: torch.Tensor
 
 
-def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
-    """This rank's part of `batch`, of rows of which `start` tokens came before. No communication."""
+def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0, causal: bool = True) -> LocalBatch:
+    """This rank's part of `batch`, of rows of which `start` tokens came before. No communication.
+
+    Where attention is not causal, padding is a document of its own: no token sees it, and it sees itself alone.
+    """
     rows, length = batch.input_ids.shape
     device, layout = batch.input_ids.device, mesh.layout
     padded = padded_length(length, layout)
@@ -84,7 +98,11 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
     if positions is None:
         # Those of padding are of no account, but must be positions that the model has.
         positions = start + (tokens if padded == length else tokens.clamp(max=length - 1))
-    documents = batch.documents
+    documents, segments = batch.documents, share(batch.segments, 0)
+    if not causal and documents is None and (batch.lengths is not None or padded > length):
+        documents = torch.zeros_like(batch.input_ids)
+    if not causal and documents is not None and batch.lengths is not None:
+        documents = documents.masked_fill(torch.arange(length, device=device) >= batch.lengths.unsqueeze(-1), -1)
     return LocalBatch(
         input_ids=input_ids,
         labels=share(batch.labels, IGNORE),
@@ -95,6 +113,9 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0) -> LocalBatch:
         tokens=tokens,
         hidden_tokens=hidden(tokens),
         hidden_positions=hidden(positions),
+        hidden_segments=None if segments is None else hidden(segments),
+        pair_labels=batch.pair_labels,
+        pair_weight=batch.pair_weight,
         loss_scale=batch.loss_scale,
         num_labels=0 if batch.labels is None else (batch.labels != IGNORE).sum(),
         reach=_reach(batch, start),
@@ -115,7 +136,9 @@ def padded_length(length: int, layout: ParallelLayout) -> int:
 
 
 def hidden_shape(batch: Batch, layout: ParallelLayout, hidden_size: int) -> tuple[int, int, int]:
-    """[B, t, D] of the hidden states that one rank hands on to the next stage."""
-    rows, length = batch.input_ids.shape
+    """[B, t, D] of the hidden states that one rank hands on to the next stage: those of an encoder's tokens, then those
+    of a decoder's."""
     sharers = layout.cp * (layout.tp if layout.sequence_parallel else 1)
-    return rows, padded_length(length, layout) // sharers, hidden_size
+    sides = [ids for ids in (batch.input_ids, batch.decoder_ids) if ids is not None]
+    tokens = sum(padded_length(ids.shape[1], layout) // sharers for ids in sides)
+    return len(batch.input_ids), tokens, hidden_size

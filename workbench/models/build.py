@@ -89,7 +89,9 @@ def _equip(stage: DecoderStage, options: StageOptions, mesh: Mesh) -> Gemm:
     host = HostMemory(pinned=mesh.device.type == "cuda")
     for block in stage.layers.values():
         block.recompute = options.recompute == "full"
-        block.self_attn.recompute = options.recompute == "selective"
+        for part in (block.self_attn, block.cross_attn):
+            if part is not None:
+                part.recompute = options.recompute == "selective"
         if options.offload:
             block.saving = host.saving
         if isinstance(block.self_attn, Attention):

@@ -47,7 +47,8 @@ def attend_to_row(
     numbers = context_chunks(axis.size, axis.rank)
     found = []
     for number, q_chunk in zip(numbers, q_BTHd.chunk(len(numbers), dim=1), strict=True):
-        stop = (number + 1) * q_chunk.shape[1]
+        first = number * q_chunk.shape[1]
+        stop = first + q_chunk.shape[1] if scoring.causal else k_BSKd.shape[1]
         documents = None if documents_BS is None else documents_BS[:, :stop]
-        found.append(attend(q_chunk, k_BSKd[:, :stop], v_BSKd[:, :stop], documents, dropped, scoring))
+        found.append(attend(q_chunk, k_BSKd[:, :stop], v_BSKd[:, :stop], documents, dropped, scoring, first))
     return torch.cat(found, dim=1)

@@ -1,21 +1,23 @@
-"""A stage of a decoder: some of its layers, with the embedding on the first stage and the head on the last.
+"""A stage of a transformer: some of its layers, with the embedding on the first stage and the head on the last.
 
-Legend: B batch, S tokens of a row, T those of this rank, D hidden, V vocabulary (local, padded), N labels of a
-sequence head.
+Legend: B batch, S tokens of a row, T those of this rank, D hidden, V vocabulary (local, padded), N labels of a head
+that judges rows.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from workbench.models.attention import Attention, KeyValueCache
+from workbench.models.attention import Attention, KeyValueCache, Positions
 from workbench.models.batch import Batch, LocalBatch, local_batch
+from workbench.models.cross import CrossAttention, RelativeBias
 from workbench.models.latent_attention import LatentAttention
 from workbench.models.mlp import MLP
 from workbench.models.moe import SparseMLP
@@ -36,18 +38,21 @@ from workbench.parallel.loss import IGNORE, accumulation_dtype, vocab_parallel_c
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.sequence import whole_input
 from workbench.parallel.softcap import soft_cap
+from workbench.registry import load
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.layout import ParallelLayout, virtual_stage
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import block_norms, stage_specs, tied_head
+from workbench.spec.norm_placement import SUMS
+from workbench.spec.schema import block_norms, has_final_norm, predicts_words, stage_specs, tied_head
 
-Output = Literal["loss", "token_losses", "logits"]
-Rope = tuple[torch.Tensor, torch.Tensor]
+Memory = tuple[torch.Tensor, LocalBatch]
+"""An encoder's output [B, S, D] (this rank's part of it) and the batch that it read."""
+Output = Literal["loss", "token_losses", "logits", "pair_logits"]
 
 
 class Block(nn.Module):
     """One transformer layer: x + norm(attention(norm(x))), then the same with the MLP, or both of one x in parallel;
-    which of the norms there are is the model's `norm_placement`."""
+    which of the norms there are, and whether they are of the sums, is the model's `norm_placement`."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
@@ -59,6 +64,11 @@ class Block(nn.Module):
             self.mlp = SparseMLP(model, mesh, specs, layer)
         else:
             self.mlp = MLP(model, mesh, specs, f"{path}.mlp")
+        self.cross_attn = None
+        if model.num_encoder_layers and layer >= model.num_encoder_layers:
+            self.cross_attention_layernorm = build_norm(model, mesh, specs, f"{path}.cross_attention_layernorm")
+            self.cross_attn = CrossAttention(model, mesh, specs, layer)
+        self.norms_sums = model.norm_placement == SUMS
         self.norms = block_norms(model)
         for name in filter(None, self.norms):
             self.add_module(name, build_norm(model, mesh, specs, f"{path}.{name}"))
@@ -70,30 +80,47 @@ class Block(nn.Module):
     def forward(
         self,
         x_BTD: torch.Tensor,
-        rope: Rope | None,
+        positions: Positions,
         batch: LocalBatch,
         cache: KeyValueCache | None = None,
+        memory: Memory | None = None,
     ) -> torch.Tensor:
         with self.saving():
-            return recomputed(self.recompute, self._transform, x_BTD, rope, batch, cache)
+            return recomputed(self.recompute, self._transform, x_BTD, positions, batch, cache, memory)
 
     def _transform(
         self,
         x_BTD: torch.Tensor,
-        rope: Rope | None,
+        positions: Positions,
         batch: LocalBatch,
         cache: KeyValueCache | None,
+        memory: Memory | None,
     ) -> torch.Tensor:
         before_attention, after_attention, before_mlp, after_mlp = (self._norm(name) for name in self.norms)
         normed_BTD = before_attention(x_BTD)
-        attended_BTD = after_attention(self.self_attn(normed_BTD, rope, batch, cache))
-        attended_BTD = drop_hidden(attended_BTD, self.dropout, batch, self.path, "self_attn.output")
+        attended_BTD = self.self_attn(normed_BTD, positions, batch, cache)
+        sum_BTD = self._add(x_BTD, attended_BTD, after_attention, batch, "self_attn.output")
+        if self.cross_attn is not None:
+            assert memory is not None
+            read_BTD = self.cross_attn(self.cross_attention_layernorm(sum_BTD), memory[0], batch, memory[1])
+            sum_BTD = sum_BTD + drop_hidden(read_BTD, self.dropout, batch, self.path, "cross_attn.output")
         if not self.shared_norm:
-            normed_BTD = before_mlp(x_BTD if self.parallel_residual else x_BTD + attended_BTD)
+            normed_BTD = before_mlp(x_BTD if self.parallel_residual else sum_BTD)
         transformed_BTD = self.mlp(normed_BTD, batch) if isinstance(self.mlp, SparseMLP) else self.mlp(normed_BTD)
-        transformed_BTD = after_mlp(transformed_BTD)
-        x_BTD = x_BTD + attended_BTD
-        return x_BTD + drop_hidden(transformed_BTD, self.dropout, batch, self.path, "mlp.output")
+        return self._add(sum_BTD, transformed_BTD, after_mlp, batch, "mlp.output")
+
+    def _add(
+        self,
+        x_BTD: torch.Tensor,
+        branch_BTD: torch.Tensor,
+        norm: Callable[[torch.Tensor], torch.Tensor],
+        batch: LocalBatch,
+        site: str,
+    ) -> torch.Tensor:
+        """The sum of x and what a branch made of it; the norm is of the branch, or of the sum."""
+        if self.norms_sums:
+            return norm(x_BTD + drop_hidden(branch_BTD, self.dropout, batch, self.path, site))
+        return x_BTD + drop_hidden(norm(branch_BTD), self.dropout, batch, self.path, site)
 
     def _norm(self, name: str | None) -> Callable[[torch.Tensor], torch.Tensor]:
         return (lambda x_BTD: x_BTD) if name is None else self.get_submodule(name)
@@ -124,14 +151,41 @@ class DecoderStage(nn.Module):
             self.embed_tokens = VocabParallelEmbedding(mesh, specs["embed_tokens.weight"])
         if self.has_embedding and model.position_embedding == "learned":
             self.embed_positions = ReplicatedEmbedding(mesh, specs["embed_positions.weight"])
+        if self.has_embedding and model.type_vocab_size:
+            self.embed_types = ReplicatedEmbedding(mesh, specs["embed_types.weight"])
+        if self.has_embedding and model.embed_norm:
+            self.embed_norm = build_norm(model, mesh, specs, "embed_norm")
+        if model.position_embedding == "relative":
+            for path, causal in (("encoder_bias", False), ("decoder_bias", True)):
+                distance = model.relative_attention_max_distance
+                table = RelativeBias(mesh, specs[f"{path}.weight"], causal=causal, max_distance=distance)
+                self.add_module(path, table)
         indices = layout.layers(model.num_hidden_layers, stage)
         self.layers = nn.ModuleDict({str(i): Block(model, mesh, specs, i) for i in indices})
+        if model.num_encoder_layers - 1 in indices:
+            self.encoder_norm = build_norm(model, mesh, specs, "encoder_norm")
         if self.has_head:
-            self.norm = build_norm(model, mesh, specs, "norm")
-            if model.num_labels:
-                self.score = ReplicatedLinear(mesh, specs["score.weight"])
-            elif not self.tied:
-                self.lm_head = VocabParallelHead(mesh, specs["lm_head.weight"])
+            self._add_heads(specs)
+
+    def _add_heads(self, specs: dict[str, ParameterSpec]) -> None:
+        model, mesh = self.model, self.mesh
+
+        def dense(path: str) -> ReplicatedLinear:
+            return ReplicatedLinear(mesh, specs[f"{path}.weight"], specs.get(f"{path}.bias"))
+
+        self.norm = build_norm(model, mesh, specs, "norm") if has_final_norm(model) else nn.Identity()
+        if model.pooler:
+            self.pooler = dense("pooler")
+        if model.num_labels:
+            self.score = dense("score")
+        if model.next_sentence:
+            self.next_sentence = dense("next_sentence")
+        if model.head_transform:
+            self.head_transform = dense("head_transform")
+            self.head_activation = load("workbench.models.activations", model.hidden_act, "ACTIVATION")
+            self.head_norm = build_norm(model, mesh, specs, "head_norm")
+        if predicts_words(model):
+            self.lm_head = VocabParallelHead(mesh, specs.get("lm_head.weight"), specs.get("lm_head.bias"))
 
     def forward(
         self,
@@ -146,13 +200,17 @@ class DecoderStage(nn.Module):
 
         "loss": the sum of the losses of this context rank's labels, a scalar in fp32 or wider, equal on all tensor
         ranks. "token_losses": loss of each label [B, S] (or [B]), 0 where ignored. "logits": [B, S, vocab_size], or
-        [B, N] of a sequence head. These two are of whole rows in token order, on every rank. `hidden_BTD`
-        comes from the previous virtual stage; None on the first.
+        [B, N] of a sequence head; without a head what the pooler gives, [B, D]. "pair_logits": [B, 2], whether segments
+        follow each other. These three are of whole rows in token order, on every rank. `hidden_BTD` comes from the
+        previous virtual stage; None on the first.
         """
         assert cache is None or self.mesh.layout.token_multiple == 1, "decoding shares no tokens between ranks"
-        local = local_batch(batch, self.mesh, start=cache.length if cache is not None else 0)
+        if self.model.num_encoder_layers:
+            return self._forward_pair(hidden_BTD, batch, output, chunk)
+        start = cache.length if cache is not None else 0
+        local = local_batch(batch, self.mesh, start=start, causal=self.model.causal)
         if self.is_first(chunk):
-            hidden_BTD = self._embed(local)
+            hidden_BTD = self._embed(local, "embed")
         assert hidden_BTD is not None
         ropes = self._ropes(local)
         with self.region():
@@ -162,10 +220,50 @@ class DecoderStage(nn.Module):
             cache.length += batch.input_ids.shape[1]
         if not self.is_last(chunk):
             return hidden_BTD
-        if self.model.num_labels:
-            return self._classify(self.norm(hidden_BTD), local, output)
-        found = self._predict(self.norm(hidden_BTD), local, output)
-        return found if output == "loss" else gather_context(found, self.mesh.cp)[:, : batch.input_ids.shape[1]]
+        return self._end(self.norm(hidden_BTD), local, output, batch.input_ids.shape[1])
+
+    def _forward_pair(self, hidden_BTD: torch.Tensor | None, batch: Batch, output: Output, chunk: int) -> torch.Tensor:
+        """As `forward`, of an encoder and a decoder. Their tokens travel together, those of the encoder first: a stage
+        passes on what it does not compute with."""
+        assert batch.decoder_ids is not None
+        source = local_batch(replace(batch, labels=None, decoder_ids=None), self.mesh, causal=False)
+        target = local_batch(Batch(batch.decoder_ids, batch.labels, dropout=batch.dropout), self.mesh)
+        if self.is_first(chunk):
+            hidden_BTD = torch.cat((self._embed(source, "encoder.embed"), self._embed(target, "embed")), dim=1)
+        assert hidden_BTD is not None
+        x_BSD, y_BTD = hidden_BTD.split([len(side.hidden_tokens) for side in (source, target)], dim=1)
+        encoder = self.model.num_encoder_layers
+        layers = self.chunks[chunk]
+        with self.region():
+            if layers.start < encoder:
+                x_bias = self.encoder_bias(source.tokens.numel(), self.compute_dtype)
+            if layers.stop > encoder:
+                y_bias = self.decoder_bias(target.tokens.numel(), self.compute_dtype)
+            for index in layers:
+                layer = self.layers[str(index)]
+                if index < encoder:
+                    x_BSD = layer(x_BSD, x_bias, source)
+                else:
+                    y_BTD = layer(y_BTD, y_bias, target, None, (x_BSD, source))
+                if index == encoder - 1:
+                    x_BSD = self.encoder_norm(x_BSD)
+        if not self.is_last(chunk):
+            return torch.cat((x_BSD, y_BTD), dim=1)
+        return self._end(self.norm(y_BTD), target, output, batch.decoder_ids.shape[1])
+
+    def _end(self, x_BTD: torch.Tensor, local: LocalBatch, output: Output, length: int) -> torch.Tensor:
+        """What `output` names, for rows of `length` tokens."""
+        if output == "pair_logits":
+            return self._judge(self.next_sentence, x_BTD, local, None, "logits")
+        if not predicts_words(self.model):
+            head = self.score if self.model.num_labels else nn.Identity()
+            return self._judge(head, x_BTD, local, local.labels, output)
+        found = self._predict(x_BTD, local, output)
+        if output != "loss":
+            return gather_context(found, self.mesh.cp)[:, :length]
+        if local.pair_labels is None:
+            return found
+        return found + local.pair_weight * self._judge(self.next_sentence, x_BTD, local, local.pair_labels, "loss")
 
     def is_first(self, chunk: int = 0) -> bool:
         """Whether `chunk` of this stage is where the network begins."""
@@ -175,15 +273,20 @@ class DecoderStage(nn.Module):
         """Whether `chunk` of this stage is where the network ends."""
         return self.virtual[chunk] == self.num_virtual - 1
 
-    def _embed(self, batch: LocalBatch) -> torch.Tensor:
+    def _embed(self, batch: LocalBatch, site: str) -> torch.Tensor:
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
         if self.model.scale_embeddings:
             x_BTD = x_BTD * self.embed_scale
         if self.model.position_embedding == "learned":
             x_BTD = x_BTD + self.embed_positions(batch.hidden_positions, self.compute_dtype)
-        return drop_hidden(x_BTD, self.model.embed_dropout, batch, "embed")
+        if self.model.type_vocab_size:
+            segments = torch.zeros_like(batch.hidden_tokens) if batch.hidden_segments is None else batch.hidden_segments
+            x_BTD = x_BTD + self.embed_types(segments, self.compute_dtype)
+        if self.model.embed_norm:
+            x_BTD = self.embed_norm(x_BTD)
+        return drop_hidden(x_BTD, self.model.embed_dropout, batch, site)
 
-    def _ropes(self, batch: LocalBatch) -> tuple[Rope | None, Rope | None]:
+    def _ropes(self, batch: LocalBatch) -> tuple[Positions, Positions]:
         """The rotations of layers that see all tokens, and of those that slide."""
         if self.model.position_embedding != "rope":
             return None, None
@@ -194,10 +297,13 @@ class DecoderStage(nn.Module):
 
     def _predict(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         """Loss, losses or logits of the tokens of this context rank."""
+        if self.model.head_transform:
+            x_BTD = self.head_norm(self.head_activation(self.head_transform(x_BTD)))
+        if self.model.logit_scale != 1.0:
+            x_BTD = x_BTD * self.model.logit_scale
         if output != "logits" and self.loss_chunk_tokens:
             return self._chunked_losses(x_BTD, batch, output)
-        logits_BTV = self.embed_tokens.logits(x_BTD) if self.tied else self.lm_head(x_BTD)
-        logits_BTV = soft_cap(logits_BTV, self.model.final_logit_softcapping)
+        logits_BTV = soft_cap(self.lm_head(x_BTD, self._head_weight), self.model.final_logit_softcapping)
         if output == "logits":
             return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None
@@ -209,25 +315,35 @@ class DecoderStage(nn.Module):
     def _chunked_losses(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         assert batch.labels is not None
         x_ND = whole_input(x_BTD, self.mesh).flatten(0, 1)
-        weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
-        softcap = self.model.final_logit_softcapping
-        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens, softcap)
+        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens, self.model.final_logit_softcapping)
+        arguments = (x_ND, self._head_weight, self.lm_head.bias, batch.labels.flatten(), how)
         if output == "loss":
-            return chunked_loss(x_ND, weight, batch.labels.flatten(), how)
-        return chunked_token_losses(x_ND, weight, batch.labels.flatten(), how).view(batch.labels.shape)
+            return chunked_loss(*arguments)
+        return chunked_token_losses(*arguments).view(batch.labels.shape)
 
-    def _classify(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
-        """What a sequence head gives for the last token of each row, which one context rank has; that one counts."""
+    @property
+    def _head_weight(self) -> nn.Parameter:
+        weight = self.embed_tokens.weight if self.tied else self.lm_head.weight
+        assert weight is not None
+        return weight
+
+    def _judge(
+        self, head: nn.Module, x_BTD: torch.Tensor, batch: LocalBatch, labels_B: torch.Tensor | None, output: Output
+    ) -> torch.Tensor:
+        """What `head` gives for the token of each row that speaks for it, the last one, or the first one by way of the
+        pooler. One context rank has it; that one counts."""
         if self.mesh.layout.sequence_parallel:
             x_BTD = gather_copies(x_BTD, self.mesh.tp)
-        is_last_BT = batch.tokens == batch.lengths.unsqueeze(-1) - 1
-        rows_B = torch.arange(len(is_last_BT), device=x_BTD.device)
-        logits_BN = self.score(x_BTD[rows_B, is_last_BT.int().argmax(dim=-1)])
-        has_last_B = is_last_BT.any(dim=-1)
+        speaker_B = torch.zeros_like(batch.lengths) if self.model.pooler else batch.lengths - 1
+        speaks_BT = batch.tokens == speaker_B.unsqueeze(-1)
+        rows_B = torch.arange(len(speaks_BT), device=x_BTD.device)
+        x_BD = x_BTD[rows_B, speaks_BT.int().argmax(dim=-1)]
+        logits_BN = head(torch.tanh(self.pooler(x_BD)) if self.model.pooler else x_BD)
+        is_here_B = speaks_BT.any(dim=-1)
         if output == "logits":
-            return self.mesh.cp.all_reduce(logits_BN.masked_fill(~has_last_B.unsqueeze(-1), 0.0))
-        assert batch.labels is not None
-        labels_B = batch.labels.masked_fill(~has_last_B, IGNORE)
+            return self.mesh.cp.all_reduce(logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0))
+        assert labels_B is not None
+        labels_B = labels_B.masked_fill(~is_here_B, IGNORE)
         wide_BN = logits_BN.to(accumulation_dtype(logits_BN.dtype))
         losses_B = F.cross_entropy(wide_BN, labels_B, reduction="none", ignore_index=IGNORE)
         return losses_B.sum() if output == "loss" else self.mesh.cp.all_reduce(losses_B)

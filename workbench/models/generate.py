@@ -5,7 +5,7 @@ Legend: B batch, T tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +15,7 @@ from workbench.errors import ConfigError, ConversionError
 from workbench.models.attention import KeyValueCache
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage
-from workbench.models.decoder import DecoderStage
+from workbench.models.decoder import DecoderStage, Output
 from workbench.models.rope import rope_changes
 from workbench.models.state import load
 from workbench.parallel.mesh import Mesh
@@ -56,11 +56,16 @@ def load_model(
     return built.module.eval().requires_grad_(False)
 
 
-def logits(stage: DecoderStage, input_ids: Sequence[int]) -> torch.Tensor:
-    """[T, V] logits of one sequence, or [labels] of a sequence head."""
-    ids_BT = torch.tensor([list(input_ids)], device=stage.mesh.device)
+def outputs(stage: DecoderStage, inputs: Mapping[str, Sequence[int]], name: Output = "logits") -> torch.Tensor:
+    """The output called `name` of one sequence: [T, V] logits, or [labels] of a head that judges it.
+
+    inputs: input_ids; token_type_ids where the model knows segments; decoder_input_ids where it has an encoder.
+    """
+    rows = {key: torch.tensor([list(ids)], device=stage.mesh.device) for key, ids in inputs.items()}
     with torch.inference_mode():
-        return stage(None, Batch(ids_BT), "logits")[0]
+        ids, segments, decoder_ids = (rows.get(key) for key in ("input_ids", "token_type_ids", "decoder_input_ids"))
+        assert ids is not None
+        return stage(None, Batch(ids, segments=segments, decoder_ids=decoder_ids), name)[0]
 
 
 def generate(
@@ -79,6 +84,12 @@ def generate(
     model = stage.model
     if model.num_labels:
         raise ConversionError(f"this model has a head of num_labels={model.num_labels} and no vocabulary to speak with")
+    if model.num_encoder_layers:
+        raise ConversionError("this model answers to what its encoder reads, and generation with one is not there yet")
+    if not model.causal:
+        raise ConversionError(
+            "this model sees the tokens after each as well (causal=false) and cannot go on with a text"
+        )
     if not prompt:
         raise ConfigError("the prompt has no tokens; give at least one")
     if outside := [token for token in prompt if not 0 <= token < model.vocab_size]:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from workbench.models.attend import WeightDropout, attend
-from workbench.models.attention import KeyValueCache
+from workbench.models.attention import KeyValueCache, Positions
 from workbench.models.batch import LocalBatch
 from workbench.models.context import attend_in_context, attend_to_row
 from workbench.models.norm import RMSNorm
@@ -63,11 +63,11 @@ class LatentAttention(nn.Module):
     def forward(
         self,
         x_BtD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor] | None,
+        positions: Positions,
         batch: LocalBatch,
         cache: KeyValueCache | None = None,
     ) -> torch.Tensor:
-        assert rope is not None, "latents come with rotary positions"
+        assert isinstance(positions, tuple), "latents come with rotary positions"
         sizes = self.sizes
         widths = (sizes.q_lora_rank or 0, sizes.kv_lora_rank, sizes.qk_rope_head_dim)
         q_BtC, kv_BtC, k_rope_Btd = self.down_proj(x_BtD).split(widths, dim=-1)
@@ -79,8 +79,8 @@ class LatentAttention(nn.Module):
             -1, (-1, sizes.qk_head_dim)
         )
         q_nope_BTHd, q_rope_BTHd = q_BTHd.split((sizes.qk_nope_head_dim, sizes.qk_rope_head_dim), dim=-1)
-        q_BTHd = torch.cat((q_nope_BTHd, apply_rope(q_rope_BTHd, rope)), dim=-1)
-        k_rope_BTd = apply_rope(k_rope_BTd.unsqueeze(2), rope).squeeze(2)
+        q_BTHd = torch.cat((q_nope_BTHd, apply_rope(q_rope_BTHd, positions)), dim=-1)
+        k_rope_BTd = apply_rope(k_rope_BTd.unsqueeze(2), positions).squeeze(2)
         attended_BTHd = recomputed(self.recompute, self._attend, q_BTHd, kv_BTC, k_rope_BTd, batch, cache)
         return self.o_proj(attended_BTHd.flatten(2))
 

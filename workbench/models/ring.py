@@ -47,9 +47,10 @@ def pieces(
     chunk = tokens // 2
     for i, mine in enumerate(context_chunks(size, rank)):
         for j, theirs in enumerate(context_chunks(size, source)):
-            for start in range(0, chunk if theirs <= mine else 0, longest):
+            for start in range(0, chunk if theirs <= mine or not scoring.causal else 0, longest):
                 stop = min(start + longest, chunk)
-                seen = stop if theirs == mine else chunk
+                diagonal = scoring.causal and theirs == mine
+                seen = stop if diagonal else chunk
                 first_key = max(theirs * chunk, scoring.first_seen(mine * chunk + start))
                 if first_key >= theirs * chunk + seen:
                     continue
@@ -59,7 +60,7 @@ def pieces(
                     keys=slice(j * chunk + first_key - theirs * chunk, j * chunk + seen),
                     first_query=mine * chunk + start,
                     first_key=first_key,
-                    masked=theirs == mine or hides,
+                    masked=diagonal or hides,
                 )
 
 

@@ -22,12 +22,13 @@ Mask = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 class Scoring:
     """scale: what q k^T is multiplied with; 1 / sqrt(d) by default. window: tokens that a query sees, itself the last
     of them; all earlier ones by default. softcap: scores s become softcap * tanh(s / softcap).
-    mask: what else a query does not see; all tokens see themselves."""
+    mask: what else a query does not see; all tokens see themselves. causal: whether a query sees no later tokens."""
 
     scale: float | None = None
     window: int | None = None
     softcap: float | None = None
     mask: Mask | None = None
+    causal: bool = True
 
     def scale_of(self, head_dim: int) -> float:
         return 1 / math.sqrt(head_dim) if self.scale is None else self.scale
@@ -48,6 +49,7 @@ def scoring_of(model: ModelConfig, layer: int) -> Scoring:
         window=model.window(layer),
         softcap=model.attn_logit_softcapping,
         mask=load("workbench.models.masks", model.attention_mask, "MASK"),
+        causal=model.causal and layer >= model.num_encoder_layers,
     )
 
 
@@ -62,7 +64,9 @@ def visible(
 ) -> torch.Tensor:
     """[T, S], or [B, 1, T, S] with documents: whether each of `tokens` tokens from `first` on may look at each of
     `seen` tokens from `first_seen` on. `documents_BS` are those of whole rows."""
-    mask = torch.ones(tokens, seen, dtype=torch.bool, device=device).tril(first - first_seen)
+    mask = torch.ones(tokens, seen, dtype=torch.bool, device=device)
+    if scoring.causal:
+        mask = mask.tril(first - first_seen)
     if scoring.window is not None:
         mask = mask.triu(first - first_seen - scoring.window + 1)
     if scoring.mask is not None:

@@ -31,50 +31,64 @@ class Chunking:
     softcap: float | None = None
 
     def softmax(
-        self, hidden_CD: torch.Tensor, weight: torch.Tensor, labels_C: torch.Tensor
+        self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
     ) -> tuple[VocabParallelSoftmax, torch.Tensor]:
         """The losses of a chunk, and its logits."""
-        logits_CV = soft_cap(F.linear(hidden_CD, weight), self.softcap)
+        logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
         return VocabParallelSoftmax(logits_CV, labels_C, self.axis, self.vocab_size), logits_CV
 
 
 def chunked_loss(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, how: Chunking
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    labels_N: torch.Tensor,
+    how: Chunking,
 ) -> torch.Tensor:
     """The summed loss of all labels, a scalar in fp32 or wider, equal on all ranks of the axis.
 
     The gradient of `hidden_ND` is this rank's part, to be summed over the axis. Communicates twice a chunk.
     """
     if not torch.is_grad_enabled():
-        return chunked_token_losses(hidden_ND, weight_VD, labels_N, how).sum()
-    return _ChunkedLoss.apply(hidden_ND, weight_VD, labels_N, how)
+        return chunked_token_losses(hidden_ND, weight_VD, bias_V, labels_N, how).sum()
+    return _ChunkedLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, how)
 
 
 @torch.no_grad()
 def chunked_token_losses(
-    hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, how: Chunking
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    bias_V: torch.Tensor | None,
+    labels_N: torch.Tensor,
+    how: Chunking,
 ) -> torch.Tensor:
     """The loss of each label [N], 0 where ignored; without gradients."""
-    weight = weight_VD.to(hidden_ND.dtype)
+    weight, bias = _cast(weight_VD, bias_V, hidden_ND.dtype)
     pairs = zip(hidden_ND.split(how.tokens), labels_N.split(how.tokens), strict=True)
-    return torch.cat([how.softmax(hidden_CD, weight, labels_C)[0].losses_N for hidden_CD, labels_C in pairs])
+    return torch.cat([how.softmax(hidden_CD, weight, bias, labels_C)[0].losses_N for hidden_CD, labels_C in pairs])
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden_ND: torch.Tensor, weight_VD: torch.Tensor, labels_N: torch.Tensor, how: Chunking
+        ctx: Any,
+        hidden_ND: torch.Tensor,
+        weight_VD: torch.Tensor,
+        bias_V: torch.Tensor | None,
+        labels_N: torch.Tensor,
+        how: Chunking,
     ) -> torch.Tensor:
         wide = accumulation_dtype(hidden_ND.dtype)
-        weight = weight_VD.to(hidden_ND.dtype)
-        wants_hidden, wants_weight, *_ = ctx.needs_input_grad
+        weight, bias = _cast(weight_VD, bias_V, hidden_ND.dtype)
+        wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
         grad_VD = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        grad_V = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         for start in range(0, len(labels_N), how.tokens):
             rows = slice(start, start + how.tokens)
             hidden_CD = hidden_ND[rows]
-            softmax, logits_CV = how.softmax(hidden_CD, weight, labels_N[rows])
+            softmax, logits_CV = how.softmax(hidden_CD, weight, bias, labels_N[rows])
             total += softmax.losses_N.sum()
             ones_C = torch.ones_like(softmax.losses_N)
             grad_CV = VocabParallelSoftmax.gradient(softmax.tensors, ones_C)
@@ -85,11 +99,20 @@ class _ChunkedLoss(torch.autograd.Function):
                 torch.addmm(grad_VD, grad_CV.t(), hidden_CD, out=grad_VD)
             elif grad_VD is not None:
                 grad_VD += grad_CV.t() @ hidden_CD
-        ctx.save_for_backward(grad_ND, grad_VD)
+            if grad_V is not None:
+                grad_V += grad_CV.sum(dim=0, dtype=wide)
+        ctx.save_for_backward(grad_ND, grad_VD, grad_V)
         ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None, None]:
-        grad_ND, grad_VD = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
-        return grad_ND, None if grad_VD is None else grad_VD.to(ctx.weight_dtype), None, None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_ND, *of_head = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
+        grad_VD, grad_V = (None if saved is None else saved.to(ctx.weight_dtype) for saved in of_head)
+        return grad_ND, grad_VD, grad_V, None, None
+
+
+def _cast(
+    weight_VD: torch.Tensor, bias_V: torch.Tensor | None, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    return weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)

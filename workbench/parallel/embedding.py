@@ -37,10 +37,6 @@ class VocabParallelEmbedding(ParallelModule):
         x_BTD = F.embedding(local_BT.masked_fill(foreign_BT, 0), self.weight).to(dtype)
         return leave_cut(x_BTD.masked_fill(foreign_BT.unsqueeze(-1), 0.0), self.mesh)
 
-    def logits(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of a head that is tied to this table."""
-        return column_product(self.gemm, enter_cut(x_BTD, self.mesh), self.weight, None, self.mesh)
-
 
 class ReplicatedEmbedding(ParallelModule):
     """A table that every rank holds whole, such as learned positions. No communication."""
@@ -55,24 +51,29 @@ class ReplicatedEmbedding(ParallelModule):
 
 
 class VocabParallelHead(ParallelModule):
-    """Logits of all tokens over this rank's range of the vocabulary, cut like a ColumnParallelLinear."""
+    """Logits of all tokens over this rank's range of the vocabulary, cut like a ColumnParallelLinear.
 
-    weight: nn.Parameter
+    A head that is tied to an embedding has no weight of its own and is given that table.
+    """
 
-    def __init__(self, mesh: Mesh, weight: ParameterSpec) -> None:
-        super().__init__(mesh, weight=weight)
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return column_product(self.gemm, enter_cut(x_BTD, self.mesh), self.weight, None, self.mesh)
+    def __init__(self, mesh: Mesh, weight: ParameterSpec | None, bias: ParameterSpec | None = None) -> None:
+        super().__init__(mesh, weight=weight, bias=bias)
+
+    def forward(self, x_BTD: torch.Tensor, weight: nn.Parameter) -> torch.Tensor:
+        return column_product(self.gemm, enter_cut(x_BTD, self.mesh), weight, self.bias, self.mesh)
 
 
 class ReplicatedLinear(ParallelModule):
     """A linear layer that every rank holds whole and applies to the same input, such as a classification head."""
 
     weight: nn.Parameter
+    bias: nn.Parameter | None
 
-    def __init__(self, mesh: Mesh, weight: ParameterSpec) -> None:
-        super().__init__(mesh, weight=weight)
+    def __init__(self, mesh: Mesh, weight: ParameterSpec, bias: ParameterSpec | None = None) -> None:
+        super().__init__(mesh, weight=weight, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.gemm(x, self.weight)
+        return self.gemm(x, self.weight, self.bias)

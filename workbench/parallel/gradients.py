@@ -14,23 +14,28 @@ from workbench.parallel.mesh import Axis, Mesh
 def complete_gradients(parameters: Sequence[LiveParameter], mesh: Mesh) -> None:
     """Sums the gradients of boxes that several ranks hold and of which each saw only a part.
 
-    These are KV heads with copies on the tensor axis, replicated factors inside cut regions, and embeddings tied
-    across the first and the last stage. Called once a step, after data parallelism has reduced; one all-reduce a kind.
+    These are KV heads with copies on the tensor axis, replicated factors inside cut regions, embeddings tied across the
+    first and the last stage, and tables that are on every stage. Called once a step, after data parallelism has
+    reduced; one all-reduce a kind.
     """
     partial: dict[int, list[torch.Tensor]] = defaultdict(list)
     tied: list[torch.Tensor] = []
+    everywhere: list[torch.Tensor] = []
     for parameter in parameters:
         if not parameter.trainable:
             continue
         grad = parameter.require_grad()
         if parameter.tied_stages:
             tied.append(grad)
+        if parameter.every_stage:
+            everywhere.append(grad)
         for shard, view in shard_views(parameter, grad):
             if shard.partial_grad and shard.copies > 1:
                 partial[shard.copies].append(view)
     for copies, views in sorted(partial.items()):
         _all_reduce_together(views, mesh.copies(copies))
     _all_reduce_together(tied, mesh.tied)
+    _all_reduce_together(everywhere, mesh.pp)
 
 
 def gradient_norm(parameters: Sequence[LiveParameter], mesh: Mesh) -> torch.Tensor:

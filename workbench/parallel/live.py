@@ -27,6 +27,7 @@ class LiveParameter:
     parameter: nn.Parameter
     shards: tuple[Shard, ...]
     tied_stages: bool
+    every_stage: bool
     counted: bool
     """Whether this rank, and not another stage or replica, counts and saves what it holds."""
 
@@ -79,16 +80,17 @@ def _live(
     path: str, spec: ParameterSpec, parameter: nn.Parameter, shards: tuple[Shard, ...], mesh: Mesh
 ) -> LiveParameter:
     tied = mesh.layout.last_stage != 0 and EMBED in spec.places and FINAL in spec.places
+    everywhere = mesh.layout.pp > 1 and sum(isinstance(place, int) for place in spec.places) > 1
     replicas = mesh.replicas_of(spec)
     cut = isinstance(parameter, DTensor) and replicas.sharers > 1
-    # The first of the copies that replicas hold, or share, speaks for all; so does the first of tied stages.
-    counted = replicas.rank < (replicas.sharers if cut else 1) and not (tied and mesh.pp.rank > 0)
+    # The first of the copies that replicas hold, or share, speaks for all; so does the first of the stages.
+    counted = replicas.rank < (replicas.sharers if cut else 1) and not ((tied or everywhere) and mesh.pp.rank > 0)
     if cut:
         rows = parameter.shape[0]
         share = math.ceil(rows / replicas.sharers)
         start = min(share * (replicas.rank % replicas.sharers), rows)
         shards = cut_rows(shards, start, min(start + share, rows))
-    return LiveParameter(path, spec, parameter, shards, tied, counted)
+    return LiveParameter(path, spec, parameter, shards, tied, everywhere, counted)
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -88,10 +88,12 @@ def fp8_size_faults(options: StageOptions, model: ModelConfig, layout: ParallelL
         return []
     multiple = _MXFP8_MULTIPLE if options.te_recipe == "mxfp8" else _FP8_MULTIPLE
     found = []
-    for spec in layer_specs(model, layout, 0):
+    # The last layer has all kinds of matrices that there are.
+    last = model.num_hidden_layers - 1
+    for spec in layer_specs(model, layout, last):
         outputs, *inputs = spec.local_shape(layout.tp)
         if spec.role == "matrix" and any(size % multiple for size in (outputs, *inputs)):
-            name = spec.path.removesuffix(".weight").replace("layers.0", "layers.*")
+            name = spec.path.removesuffix(".weight").replace(f"layers.{last}", "layers.*")
             found.append(f"{name} {outputs} x {inputs[0]}")
     if not found:
         return []
@@ -112,6 +114,16 @@ def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout)
         found.append(
             "kernels.backend='te' computes both gradients of a layer at once; "
             "use a schedule that does not split the backward (1f1b) or backend = 'torch'"
+        )
+    if model.num_encoder_layers:
+        found.append(
+            f"kernels.backend='te' and num_encoder_layers={model.num_encoder_layers}: its attention knows no biases by "
+            "distance; use backend = 'torch'"
+        )
+    if not model.causal:
+        found.append(
+            "kernels.backend='te' and model.causal=false: its attention is set up for tokens that see the past alone; "
+            "use backend = 'torch'"
         )
     if model.attention_dropout:
         found.append(

@@ -259,6 +259,11 @@ class ParallelLayout(Config):
         found = []
         if self.sequence_parallel and self.tp == 1:
             found.append(f"sequence_parallel shares tokens between tensor ranks, but tp={self.tp}; raise tp or drop it")
+        if self.cp > 1 and model.num_encoder_layers:
+            found.append(
+                f"cp={self.cp} with num_encoder_layers={model.num_encoder_layers}: biases by distance and attention to "
+                "an encoder's output are computed over whole rows; use cp = 1"
+            )
         if self.cp > 1 and self.context == "ring" and model.attention_dropout:
             found.append(
                 f"context='ring' computes no attention_dropout={model.attention_dropout}; use context = 'all_gather' "

@@ -12,7 +12,7 @@ from workbench.config import Config
 from workbench.registry import module_names
 from workbench.spec.latent import LatentSizes
 from workbench.spec.moe import MixtureOfExperts
-from workbench.spec.norm_placement import PLACEMENTS
+from workbench.spec.norm_placement import PLACEMENTS, SUMS
 from workbench.spec.rope import RopeScaling
 
 LayerType = Literal["full_attention", "sliding_attention"]
@@ -31,12 +31,15 @@ def _file_of(package: str) -> Callable[[str], str]:
 
 
 class ModelConfig(Config):
-    """The features of a decoder and their sizes."""
+    """The features of a transformer and their sizes."""
 
     vocab_size: int = Field(gt=0, description="Rows of the embedding, without padding.")
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0, description="Width of the MLP.")
     num_hidden_layers: int = Field(gt=0)
+    num_encoder_layers: int = Field(
+        default=0, ge=0, description="The first so many layers are an encoder, to whose output all others attend."
+    )
     num_attention_heads: int = Field(gt=0)
     num_key_value_heads: int = Field(default=0, ge=0, description="Key/value heads; 0 means one per attention head.")
     head_dim: int = Field(default=0, ge=0, description="Size of a head; 0 means hidden_size / num_attention_heads.")
@@ -45,19 +48,27 @@ class ModelConfig(Config):
     )
     max_position_embeddings: int = Field(default=2048, gt=0)
     hidden_act: Annotated[str, AfterValidator(_file_of("workbench.models.activations"))] = Field(
-        default="silu", description="A file of workbench/models/activations: silu, gelu, gelu_tanh, or your own."
+        default="silu", description="A file of workbench/models/activations: silu, gelu, gelu_tanh, relu, or your own."
     )
     gated_mlp: bool = Field(default=True, description="Whether the MLP multiplies act(gate) with up (SwiGLU).")
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
     norm_placement: Annotated[str, AfterValidator(lambda word: _one_of(word, PLACEMENTS))] = Field(
         default="pre",
-        description="Norms of what enters attention and MLP (pre), of what leaves them (post), or both (sandwich).",
+        description="Norms of what enters attention and MLP (pre), of what leaves them (post), of both (sandwich), or "
+        "of the sums x + f(x) (post_residual).",
     )
     norm_unit_offset: bool = Field(
         default=False, description="Norms multiply with 1 + weight, in fp32, and weights begin at 0."
     )
     norm_eps: float = Field(default=1e-5, gt=0)
-    position_embedding: Literal["rope", "learned"] = "rope"
+    causal: bool = Field(default=True, description="Whether a token sees only itself and those before it, or all.")
+    type_vocab_size: int = Field(default=0, ge=0, description="Kinds of segments that have an embedding; 0: none.")
+    embed_norm: bool = Field(default=False, description="A norm on the sum of the embeddings.")
+    position_embedding: Literal["rope", "learned", "relative"] = "rope"
+    relative_attention_num_buckets: int = Field(
+        default=32, gt=3, multiple_of=4, description="relative: kinds of distance that have a bias of their own."
+    )
+    relative_attention_max_distance: int = Field(default=128, gt=0, description="relative: farther ones are alike.")
     rope_theta: float = Field(default=10000.0, gt=0)
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = Field(
@@ -104,6 +115,16 @@ class ModelConfig(Config):
     scale_residual_init: bool = Field(
         default=True,
         description="Divide the initial range of output projections by sqrt(2 * layers) (GPT-2, sec. 2.3).",
+    )
+    lm_head: bool = Field(default=True, description="Whether the model predicts words, or ends with its last layer.")
+    logit_scale: float = Field(default=1.0, gt=0, description="What goes into the LM head is multiplied by this.")
+    head_transform: bool = Field(default=False, description="A linear layer, hidden_act and a norm before the LM head.")
+    lm_head_bias: bool = Field(default=False, description="A bias for each word on the LM head.")
+    pooler: bool = Field(
+        default=False, description="tanh of a linear layer on the first token, which a sequence head then reads."
+    )
+    next_sentence: bool = Field(
+        default=False, description="A second head, which tells whether the second segment follows the first."
     )
     num_labels: int = Field(default=0, ge=0, description="Outputs of a sequence head in place of the LM head; 0: none.")
     pad_token_id: int | None = None
@@ -157,6 +178,7 @@ class ModelConfig(Config):
                 f"num_key_value_heads={self.num_key_value_heads}"
             )
         faults = [*self._rope_faults(), *self._residual_faults(), *self._window_faults(), *self._norm_faults()]
+        faults += [*self._head_faults(), *self._pair_faults()]
         if self.latent is not None:
             faults += self._latent_faults(self.latent)
         if faults:
@@ -164,6 +186,61 @@ class ModelConfig(Config):
         if self.moe is not None and self.mlp_bias:
             raise ValueError("mlp_bias=true and moe: experts have no biases; remove one of them")
         return self
+
+    def _head_faults(self) -> list[str]:
+        """Why heads and what they read do not go together."""
+        found = []
+        if self.next_sentence and not (self.pooler and self.type_vocab_size > 1):
+            found.append(
+                f"next_sentence=true reads the pooler and tells two segments apart, but pooler={self.pooler} and "
+                f"type_vocab_size={self.type_vocab_size}; set pooler = true and type_vocab_size = 2"
+            )
+        predicts = self.lm_head and not self.num_labels
+        for name in ("head_transform", "lm_head_bias", "next_sentence"):
+            if getattr(self, name) and not predicts:
+                found.append(f"{name}=true belongs to an LM head, but this model has none; remove it")
+        if self.pooler and self.causal:
+            found.append("pooler=true reads the first token, which sees nothing if causal=true; set causal = false")
+        return found
+
+    def _pair_faults(self) -> list[str]:
+        """Why the features of an encoder and a decoder do not go together."""
+        if not self.num_encoder_layers:
+            if self.position_embedding != "relative":
+                return []
+            return [
+                "position_embedding='relative' goes with num_encoder_layers, which is 0; set it, or use 'rope' "
+                "or 'learned'"
+            ]
+        found = []
+        if self.num_encoder_layers >= self.num_hidden_layers:
+            found.append(
+                f"num_encoder_layers={self.num_encoder_layers} leaves no layer of num_hidden_layers="
+                f"{self.num_hidden_layers} to the decoder; lower it"
+            )
+        only = {
+            "position_embedding": "relative",
+            "causal": True,
+            "norm_placement": "pre",
+            "parallel_residual": False,
+            "qk_norm": "none",
+            "sliding_window": None,
+            "attn_logit_softcapping": None,
+            "attention_mask": "causal",
+            "latent": None,
+            "moe": None,
+            "num_key_value_heads": self.num_attention_heads,
+            "num_labels": 0,
+            "type_vocab_size": 0,
+        }
+        found += [
+            f"{name}={'{...}' if isinstance(value, dict) else repr(value)} does not go with "
+            f"num_encoder_layers={self.num_encoder_layers}, only {only[name]!r}; "
+            "use that or num_encoder_layers = 0"
+            for name, value in self.model_dump(include=set(only)).items()
+            if value != only[name]
+        ]
+        return found
 
     def _rope_faults(self) -> list[str]:
         if self.position_embedding != "rope":
@@ -185,6 +262,11 @@ class ModelConfig(Config):
         return [] if self.rope_scaling is None else self.rope_scaling.size_faults(self.rotary_dim)
 
     def _residual_faults(self) -> list[str]:
+        if self.parallel_residual and self.norm_placement == SUMS:
+            return [
+                f"norm_placement={SUMS!r} norms the sum with attention before the MLP reads it, but "
+                "parallel_residual=true has no such sum; change one of them"
+            ]
         if self.shared_norm and not (self.parallel_residual and self.norm_placement == "pre"):
             return [
                 "shared_norm=true is for parallel_residual = true and norm_placement = 'pre', not "
@@ -206,6 +288,11 @@ class ModelConfig(Config):
             found.append(
                 f"attention_mask={self.attention_mask!r} and sliding_window={self.sliding_window} both say what tokens "
                 "see; remove one of them"
+            )
+        if not self.causal and (self.attention_mask != "causal" or self.sliding_window is not None):
+            found.append(
+                f"causal=false lets tokens see all others, but attention_mask={self.attention_mask!r} and "
+                f"sliding_window={self.sliding_window} say what they see; use 'causal' and none, or causal = true"
             )
         if self.layer_types is None:
             return found

@@ -17,4 +17,7 @@ PLACEMENTS: Final[Mapping[str, BlockNorms]] = {
         "pre_feedforward_layernorm",
         "post_feedforward_layernorm",
     ),
+    "post_residual": (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
 }
+SUMS: Final = "post_residual"
+"""Where the norms after attention and MLP are not of what these give, but of its sum with what they read."""

@@ -7,20 +7,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
-from typing import Final
+from typing import Final, Literal
 
 from workbench.spec.attention_schema import latent_specs
 from workbench.spec.expert_specs import expert_specs, router_specs
 from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.norm_placement import PLACEMENTS, BlockNorms
+from workbench.spec.norm_placement import PLACEMENTS, SUMS, BlockNorms
 
 OPTIMIZER_PREFIX: Final = "optim."
 
 
 def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
-    """Token and position embeddings; when tied, the token embedding also lives where the head does."""
+    """Token and position embeddings; when tied, the token embedding also lives where the head does.
+
+    Biases by distance, which the layers of encoder or decoder share, are on every stage, whichever layers it has.
+    """
     places: tuple[Place, ...] = (EMBED, FINAL) if tied_head(model) else (EMBED,)
     shape = (model.vocab_size, model.hidden_size)
     tokens = Part("embed_tokens.weight", shape, dim=0, pad_to=layout.vocab_multiple)
@@ -29,6 +32,17 @@ def embedding_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[Paramet
         shape = (model.max_position_embeddings, model.hidden_size)
         positions = Part("embed_positions.weight", shape, partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec("embed_positions.weight", (positions,), (EMBED,), "embedding"))
+    if model.type_vocab_size:
+        shape = (model.type_vocab_size, model.hidden_size)
+        types = Part("embed_types.weight", shape, partial_grad=layout.sequence_parallel)
+        specs.append(ParameterSpec("embed_types.weight", (types,), (EMBED,), "embedding"))
+    if model.embed_norm:
+        specs += norm_specs(model, layout, "embed_norm", EMBED)
+    if model.position_embedding == "relative":
+        shape, everywhere = (model.relative_attention_num_buckets, model.num_attention_heads), model.num_hidden_layers
+        for path in ("encoder_bias.weight", "decoder_bias.weight"):
+            bias = Part(path, shape, dim=1, units=model.num_attention_heads)
+            specs.append(ParameterSpec(path, (bias,), tuple(range(everywhere)), "embedding"))
     return tuple(specs)
 
 
@@ -65,12 +79,31 @@ def layer_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple
         *feed_forward_specs(model, layout, layer),
         *after_mlp,
     ]
+    if model.num_encoder_layers and layer >= model.num_encoder_layers:
+        specs += cross_specs(model, layout, layer)
+    if layer == model.num_encoder_layers - 1:
+        specs += norm_specs(model, layout, "encoder_norm", layer)
     if model.attention_bias and model.latent is None:
         specs.append(ParameterSpec(f"{base}.self_attn.qkv_proj.bias", qkv("bias"), at, "bias", "zeros"))
     if model.attention_output_bias:
         o_bias = Part(f"{base}.self_attn.o_proj.bias", (hidden,), partial_grad=layout.sequence_parallel)
         specs.append(ParameterSpec(f"{base}.self_attn.o_proj.bias", (o_bias,), at, "bias", "zeros"))
     return tuple(specs)
+
+
+def cross_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> tuple[ParameterSpec, ...]:
+    """The attention of a decoder's layer to the encoder's output: queries of the one, keys and values of the other."""
+    base, at = f"layers.{layer}.cross_attn", (layer,)
+    hidden, heads, d = model.hidden_size, model.num_attention_heads, model.head_dim
+    q, k, v = (Part(f"{base}.{name}_proj.weight", (heads * d, hidden), dim=0, units=heads) for name in "qkv")
+    o = Part(f"{base}.o_proj.weight", (hidden, heads * d), dim=1, units=heads)
+    residual: Initial = "residual" if model.scale_residual_init else "normal"
+    return (
+        *norm_specs(model, layout, f"layers.{layer}.cross_attention_layernorm", layer),
+        ParameterSpec(f"{base}.q_proj.weight", (q,), at, "matrix"),
+        ParameterSpec(f"{base}.kv_proj.weight", (k, v), at, "matrix"),
+        ParameterSpec(f"{base}.o_proj.weight", (o,), at, "matrix", residual),
+    )
 
 
 def feed_forward_specs(model: ModelConfig, layout: ParallelLayout, layer: int) -> list[ParameterSpec]:
@@ -106,14 +139,44 @@ def mlp_specs(model: ModelConfig, layout: ParallelLayout, path: str, width: int,
 
 
 def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
-    """The last norm and the head: vocabulary, or labels. A tied head has no parameter of its own."""
-    specs = list(norm_specs(model, layout, "norm", FINAL))
+    """The last norm, if layers do not end with one, and the heads. A tied head has no weight of its own."""
+    specs = list(norm_specs(model, layout, "norm", FINAL)) if has_final_norm(model) else []
+    hidden, vocabulary = model.hidden_size, model.vocab_size
+    if model.pooler:
+        specs += dense_specs("pooler", (hidden, hidden), bias=True)
     if model.num_labels:
-        score = Part("score.weight", (model.num_labels, model.hidden_size))
-        specs.append(ParameterSpec("score.weight", (score,), (FINAL,), "head"))
-    elif not model.tie_word_embeddings:
-        head = Part("lm_head.weight", (model.vocab_size, model.hidden_size), dim=0, pad_to=layout.vocab_multiple)
+        specs += dense_specs("score", (model.num_labels, hidden), bias=model.pooler)
+    if model.next_sentence:
+        specs += dense_specs("next_sentence", (2, hidden), bias=True)
+    if not predicts_words(model):
+        return tuple(specs)
+    if model.head_transform:
+        partial = layout.sequence_parallel
+        specs += dense_specs("head_transform", (hidden, hidden), bias=True, role="matrix", partial_grad=partial)
+        specs += norm_specs(model, layout, "head_norm", FINAL)
+    if not model.tie_word_embeddings:
+        head = Part("lm_head.weight", (vocabulary, hidden), dim=0, pad_to=layout.vocab_multiple)
         specs.append(ParameterSpec("lm_head.weight", (head,), (FINAL,), "head"))
+    if model.lm_head_bias:
+        bias = Part("lm_head.bias", (vocabulary,), dim=0, pad_to=layout.vocab_multiple)
+        specs.append(ParameterSpec("lm_head.bias", (bias,), (FINAL,), "bias", "zeros"))
+    return tuple(specs)
+
+
+def dense_specs(
+    path: str,
+    shape: tuple[int, int],
+    *,
+    bias: bool,
+    role: Literal["matrix", "head"] = "head",
+    partial_grad: bool = False,
+) -> tuple[ParameterSpec, ...]:
+    """A linear layer where the network ends, which every tensor rank holds whole."""
+    weight = Part(f"{path}.weight", shape, partial_grad=partial_grad)
+    specs = [ParameterSpec(f"{path}.weight", (weight,), (FINAL,), role)]
+    if bias:
+        part = Part(f"{path}.bias", shape[:1], partial_grad=partial_grad)
+        specs.append(ParameterSpec(f"{path}.bias", (part,), (FINAL,), "bias", "zeros"))
     return tuple(specs)
 
 
@@ -132,6 +195,11 @@ def block_norms(model: ModelConfig) -> BlockNorms:
     """A layer's norms. One that both branches of a parallel residual share is the one before attention."""
     before_attention, after_attention, before_mlp, after_mlp = PLACEMENTS[model.norm_placement]
     return before_attention, after_attention, None if model.shared_norm else before_mlp, after_mlp
+
+
+def has_final_norm(model: ModelConfig) -> bool:
+    """Whether a norm follows the last layer, which does not end with one of the residual stream."""
+    return model.norm_placement != SUMS
 
 
 def qk_norm_specs(model: ModelConfig, base: str, layer: int) -> Iterator[ParameterSpec]:
@@ -163,7 +231,12 @@ def weight_of(name: str) -> str:
 
 def tied_head(model: ModelConfig) -> bool:
     """Whether the head on the last stage reuses the token embedding."""
-    return model.tie_word_embeddings and not model.num_labels
+    return model.tie_word_embeddings and predicts_words(model)
+
+
+def predicts_words(model: ModelConfig) -> bool:
+    """Whether the network ends with a head over the vocabulary."""
+    return model.lm_head and not model.num_labels
 
 
 def parameter_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
@@ -224,14 +297,15 @@ def stored_shards(
 ) -> Mapping[tuple[int, int, int], tuple[Shard, ...]]:
     """What each (stage, tp_rank, ep_rank) writes to a checkpoint of `layout`: each logical element once.
 
-    Of several copies the first one writes; a tied embedding is written by the first stage, and what is not dealt by the
-    first rank of the expert axis. `specs`: what is stored, if not the parameters of the model (an adapter).
+    Of several copies the first one writes; what several stages hold is written by the first stage, and what is not
+    dealt by the first rank of the expert axis. `specs`: what is stored, if not the parameters of the model (an
+    adapter).
     """
     everything = tuple(parameter_specs(model, layout) if specs is None else specs)
     found: dict[tuple[int, int, int], tuple[Shard, ...]] = {}
     for stage in range(layout.pp):
         here = stage_places(model, layout, stage)
-        inside = [s for s in everything if here.intersection(s.places) and (stage == 0 or EMBED not in s.places)]
+        inside = [s for s in everything if here.intersection(s.places) and (stage == 0 or len(s.places) == 1)]
         for tp_rank, ep_rank in product(range(layout.tp), range(layout.ep)):
             held = [spec for spec in inside if ep_rank < spec.dealt]
             shards = (shard for spec in held for shard in spec.shards(layout.tp, tp_rank, ep_rank))

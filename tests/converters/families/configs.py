@@ -15,6 +15,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from tests.converters.families.encoders import ENCODERS
 from tests.converters.families.published import PUBLISHED
 
 LLAMA3_ROPE = {
@@ -235,5 +236,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "torch_dtype": "float16",
         "vocab_size": 32000,
     },
+    **ENCODERS,
     **PUBLISHED,
 }

@@ -24,6 +24,7 @@ OLDER = {
     "original_max_position_embeddings",
     "max_window_layers",
     "sliding_window_pattern",
+    "position_embedding_type",
 }
 """Keys that say again what others say, or of which a list is cut to its first."""
 
@@ -70,6 +71,7 @@ def rope_of(config: dict[str, Any]) -> dict[str, Any]:
 def test_no_feature_of_a_model_has_two_places_in_the_family(name: str) -> None:
     family = family_named(name)
     claimed = [field for rule in family.fields for field in rule.fields]
+    claimed += {name for features in family.other_classes.values() for name in features}
     claimed += [*family.features, *family.training_only, *family.unused, "num_labels"]
     assert len(claimed) == len(set(claimed)) and set(claimed) <= ModelConfig.model_fields.keys()
 
@@ -97,13 +99,18 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
     [
         ("llama defaults", {"sliding_window": 4096}, ["sliding_window=4096 is unknown", "'llama'"]),
         ("llama defaults", {"rope_parameters": {"rope_type": "ntk", "factor": 4.0}}, ["rope_type='ntk'", "linear"]),
-        ("llama defaults", {"hidden_act": "relu"}, ["hidden_act='relu'", "silu"]),
+        ("llama defaults", {"hidden_act": "mish"}, ["hidden_act='mish'", "silu"]),
         ("llama defaults", {"rope_theta": 5.0}, ["rope_theta is given as 5.0 and as 10000.0"]),
         ("llama defaults", {"partial_rotary_factor": 0.5}, ["partial_rotary_factor=0.5"]),
         ("llama defaults", {"quantization_config": {"bits": 4}}, ["quantization_config={'bits': 4}"]),
         ("llama defaults", {"architectures": ["LlamaForTokenClassification"]}, ["LlamaForTokenClassification"]),
         ("llama defaults", {"hidden_size": "wide"}, ["hidden_size"]),
         ("llama defaults", {"rms_norm_eps": -1.0}, ["norm_eps"]),
+        ("bert defaults", {"is_decoder": True}, ["is_decoder=True", "only False"]),
+        ("bert defaults", {"tie_word_embeddings": False}, ["tie_word_embeddings=False", "only True"]),
+        ("bert defaults", {"architectures": ["BertForTokenClassification"]}, ["BertForTokenClassification"]),
+        ("t5 defaults", {"is_gated_act": True}, ["is_gated_act=True, but feed_forward_proj='relu' means False"]),
+        ("t5 defaults", {"is_encoder_decoder": False}, ["is_encoder_decoder=False", "only True"]),
         ("qwen2 defaults", {"layer_types": ["sliding_attention"] * 32}, ["layers that slide", "no sliding_window"]),
         ("qwen3 defaults", {"layer_types": ["chunked_attention"] * 32}, ["layer_types has chunked_attention"]),
         ("mistral defaults", {"layer_types": ["full_attention"] * 32}, ["layer_types=", "is unknown"]),
@@ -120,7 +127,7 @@ def test_scaled_rotary_positions_become_the_named_feature() -> None:
         ("deepseek_v3, dense", {"num_key_value_heads": 8}, ["num_key_value_heads=8", "num_attention_heads=128"]),
         ("gpt2 defaults", {"scale_attn_weights": False}, ["scale_attn_weights=False", "only True"]),
         ("gpt2 defaults", {"scale_attn_by_inverse_layer_idx": True}, ["scale_attn_by_inverse_layer_idx=True"]),
-        ("gpt2 defaults", {"activation_function": "relu", "odd": 1}, ["activation_function='relu'", "odd=1"]),
+        ("gpt2 defaults", {"activation_function": "mish", "odd": 1}, ["activation_function='mish'", "odd=1"]),
     ],
 )
 def test_what_has_no_place_is_refused_by_name(case: str, change: dict[str, Any], words: list[str]) -> None:
@@ -138,6 +145,7 @@ def test_what_has_no_place_is_refused_by_name(case: str, change: dict[str, Any],
         ("llama", {"attention_bias": True}, ["attention_bias=True, attention_output_bias=False", "one switch"]),
         ("llama", {"norm": "layernorm"}, ["norm='layernorm'", "'rmsnorm'"]),
         ("llama", {"head_dim": 6, "num_attention_heads": 3, "num_key_value_heads": 3}, ["hidden_size=32", "=3"]),
+        ("bert", {"pooler": True}, ["none of BertFor", "pooler=True", "next_sentence=False"]),
         ("llama", {"latent": LATENT, "head_dim": 12}, ["latent={...}", "only None"]),
         ("deepseek_v3", {}, ["latent=None"]),
         ("gpt2", {"num_key_value_heads": 2}, ["num_key_value_heads=2 is not num_attention_heads=4"]),
@@ -153,6 +161,8 @@ def test_a_model_that_the_family_cannot_say_is_refused_by_field(
     plain = ModelConfig(num_attention_heads=4, **small)
     if family == "gpt2":
         plain = family_named("gpt2").load_config({"n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 9})
+    if family == "bert":
+        plain = family_named("bert").load_config({**small, "num_attention_heads": 4})
     model = ModelConfig.model_validate(plain.model_dump() | change)
     with pytest.raises(ConversionError) as error:
         family_named(family).dump_config(model, "float32")
@@ -166,7 +176,7 @@ def test_the_page_of_families_has_a_line_for_each() -> None:
 
 
 def test_a_model_finds_its_family_by_what_it_is() -> None:
-    for case in ("llama classifier", "gpt2 defaults"):
+    for case in ("llama classifier", "gpt2 defaults", "bert, both heads", "bert classifier", "bert body"):
         family = detect_family(CONFIGS[case], "config.json")
         assert family_for(family.load_config(CONFIGS[case])) is family
     sizes = {"vocab_size": 9, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
@@ -178,8 +188,8 @@ def test_a_model_finds_its_family_by_what_it_is() -> None:
 def test_an_unknown_model_type_names_the_known_families() -> None:
     with pytest.raises(ConversionError, match=r"model_type='mamba'.*gpt2, .*llama.*--family"):
         detect_family({"model_type": "mamba"}, "config.json")
-    with pytest.raises(ConversionError, match=r"'bart' is not known; use one of: .*gpt2, .*llama"):
-        family_named("bart")
+    with pytest.raises(ConversionError, match=r"'mamba' is not known; use one of: .*gpt2, .*llama"):
+        family_named("mamba")
 
 
 def test_a_model_that_became_a_classifier_gets_labels_and_its_class() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -9,14 +10,21 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from converters.formats.huggingface import FORMAT
 from converters.job import JobOptions, make_job
-from converters.logits import compare_logits, engine_logits, judge, probe_sequences, reference_logits
+from converters.logits import (
+    compare_logits,
+    engine_logits,
+    judge,
+    probe_sequences,
+    reference_logits,
+    reference_request,
+)
 from converters.open import get_format, open_checkpoint
+from converters.reference import arrays, load
 from tests.helpers.hf_models import CASES, save_model
-from workbench.errors import VerificationError
+from workbench.errors import CheckpointError, VerificationError
 from workbench.spec.layout import ParallelLayout
 
 PLAIN = "llama, tied, grouped, llama3 rope"
@@ -26,10 +34,10 @@ pytestmark = pytest.mark.timeout(600)  # fresh processes that import transformer
 
 def run_transformers(folder: Path, sequences: list[list[int]]) -> list[np.ndarray]:
     """Logits as transformers computes them, in this process."""
-    loader = AutoModelForSequenceClassification if "classifier" in folder.name else AutoModelForCausalLM
-    model = loader.from_pretrained(folder, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        return [model(torch.tensor([sequence])).logits[0].numpy() for sequence in sequences]
+    request = reference_request(FORMAT.open(folder).model, folder, sequences)
+    model, faults = load(request)
+    assert not faults
+    return arrays(model, request)
 
 
 @pytest.mark.parametrize("case", sorted(CASES))
@@ -107,6 +115,14 @@ def swapped(source: Path, target: Path, pairs: dict[str, str]) -> Path:
         ),
         (PLAIN, {"model.layers.{i}.mlp.gate_proj.weight": "model.layers.{i}.mlp.up_proj.weight"}),
         (PLAIN, {"model.layers.{i}.self_attn.k_proj.weight": "model.layers.{i}.self_attn.v_proj.weight"}),
+        (
+            "bert",
+            {
+                "bert.encoder.layer.{i}.attention.output.LayerNorm.weight": (
+                    "bert.encoder.layer.{i}.output.LayerNorm.weight"
+                )
+            },
+        ),
         (FUSED, {"transformer.h.{i}.ln_1.bias": "transformer.h.{i}.ln_2.bias"}),
         (FUSED, {"transformer.h.{i}.attn.c_proj.bias": "transformer.h.{i}.mlp.c_proj.bias"}),
     ],
@@ -163,3 +179,20 @@ def test_a_folder_that_transformers_cannot_fill_is_refused_with_its_words(tmp_pa
     save_file(tensors, tmp_path / "odd/model.safetensors", {"format": "pt"})
     with pytest.raises(VerificationError, match=r"transformers cannot load it: .*model.norm.weight"):
         compare_logits(opened.model, opened.source, tmp_path / "odd")
+
+
+def test_a_head_of_its_own_is_kept_apart_from_the_embedding(tmp_path: Path) -> None:
+    """transformers ties the two unless the file has both."""
+    source = save_model("t5, gated, not scaled, more layers that read", tmp_path / "in")
+    tensors = load_file(source / "model.safetensors")
+    tensors["lm_head.weight"] = 0.15 * torch.randn(tensors["shared.weight"].shape, generator=torch.Generator())
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'lm_head.weight' differs .* set tie_word_embeddings=false"):
+        FORMAT.open(source)
+    config = json.loads((source / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(config))
+    opened = FORMAT.open(source)
+    assert not opened.model.tie_word_embeddings and opened.model.logit_scale == 1.0
+    sequences = probe_sequences(opened.model)
+    ours = engine_logits(opened.model, opened.source, sequences)
+    assert judge(ours, run_transformers(source, sequences), sequences, source).difference <= 1e-4

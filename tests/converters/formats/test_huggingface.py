@@ -70,11 +70,18 @@ def test_every_logical_tensor_is_there_and_equals_the_reference(folders: Mapping
         pairs = {"q": q.T, "k": k.T, "v": v.T}
         assert np.array_equal(read("layers.1.mlp.down_proj.weight"), theirs["transformer.h.1.mlp.c_proj.weight"].T)
         assert np.array_equal(read("embed_positions.weight"), theirs["transformer.wpe.weight"])
+    elif opened.family == "bert":
+        path = "encoder.layer.1.attention.self" if case == "bert body" else "bert.encoder.layer.1.attention.self"
+        pairs = {name[0]: theirs[f"{path}.{name}.weight"] for name in ("query", "key", "value")}
+    elif opened.family == "t5":
+        pairs = {name: theirs[f"encoder.block.1.layer.0.SelfAttention.{name}.weight"] for name in "qkv"}
+    elif opened.family == "gpt_neox":
+        pairs = {"o": theirs["gpt_neox.layers.1.attention.dense.weight"]}
+    elif opened.family in ("deepseek_v3", "phi3"):
+        pairs = {"o": theirs["model.layers.1.self_attn.o_proj.weight"]}
     else:
         pairs = {name: theirs[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"}
-        assert np.array_equal(
-            read("layers.3.post_attention_layernorm.weight"), theirs["model.layers.3.post_attention_layernorm.weight"]
-        )
+        assert np.array_equal(read("norm.weight"), theirs["model.norm.weight"])
     for name, expected in pairs.items():
         assert np.array_equal(read(f"layers.1.self_attn.{name}_proj.weight"), expected.numpy())
 
@@ -291,3 +298,23 @@ def test_tokenizer_files_and_a_model_card_come_along(folders: Mapping[str, Path]
     card = (tmp_path / "out/README.md").read_text()
     assert "GPT2LMHeadModel" in card and f"folder `{folders[FUSED].name}`" in card
     assert FORMAT.open(tmp_path / "out").tokenizer == tmp_path / "out"
+
+
+def test_names_of_old_files_and_heads_that_were_stored_twice_are_understood(tmp_path: Path) -> None:
+    source = save_model("bert", tmp_path / "in")
+    path = source / "model.safetensors"
+    tensors = load_file(path)
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): values
+        for name, values in tensors.items()
+    }
+    old["cls.predictions.decoder.weight"] = old["bert.embeddings.word_embeddings.weight"].clone()
+    old["bert.pooler.dense.bias"] = torch.zeros(32)
+    save_file(old, path, {"format": "pt"})
+    found = FORMAT.open(source).source
+    values = found.read("embed_norm.weight", Box.whole((32,)))
+    assert np.array_equal(values, tensors["bert.embeddings.LayerNorm.weight"].numpy())
+    old["cls.predictions.decoder.weight"][0, 0] += 1
+    save_file(old, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"'cls.predictions.decoder.weight' differs from"):
+        FORMAT.open(source)
