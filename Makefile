@@ -40,6 +40,7 @@ test: install
 parity: install
 	@$(BIN)/python -m tests.parity.capabilities
 	@$(BIN)/python -m tests.parity.matrix
+	@$(BIN)/python -m pytest -q -m exhaustive
 
 lint: install
 	@$(BIN)/ruff format --check --quiet . || { echo 'make: the files above are not formatted; run .venv/bin/ruff format .' >&2; exit 1; }

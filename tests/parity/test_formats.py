@@ -125,6 +125,7 @@ def of_one_process(choices: tuple[tuple[str, Any], ...]) -> list[float]:
 
 
 @pytest.mark.parity
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("case", pairwise(DIMENSIONS, allowed)[0], ids=lambda case: " ".join(map(str, case.values())))
 def test_a_format_loses_alike_on_two_ranks(case: Case) -> None:
     kept = ("compute", "linear", "moments", "optimizer", "dropout")

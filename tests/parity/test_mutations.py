@@ -108,6 +108,7 @@ def is_missed(site: Site, case: Case) -> bool:
 
 
 @pytest.mark.parity
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("site", FOUND, ids=str)
 def test_a_collective_that_is_taken_out_is_missed(site: Site) -> None:
     assert any(is_missed(site, case) for case in SHOWN_BY[site.module])
