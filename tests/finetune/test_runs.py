@@ -211,7 +211,7 @@ def test_a_base_without_its_language_head_cannot_learn_answers(folder: Path, tmp
 def test_a_base_that_lacks_a_weight_is_refused(folder: Path, tmp_path: Path) -> None:
     base = base_of(folder)
     model: ModelConfig = base.model.model_copy(update={"num_hidden_layers": 3})
-    with pytest.raises(CheckpointError, match=r"layers.2.input_layernorm.weight is missing"):
+    with pytest.raises(CheckpointError, match=r"layers.2.self_attn.q_proj.weight is missing"):
         Finetuning(answers(folder, LORA, tmp_path), Base(model, base.source, base.tokenizer, "base", ""), Mesh.single())
 
 

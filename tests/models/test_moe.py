@@ -188,7 +188,7 @@ def test_adapters_leave_experts_alone_and_say_so() -> None:
     with pytest.raises(ConfigError, match="the model has experts, to which there are no adapters; name some of q_proj"):
         resolved_targets(sparse_model(), LoraSpec())
     assert resolved_targets(sparse_model(), LoraSpec(targets=("q_proj",))) == ("q_proj",)
-    assert len(list(layer_pairs(sparse_model(), LoraSpec(targets=("q_proj",)), 1))) == 1
+    assert len(list(layer_pairs(sparse_model(), LoraSpec(targets=("q_proj",)), ParallelLayout(), 1))) == 1
 
 
 @pytest.mark.parametrize(
