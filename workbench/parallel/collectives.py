@@ -43,12 +43,7 @@ class _Gather(torch.autograd.Function):
         return ctx.axis.reduce_scatter(grad, ctx.dim), None, None
 
 
-class _GatherCopies(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
-        ctx.axis, ctx.dim = axis, dim
-        return axis.all_gather(tensor, dim)
-
+class _GatherCopies(_Gather):
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         return grad.chunk(ctx.axis.size, dim=ctx.dim)[ctx.axis.rank], None, None
