@@ -4,8 +4,9 @@ One process, two threads; forward, backward and fused AdamW of a Llama-like mode
 that starts from the same weights everywhere. bf16 means bf16 compute over fp32 masters: the engine casts where it
 computes; megatron-core and transformers hold bf16 parameters beside fp32 masters, and transformers runs under autocast
 too, the faster of the two counting. The ceiling is the time of the step's matrix products alone. Everything is
-measured in turn, A B C A B C, and compared by the medians of the ratios within a round. The engine then runs on two
-ranks of one thread each, cut by tensors and by stages, beside one process on both threads.
+measured in turn, A B C A B C, and compared by the medians of the ratios within a round. The C library keeps freed
+memory, as the engine's trainer tells it to; as all run in one process, that serves the peers as well. The engine then
+runs on two ranks of one thread each, cut by tensors and by stages, beside one process on both threads.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from tests.helpers.ranks import RankPool
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
 from workbench.models.state import stored_boxes
+from workbench.parallel.host_memory import keep_freed_memory
 from workbench.parallel.mesh import Mesh
 from workbench.spec.execution import StageOptions
 from workbench.spec.model import ModelConfig
@@ -224,7 +226,7 @@ def measure(task: Task, dtype: torch.dtype, *, quick: bool) -> list[Claim]:
         claims.append(claim(f"{short}: ceiling / megatron-core on as many threads", ratio("ceiling", "megatron-core")))
     if not quick:
         pair = ("engine compiled", "transformers compiled")
-        claims.append(claim(f"{short}: engine compiled / transformers compiled", ratio(*pair), at_least=1.0))
+        claims.append(claim(f"{short}: engine compiled / transformers compiled", ratio(*pair), at_least=1.1))
         claims.append(claim(f"{short}: engine compiled / ceiling", ratio("engine compiled", "ceiling")))
     return claims + [claim(f"{short}: {name}", value, unit="tokens/s") for name, value in rate.items()]
 
@@ -245,6 +247,7 @@ def run(quick: bool) -> list[Claim]:
     # Ranks are forked, so before this process has threads.
     pool = RankPool(2)
     torch.set_num_threads(THREADS)
+    keep_freed_memory()
     task = main_task(quick)
     claims: list[Claim] = []
     try:

@@ -32,6 +32,7 @@ from workbench.errors import WorkbenchError
 from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.determinism import make_deterministic
+from workbench.parallel.host_memory import keep_freed_memory
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
 from workbench.spec.lora import AdapterRecord
@@ -119,6 +120,8 @@ class Trainer:
         self._watcher: Watcher = watcher if watcher is not None and mesh.world.rank == 0 else Silent()
         if config.run.deterministic:
             make_deterministic()
+        if mesh.device.type == "cpu":
+            keep_freed_memory()
         compute = DTYPES[config.precision.compute] if dtype == torch.float32 else dtype
         schedule = schedule_named(config.parallel.schedule)
         self._choice = choose_executor(config, subject.model, mesh.layout, mesh.device.type)

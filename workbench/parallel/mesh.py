@@ -108,7 +108,7 @@ class Axis:
         return Pending([work], lambda: mine[0], shares)
 
     def _swap(self, sent: Sequence[torch.Tensor]) -> tuple[Sequence[Work], Sequence[torch.Tensor]]:
-        """Starts to send each position its tensor of `sent`, all of one shape; what they send here, in order of position.
+        """Starts to send each position its tensor of `sent`, all of one shape; what they send here, in order.
 
         Gloo's own reduce-scatter is an all-reduce of everything: twice the bytes, three times the time.
         """
