@@ -143,6 +143,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         decoder_sparse_step=2,
         mlp_only_layers=[3],
         router_aux_loss_coef=0.01,
+        output_router_logits=True,
         qkv_bias=False,
         use_sliding_window=True,
         sliding_window=64,
