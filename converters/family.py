@@ -46,6 +46,9 @@ FIXED: Final = (
     Fixed("auto_map", (None, {})),
 )
 
+DROPOUTS: Final = {"mlp_dropout": 0.0, "final_dropout": 0.0, "classifier_dropout": 0.0}
+"""Fields that few families can say; for inference none needs to."""
+
 
 @dataclass(frozen=True)
 class IgnoredTensor:
@@ -206,7 +209,8 @@ class Family:
         ]
 
     def _fixed(self) -> dict[str, Any]:
-        named = {name for rule in self.fields for name in rule.fields} | {*self.training_only, *self.unused}
+        named = {name for rule in self.fields for name in rule.fields}
+        named |= {*self.training_only, *self.unused, *DROPOUTS}
         named |= {name for features in self.classes.values() for name in features}
         defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
         unnamed = {name: value for name, value in defaults.items() if name not in named | {"num_labels"}}
