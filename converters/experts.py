@@ -13,7 +13,10 @@ from workbench.spec.model import ModelConfig
 from workbench.spec.moe import MixtureOfExperts
 
 TRAINING_ONLY: Final = ("router_aux_loss_coef", "router_z_loss_coef", "bias_update_rate")
-"""What of the experts only training reads: a family that cannot say one leaves it out."""
+"""What of the experts only training reads: a family that cannot say one leaves it out, and the export says so."""
+BALANCE: Final = "router_aux_loss_coef"
+BALANCES: Final = "output_router_logits"
+"""transformers adds the loss of `BALANCE` only where this is true (models/mixtral, MixtralForCausalLM.forward)."""
 
 
 @dataclass(frozen=True)
@@ -32,16 +35,18 @@ class Experts:
 
     @property
     def keys(self) -> tuple[str, ...]:
-        return (*self.words.values(), *self.aliases)
+        return (*self.words.values(), *self.aliases, *([BALANCES] if BALANCE in self.words else []))
 
     def load(self, given: Foreign) -> dict[str, Any]:
         named = {self.aliases[key]: given[key] for key in self.aliases if key in given}
         if clash := [key for key, value in named.items() if given.get(key, value) != value]:
             raise FieldFault(f"{clash[0]} is given as {given[clash[0]]} and as {named[clash[0]]}")
         said = {**named, **{key: given[key] for key in self.words.values() if given.get(key) is not None}}
-        return {
-            "moe": {**self.features, **{name: said.get(key, self.defaults[name]) for name, key in self.words.items()}}
-        }
+        moe = {**self.features, **{name: said.get(key, self.defaults[name]) for name, key in self.words.items()}}
+        moe = {name: tuple(value) if isinstance(value, list) else value for name, value in moe.items()}
+        if BALANCE in moe and not given.get(BALANCES):
+            moe[BALANCE] = 0.0
+        return {"moe": moe}
 
     def dump(self, model: ModelConfig) -> dict[str, Any]:
         if model.moe is None:
@@ -51,7 +56,11 @@ class Experts:
         for name, value in values.items():
             if name not in self.words and name not in TRAINING_ONLY and value != usual[name]:
                 raise FieldFault(f"moe.{name}={value!r} has no place, only {usual[name]!r}")
-        return {key: list(v) if isinstance(v := values[name], tuple) else v for name, key in self.words.items()}
+        said = {key: list(v) if isinstance(v := values[name], tuple) else v for name, key in self.words.items()}
+        if BALANCE not in self.words:
+            return said
+        off = {} if values[BALANCE] else {self.words[BALANCE]: self.defaults[BALANCE]}
+        return {**said, **off, BALANCES: not off}
 
 
 def stacked(rules: Callable[[ModelConfig], tuple[Rule, ...]]) -> Callable[[ModelConfig], tuple[Rule, ...]]:

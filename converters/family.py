@@ -46,6 +46,9 @@ FIXED: Final = (
     Fixed("auto_map", (None, {})),
 )
 
+DROPOUTS: Final = {"mlp_dropout": 0.0, "final_dropout": 0.0, "classifier_dropout": 0.0}
+"""Fields that few families can say; for inference none needs to."""
+
 
 @dataclass(frozen=True)
 class IgnoredTensor:
@@ -206,16 +209,17 @@ class Family:
         ]
 
     def _fixed(self) -> dict[str, Any]:
-        named = {name for rule in self.fields for name in rule.fields} | {*self.training_only, *self.unused}
+        named = {name for rule in self.fields for name in rule.fields}
+        named |= {*self.training_only, *self.unused, *DROPOUTS}
         named |= {name for features in self.classes.values() for name in features}
         defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
         unnamed = {name: value for name, value in defaults.items() if name not in named | {"num_labels"}}
         return {**unnamed, **self.features}
 
     def left_out(self, model: ModelConfig) -> dict[str, Any]:
-        """Fields of `model` that only training reads and that the family cannot say."""
-        values = model.model_dump()
-        return {name: values[name] for name, usual in self.training_only.items() if values[name] != usual}
+        """Fields of `model` that a configuration of this family does not give back: those that only training reads."""
+        again = _flat(self.load_config(self.dump_config(model, "float32")))
+        return {name: value for name, value in _flat(model).items() if again.get(name) != value}
 
     def bind(self, model: ModelConfig, rules: tuple[Rule, ...] | None = None) -> dict[str, Rule]:
         """The rule of each logical tensor of `model`, layers filled in; ConversionError for a tensor without one.
@@ -237,6 +241,13 @@ class Family:
         if homeless:
             raise ConversionError(f"{summarise(homeless, 'has', 'have')} no place in family {self.name!r}")
         return bound
+
+
+def _flat(model: ModelConfig) -> dict[str, Any]:
+    """The fields of a model, those of its experts by names of their own."""
+    values = model.model_dump()
+    moe: dict[str, Any] = values.pop("moe") or {}
+    return values | {f"moe.{name}": value for name, value in moe.items()}
 
 
 def _says_the_same(rule: FieldRule, original: Mapping[str, Any], said: Mapping[str, Any]) -> bool:

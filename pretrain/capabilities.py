@@ -40,6 +40,17 @@ def device_faults(config: EngineConfig, device: str) -> list[str]:
     return []
 
 
+def te_faults(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> list[str]:
+    """Why Transformer Engine could not execute the run, if it could not."""
+    found = execution_faults(config.stage_options("te"), model, layout)
+    if config.keeps_documents_apart:
+        found.append(
+            "kernels.backend='te' and data.mask_documents=true: its attention sees all earlier tokens of a row, those "
+            "of other documents too; use backend = 'torch' or mask_documents = false"
+        )
+    return found
+
+
 def _shape(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> list[str]:
     # Chunks that the schedule does not take are not worth being judged by how many layers they get.
     return config.parallel.schedule_faults() or layout.faults(model)
@@ -62,8 +73,9 @@ def _tokens(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) ->
 
 
 def _execution(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> list[str]:
-    options = config.stage_options("te" if config.asked_backend == "te" else "torch")
-    return execution_faults(options, model, layout)
+    if config.asked_backend == "te":
+        return te_faults(config, model, layout)
+    return execution_faults(config.stage_options("torch"), model, layout)
 
 
 def _linear_format(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> list[str]:

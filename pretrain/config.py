@@ -13,7 +13,7 @@ from pretrain.lr import Curve, CurveName
 from pretrain.schedules import schedule_named
 from workbench.config import Config
 from workbench.errors import LayoutError
-from workbench.spec.execution import Backend, LinearPrecision, Recompute, StageOptions, execution_faults
+from workbench.spec.execution import Backend, LinearPrecision, Recompute, StageOptions
 from workbench.spec.layout import ContextMethod, ParallelLayout, Sharding
 from workbench.spec.model import ModelConfig
 
@@ -315,9 +315,10 @@ class EngineConfig(Config):
         is_open = self.kernels.backend == "auto"
         return "te" if is_open and self.precision.linear.startswith("te:") else self.kernels.backend
 
-    def te_faults(self, model: ModelConfig, layout: ParallelLayout) -> list[str]:
-        """Why Transformer Engine could not execute this run."""
-        return execution_faults(self.stage_options("te"), model, layout)
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether rows hold several documents that do not see each other."""
+        return False
 
     def resolve_layout(self, model: ModelConfig, num_ranks: int) -> ParallelLayout:
         """The layout over `num_ranks` ranks; one LayoutError with everything that does not fit model and batch."""
@@ -366,6 +367,10 @@ class PretrainConfig(EngineConfig):
 
     model: ModelConfig
     data: DataConfig
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        return self.data.mask_documents
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pretrain.capabilities import device_faults
+from pretrain.capabilities import device_faults, te_faults
 from pretrain.config import EngineConfig
 from workbench.errors import LaunchError
 from workbench.parallel.backends import Choice, choose_backend
@@ -14,4 +14,4 @@ def choose_executor(config: EngineConfig, model: ModelConfig, layout: ParallelLa
     """The backend of a run on `device` ("cpu", "cuda"); LaunchError with what the configuration asks of it in vain."""
     if faults := device_faults(config, device):
         raise LaunchError("; ".join(faults))
-    return choose_backend(config.asked_backend, device, config.te_faults(model, layout))
+    return choose_backend(config.asked_backend, device, te_faults(config, model, layout))

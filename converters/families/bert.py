@@ -64,6 +64,22 @@ class Heads:
         return {"num_attention_heads": heads}
 
 
+@dataclass(frozen=True)
+class ClassifierDropout:
+    """classifier_dropout: that of the hidden states when absent or null."""
+
+    keys: tuple[str, ...] = ("classifier_dropout",)
+    fields: tuple[str, ...] = ("classifier_dropout",)
+
+    def load(self, given: Foreign) -> dict[str, Any]:
+        value = given.get("classifier_dropout")
+        return {"classifier_dropout": given.get("hidden_dropout_prob", 0.1) if value is None else value}
+
+    def dump(self, model: ModelConfig) -> dict[str, Any]:
+        is_hidden = model.classifier_dropout == model.hidden_dropout
+        return {"classifier_dropout": None if is_hidden else model.classifier_dropout}
+
+
 FAMILY = Family(
     name="bert",
     model_type="bert",
@@ -94,7 +110,7 @@ FAMILY = Family(
         Fixed("tie_word_embeddings", (True,)),
         Fixed("position_embedding_type", ("absolute",)),
         Fixed("is_decoder", (False,)),
-        Fixed("classifier_dropout", (None,)),
+        ClassifierDropout(),
     ),
     features={
         "gated_mlp": False,

@@ -81,7 +81,6 @@ FAMILY = Family(
     ),
     features={"gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope"},
     training_only={"embed_dropout": 0.0, "hidden_dropout": 0.0, "scale_residual_init": False},
-    harmless=("output_router_logits",),
     rules=rules,
     also_read=stacked(rules),
     ignored=(INVERSE_FREQUENCIES,),

@@ -68,7 +68,7 @@ FAMILY = Family(
     ),
     features={"gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope", "attention_output_bias": False},
     training_only={"embed_dropout": 0.0, "hidden_dropout": 0.0, "scale_residual_init": False},
-    harmless=("output_router_logits", "use_mrope"),
+    harmless=("use_mrope",),
     rules=rules,
     also_read=stacked(rules),
     ignored=(INVERSE_FREQUENCIES,),

@@ -59,7 +59,7 @@ FAMILY = Family(
     ),
     features={"gated_mlp": True, "norm": "rmsnorm", "position_embedding": "rope", "qk_norm": "head"},
     training_only={"embed_dropout": 0.0, "hidden_dropout": 0.0, "scale_residual_init": False},
-    harmless=("output_router_logits", "max_window_layers", "use_mrope"),
+    harmless=("max_window_layers", "use_mrope"),
     rules=rules,
     also_read=stacked(rules),
     ignored=(INVERSE_FREQUENCIES,),

@@ -40,6 +40,9 @@ def rules(model: ModelConfig) -> tuple[Rule, ...]:
     return tuple(Rule(ours, theirs) for ours, theirs in table.items())
 
 
+DROPOUTS = ("embed_dropout", "attention_dropout", "hidden_dropout", "mlp_dropout", "final_dropout")
+
+
 @dataclass(frozen=True)
 class Layers:
     """num_layers of the encoder, and num_decoder_layers, which are as many when absent or null."""
@@ -137,7 +140,7 @@ FAMILY = Family(
         Field("relative_attention_num_buckets", default=32),
         Field("relative_attention_max_distance", default=128),
         Field("layer_norm_epsilon", "norm_eps", default=1e-6),
-        Switch("dropout_rate", ("embed_dropout", "attention_dropout", "hidden_dropout"), default=0.1),
+        Switch("dropout_rate", DROPOUTS, default=0.1),
         TokenId("bos_token_id"),
         TokenId("eos_token_id", default=1),
         TokenId("pad_token_id", default=0),

@@ -64,7 +64,7 @@ def read_file(folder: Path) -> tuple[Mapping[str, str], Arrays]:
 def file_targets(file: Arrays, family: Family, model: ModelConfig, where: str) -> tuple[str, ...]:
     """The projections that the tensors of a file adapt, in network order; ConversionError when there is none."""
     known = peft_modules(family, model, LoraSpec(targets="all"))
-    found = {weight.split(".")[-2] for m in known if m.keys[0] in file for weight, _, _ in m.parts}
+    found = {weight.split(".")[-2] for m in known if m.keys[0] in file for weight, _ in m.parts}
     if not found:
         some = next(iter(file), "nothing")
         raise ConversionError(
@@ -114,16 +114,16 @@ def _pairs(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarr
         )
     found: Arrays = {}
     if rank == r:
-        for weight, row, rows in module.parts:
+        for weight, rows in module.parts:
             a_name, b_name = factor_names(weight)
-            found[a_name], found[b_name] = a, (b[0], b[1][row : row + rows])
+            found[a_name], found[b_name] = a, (b[0], b[1][rows])
         return found
     blocks = np.zeros_like(b[1])
-    for index, (weight, row, rows) in enumerate(module.parts[: rank // r]):
+    for index, (weight, rows) in enumerate(module.parts[: rank // r]):
         a_name, b_name = factor_names(weight)
         ranks = slice(index * r, (index + 1) * r)
-        found[a_name], found[b_name] = (a[0], a[1][ranks]), (b[0], b[1][row : row + rows, ranks])
-        blocks[row : row + rows, ranks] = b[1][row : row + rows, ranks]
+        found[a_name], found[b_name] = (a[0], a[1][ranks]), (b[0], b[1][rows, ranks])
+        blocks[rows, ranks] = b[1][rows, ranks]
     if rank != r * len(module.parts) or not np.array_equal(blocks, b[1]):
         raise ConversionError(f"{module.path}: has rank {rank}, the others {r}; adapters here have one rank")
     return found
@@ -133,14 +133,14 @@ def to_file(logical: Arrays, modules: Sequence[PeftModule]) -> Arrays:
     """The tensors of adapter_model.safetensors, by name."""
     found: Arrays = {}
     for module in modules:
-        pairs = [tuple(logical[name] for name in factor_names(weight)) for weight, _, _ in module.parts]
+        pairs = [tuple(logical[name] for name in factor_names(weight)) for weight, _ in module.parts]
         a_key, b_key = module.keys
         dtype = pairs[0][0][0]
         a = np.concatenate([a for (_, a), _ in pairs])
         b = np.zeros((module.outputs, len(a)), a.dtype)
-        for index, ((_, row, rows), (_, (_, block))) in enumerate(zip(module.parts, pairs, strict=True)):
+        for index, ((_, rows), (_, (_, block))) in enumerate(zip(module.parts, pairs, strict=True)):
             ranks = block.shape[1]
-            b[row : row + rows, index * ranks : (index + 1) * ranks] = block
+            b[rows, index * ranks : (index + 1) * ranks] = block
         found[a_key], found[b_key] = (dtype, a), (dtype, b)
     if SCORE in logical:
         found[f"{PREFIX}{SCORE}"] = logical[SCORE]

@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, Final
 
+import numpy as np
+
 from converters.family import Family
 from converters.names import fold
-from converters.rules import TRANSPOSE, Rule, Slice, origins
+from converters.rules import TRANSPOSE, Rule, pull
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
@@ -49,17 +51,17 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
 
 @dataclass(frozen=True)
 class PeftModule:
-    """One adapted module of a transformers model. parts: (logical weight, its first row in the output, its rows)."""
+    """One adapted module of a transformers model. parts: (logical weight, where each of its rows is in the output)."""
 
     path: str
     inputs: int
     outputs: int
-    parts: tuple[tuple[str, int, int], ...]
+    parts: tuple[tuple[str, np.ndarray], ...]
 
     @property
     def stacked(self) -> bool:
         """Whether several of our pairs, or one that covers part of the rows, make up the one adapter here."""
-        return len(self.parts) > 1 or self.parts[0][2] != self.outputs
+        return len(self.parts) > 1 or len(self.parts[0][1]) != self.outputs
 
     @property
     def leaf(self) -> str:
@@ -78,24 +80,25 @@ def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[Pef
     pairs = (
         pair for layer in range(model.num_hidden_layers) for pair in layer_pairs(model, lora, ParallelLayout(), layer)
     )
-    found: dict[str, list[tuple[str, Rule, Box, tuple[int, ...]]]] = {}
+    found: dict[str, PeftModule] = {}
     for part in (part for pair in pairs for part in pair.parts):
-        rule = rules[part.name]
-        shape = rule.foreign_shape(part.shape)
-        if not set(rule.view) <= {TRANSPOSE} | {op for op in rule.view if isinstance(op, Slice)}:
-            raise ConversionError(
-                f"{part.name}: family {family.name!r} reorders its rows; its adapters cannot be written"
-            )
-        [box] = origins(rule.view, Box.whole(part.shape))
-        found.setdefault(rule.foreign, []).append((part.name, rule, box, shape))
-    return [_module(foreign, places) for foreign, places in found.items()]
+        module = _module(part.name, rules[part.name], part.shape)
+        before = found.get(module.path)
+        found[module.path] = replace(module, parts=(*(before.parts if before else ()), *module.parts))
+    return list(found.values())
 
 
-def _module(foreign: str, places: Sequence[tuple[str, Rule, Box, tuple[int, ...]]]) -> PeftModule:
-    _, rule, _, shape = places[0]
-    out = 1 if TRANSPOSE in rule.view else 0
-    parts = tuple((name, box.offset[out], box.size[out]) for name, _, box, _ in places)
-    return PeftModule(foreign.removesuffix(".weight"), shape[1 - out], shape[out], parts)
+def _module(name: str, rule: Rule, shape: tuple[int, ...]) -> PeftModule:
+    """The module in which a weight of this shape lies, with that part alone; ConversionError if its inputs are
+    reordered, as those of its adapter then would be."""
+    foreign, out = rule.foreign_shape(shape), 1 if TRANSPOSE in rule.view else 0
+    numbers = [np.arange(size).reshape([-1, 1] if dim == 0 else [1, -1]) for dim, size in enumerate(foreign)]
+    rows, inputs = (np.broadcast_to(numbers[dim], foreign) for dim in (out, 1 - out))
+    first_column, first_row = Box((0, 0), (shape[0], 1)), Box((0, 0), (1, shape[1]))
+    if not np.array_equal(pull(rule.view, first_row, lambda box: inputs[box.slices])[0], np.arange(shape[1])):
+        raise ConversionError(f"{name}: this family reorders its inputs; its adapters cannot be written")
+    places = pull(rule.view, first_column, lambda box: rows[box.slices])[:, 0]
+    return PeftModule(rule.foreign.removesuffix(".weight"), foreign[1 - out], foreign[out], ((name, places),))
 
 
 def stored_transposed(family: Family, model: ModelConfig, modules: Sequence[PeftModule]) -> bool:

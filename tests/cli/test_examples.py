@@ -13,7 +13,7 @@ from workbench.run_folder import RunFolder, Status
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEWER = ["run.steps=2", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=32", "optim.warmup=1"]
-NAMES = ["pretrain", "finetune-classification", "finetune-lora", "finetune-sft"]
+NAMES = ["pretrain", "pretrain-experts", "finetune-classification", "finetune-lora", "finetune-sft"]
 
 
 @pytest.fixture(scope="module")
@@ -55,5 +55,5 @@ def test_an_example_trains_and_leaves_a_finished_run(folder, monkeypatch, name):
     if name != "pretrain":
         assert run(name) == 0
     found = {path.name for path in Path("runs").iterdir() if RunFolder(path).status() is Status.DONE}
-    expected = {"pretrain": "pretrain", "finetune-classification": "pycola", "finetune-lora": "pycola-lora"}
-    assert expected.get(name, "answers") in found
+    folders = {"finetune-classification": "pycola", "finetune-lora": "pycola-lora", "finetune-sft": "answers"}
+    assert folders.get(name, name) in found

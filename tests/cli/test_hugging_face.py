@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from converters import logits
+from converters.job import JobOptions, make_job
+from converters.open import get_format, open_checkpoint
 from tests.helpers.hf_models import save_model
 from tests.helpers.tokenizers import make_tokenizer
 from workbench.cli.main import main
 from workbench.errors import VerificationError
+from workbench.spec.layout import ParallelLayout
 
 LLAMA = "llama, tied, grouped, llama3 rope"
 GPT2 = "gpt2, wide epsilon"
@@ -93,7 +97,7 @@ def test_faults_have_their_exit_codes(folder: Path, tmp_path: Path, capsys: pyte
         (["import", folder, tmp_path / "there"], 2, "exists already"),
         (["import", folder, tmp_path / "x", "--tp", "3"], 3, "num_attention_heads=4 cannot be split over tp=3"),
         (["import", folder, tmp_path / "x", "--family", "llama"], 3, "'llama'"),
-        (["import", folder, tmp_path / "x", "--family", "bloom"], 3, "use one of: bert, deepseek_v3, gemma2"),
+        (["import", folder, tmp_path / "x", "--family", "bloom"], 3, "use one of: bert, deepseek_v2, deepseek_v3"),
         (["import", folder, tmp_path / "x", "--verify", "maybe"], 2, "none, crc, full, logits"),
         (["export", folder, tmp_path / "x", "--to", "onnx"], 2, "--to 'onnx' is not known"),
         (["export", folder, tmp_path / "x", "--family", "llama"], 3, "'llama'"),
@@ -140,3 +144,23 @@ def test_generate_without_a_tokenizer_says_how_to_name_one(tmp_path: Path, capsy
         capsys, "generate", tmp_path / "bare", "--prompt", "a", "--max-new-tokens", "3", "--tokenizer", named
     )
     assert code == 0 and len(result["tokens"]) == 3
+
+
+def test_experts_are_imported_for_as_many_ranks_as_asked_and_exported_with_a_word_on_what_is_left_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = save_model("qwen3_moe, untied, wide heads", tmp_path / "in")
+    native = tmp_path / "native"
+    code, result = run(capsys, "import", source, native, "--tp", "2", "--ep", "3", "--verify", "crc")
+    assert code == 0 and (result["layout"]["tp"], result["layout"]["ep"]) == (2, 3)
+    opened = open_checkpoint(native)
+    assert opened.model.moe is not None
+    moe = opened.model.moe.model_copy(update={"router_z_loss_coef": 0.25})
+    trained = replace(opened, model=opened.model.model_copy(update={"moe": moe}))
+    make_job(
+        trained, get_format("native"), tmp_path / "trained", JobOptions(ParallelLayout()), operation="reshard"
+    ).run(verify="none")
+    assert main(["export", str(tmp_path / "trained"), str(tmp_path / "out"), "--verify", "none"]) == 0
+    said = capsys.readouterr().out
+    assert "model.moe.router_z_loss_coef=0.25" in said
+    assert "`moe.router_z_loss_coef=0.25`" in (tmp_path / "out/README.md").read_text()

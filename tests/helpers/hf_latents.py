@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    DeepseekV2Config,
+    DeepseekV2ForCausalLM,
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
     DeepseekV3ForSequenceClassification,
@@ -66,6 +68,26 @@ LATENT_CASES: dict[str, tuple[type[PreTrainedModel], type, dict[str, Any]]] = {
             **DEEPSEEK_EXPERTS,
             **{"first_k_dense_replace": 0, "n_shared_experts": 2, "norm_topk_prob": False, "tie_word_embeddings": True},
             **{"n_group": 1, "topk_group": 1, "num_experts_per_tok": 2},
+        },
+    ),
+    "deepseek_v2, groups, yarn, biased": (
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config,
+        {
+            **DEEPSEEK,
+            **DEEPSEEK_EXPERTS,
+            **{"topk_method": "group_limited_greedy", "routed_scaling_factor": 2.5, "n_shared_experts": 2},
+            **{"attention_bias": True, "rope_parameters": DEEPSEEK_ROPE},
+        },
+    ),
+    "deepseek_v2, no query latent, experts in all layers, tied": (
+        DeepseekV2ForCausalLM,
+        DeepseekV2Config,
+        {
+            **DEEPSEEK,
+            **DEEPSEEK_EXPERTS,
+            **{"q_lora_rank": None, "first_k_dense_replace": 0, "n_group": None, "topk_group": None},
+            **{"tie_word_embeddings": True, "vocab_size": 97},
         },
     ),
     "deepseek_v3 classifier": (

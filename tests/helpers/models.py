@@ -66,19 +66,28 @@ def biased_model(**changes: Any) -> ModelConfig:
     return gated_model(**{**features, **changes})
 
 
+def parallel_model(**changes: Any) -> ModelConfig:
+    """Both branches of a layer read its input; half of each head turns with its position."""
+    return biased_model(
+        **{"position_embedding": "rope", "partial_rotary_factor": 0.5, "parallel_residual": True, **changes}
+    )
+
+
 def masked_model(**changes: Any) -> ModelConfig:
-    """Tokens that see all others, segments, norms after the sums; a head with a transform, and one for pairs."""
+    """Tokens that see all others, segments, norms after the sums; a head with a transform, and one for pairs, unless
+    there are labels."""
+    has_words = not changes.get("num_labels")
     features: dict[str, Any] = dict(
         hidden_act="gelu",
         causal=False,
         norm_placement="post_residual",
         type_vocab_size=2,
         embed_norm=True,
-        tie_word_embeddings=True,
-        head_transform=True,
-        lm_head_bias=True,
+        tie_word_embeddings=has_words,
+        head_transform=has_words,
+        lm_head_bias=has_words,
         pooler=True,
-        next_sentence=True,
+        next_sentence=has_words,
     )
     return biased_model(**{**features, **changes})
 
@@ -139,3 +148,8 @@ def grouped_model(**changes: Any) -> ModelConfig:
         shared_expert_gate=True,
     )
     return sparse_model(**{"moe": {**moe, **changes.pop("moe", {})}, **changes})
+
+
+def grouped_latent_model(**changes: Any) -> ModelConfig:
+    """Keys and values from a latent, and experts in groups."""
+    return latent_model(**{"moe": grouped_model().moe, **changes})

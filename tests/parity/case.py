@@ -11,7 +11,10 @@ from tests.helpers.models import (
     answering_model,
     biased_model,
     gated_model,
+    grouped_latent_model,
     grouped_model,
+    masked_model,
+    parallel_model,
     post_norm_model,
     sliding_model,
     sparse_model,
@@ -25,15 +28,19 @@ SAMPLES, TOKENS, STEPS, LABELS = 8, 16, 3, 5
 MODELS = {
     "gated": gated_model,
     "biased": biased_model,
-    "answering": answering_model,
     "sliding": sliding_model,
     "post": post_norm_model,
+    "parallel": parallel_model,
+    "masked": masked_model,
+    "answering": answering_model,
     "sparse": sparse_model,
     "grouped": grouped_model,
+    "latent": grouped_latent_model,
 }
+WITH_EXPERTS = ("sparse", "grouped", "latent")
 
 DIMENSIONS: dict[str, tuple[Any, ...]] = {
-    "model": ("gated", "biased"),
+    "model": tuple(MODELS),
     "tied": (True, False),
     "head": ("vocabulary", "labels"),
     "documents": (False, True),
@@ -45,7 +52,9 @@ DIMENSIONS: dict[str, tuple[Any, ...]] = {
     "pp": (1, 2, 4),
     "schedule": ("gpipe", "1f1b", "interleaved", "zb_h1", "interleaved_zb", "zbv", "dualpipev"),
     "vpp": (1, 2),
-    "dp": (1, 2),
+    "dp": (1, 2, 4),
+    "ep": (1, 2, 4),
+    "etp": (None, 1),
     "shard": ("none", "zero1", "zero2", "zero3"),
     "shard_size": (None, 2),
     "recompute": ("none", "selective", "full"),
@@ -61,6 +70,8 @@ PLACES = {
     "schedule": "parallel.schedule",
     "vpp": "parallel.vpp",
     "dp": "parallel.dp",
+    "ep": "parallel.ep",
+    "etp": "parallel.etp",
     "shard": "parallel.shard",
     "shard_size": "parallel.shard_size",
     "recompute": "recompute.mode",
@@ -70,14 +81,15 @@ PLACES = {
 PLAIN: Case = {name: values[0] for name, values in DIMENSIONS.items()}
 
 
-NEEDED = {
+NEEDED: dict[str, tuple[tuple[str, ...], Any]] = {
     "sp": (("tp",), 1),
     "context": (("cp",), 1),
     "schedule": (("pp",), 1),
     "vpp": (("pp",), 1),
     "shard": (("dp", "cp"), 1),
+    "etp": (("sp",), False),
 }
-"""Axes of which one must be longer than this, or the choice changes nothing."""
+"""Choices of which one must be another than this, or the choice changes nothing or is refused."""
 
 
 def model_of(case: Mapping[str, Any]) -> ModelConfig:
@@ -97,7 +109,6 @@ def config_of(case: Mapping[str, Any], folder: str) -> EngineConfig:
     for name, place in PLACES.items():
         table, key = place.split(".")
         tables.setdefault(table, {})[key] = case.get(name, PLAIN[name])
-    tables["parallel"] |= {"ep": case.get("ep", 1), "etp": case.get("etp")}
     return EngineConfig.model_validate(tables)
 
 
@@ -107,21 +118,36 @@ def refusal(case: Mapping[str, Any]) -> str | None:
     ranks = case.get("tp", 1) * case.get("pp", 1) * case.get("cp", 1) * case.get("dp", 1)
     if ranks > RANKS:
         return f"more than {RANKS} ranks"
-    if case.get("head") == "labels" and (case.get("tied") or case.get("loss_chunk")):
-        return "a head of labels has no vocabulary to tie or to cut into chunks"
     for name, (other, idle) in NEEDED.items():
         if case.get(name, PLAIN[name]) != PLAIN[name] and all(case.get(axis) == idle for axis in other):
             return f"{name}={case[name]} does nothing at {' and '.join(f'{axis}={idle}' for axis in other)}"
-    if {"schedule", "vpp"} <= case.keys() and (faults := schedule_named(case["schedule"]).faults(case["vpp"])):
-        return faults[0]
-    if {"shard", "shard_size"} <= case.keys() and case["shard_size"] and case["shard"] == "none":
-        return "shard_size has no meaning without sharding"
+    if fault := _fault_of_some(case):
+        return fault
     if not case.keys() >= DIMENSIONS.keys():
         return None
     try:
         config_of(case, "nowhere").resolve_layout(model_of(case), ranks)
     except (LayoutError, ValueError) as error:
         return str(error)
+    return None
+
+
+def _fault_of_some(case: Mapping[str, Any]) -> str | None:
+    """What the choices made so far already rule out; else the search for a whole case would try every other choice."""
+    if case.get("head") == "labels" and (case.get("tied") or case.get("loss_chunk")):
+        return "a head of labels has no vocabulary to tie or to cut into chunks"
+    if case.get("model") == "answering" and (case.get("head") == "labels" or case.get("cp", 1) > 1):
+        return "an encoder with a decoder has no head of labels and no context parallelism"
+    if case.get("model", "sparse") not in WITH_EXPERTS and (case.get("ep", 1) > 1 or case.get("etp")):
+        return "the model has no experts to share"
+    if {"ep", "dp", "cp"} <= case.keys() and case["dp"] * case["cp"] % case["ep"]:
+        return "ep divides dp x cp"
+    if {"ep", "shard_size"} <= case.keys() and (case["shard_size"] or case["ep"]) % case["ep"]:
+        return "shard_size is a multiple of ep"
+    if {"schedule", "vpp"} <= case.keys() and (faults := schedule_named(case["schedule"]).faults(case["vpp"])):
+        return faults[0]
+    if {"shard", "shard_size"} <= case.keys() and case["shard_size"] and case["shard"] == "none":
+        return "shard_size has no meaning without sharding"
     return None
 
 

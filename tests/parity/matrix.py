@@ -11,19 +11,45 @@ from pathlib import Path
 from tests.helpers.pairwise import Case, Pair, pairwise
 from tests.helpers.parity import largest_difference
 from tests.helpers.ranks import run_ranks
-from tests.parity.case import DIMENSIONS, RANKS, name_of, reference_of, refusal
+from tests.parity.case import DIMENSIONS, PLAIN, RANKS, name_of, reference_of, refusal
 from tests.parity.run import Seen, train
 
 TOLERANCE = 1e-10
 """Relative. float64 keeps about 1e-16 a sum, three updates divide by small moments; a wrong collective is off by far
 more."""
-WHOLE = (
+SP: Case = {"tp": 2, "sp": True}
+QUICK: tuple[Case, ...] = (
+    {"model": "gated", **SP, "pp": 2, "schedule": "1f1b"},
+    {"model": "biased", "cp": 2, "context": "ring", "documents": True, "dp": 2, "shard": "zero2", "tied": False},
+    {"model": "sliding", "cp": 2, "recompute": "full", "documents": True},
+    {
+        "model": "post",
+        "pp": 2,
+        "schedule": "zbv",
+        "vpp": 2,
+        "tied": False,
+        "optimizer": "muon",
+        "recompute": "selective",
+    },
+    {"model": "parallel", "tp": 2, "dp": 2, "shard": "zero3", "loss_chunk": 5},
+    {"model": "masked", **SP, "pp": 2, "schedule": "interleaved", "vpp": 2},
+    {"model": "answering", "tp": 2, "pp": 2, "schedule": "zb_h1", "loss_chunk": 5},
+    {"model": "sparse", **SP, "etp": 1, "dp": 2, "ep": 2, "shard": "zero1"},
+    {"model": "grouped", "cp": 2, "dp": 2, "ep": 4, "head": "labels", "tied": False},
+    {"model": "latent", "dp": 2, "ep": 2, "pp": 2, "schedule": "dualpipev", "vpp": 2},
+)
+"""Cases of four ranks at most in which every model and every schedule is seen; `make test` runs these."""
+WHOLE: tuple[Case, ...] = (
     {"tp": 2, "pp": 2, "dp": 2},
     {"tp": 2, "pp": 2, "cp": 2, "sp": True},
     {"tp": 4, "sp": True, "dp": 2, "shard": "zero2"},
     {"cp": 4, "context": "ring", "documents": True, "model": "biased"},
     {"cp": 4, "tp": 2, "recompute": "full"},
     {"dp": 4, "shard": "zero3", "shard_size": 2, "optimizer": "muon"},
+    {"model": "grouped", **SP, "pp": 2, "dp": 2, "ep": 2, "schedule": "1f1b"},
+    {"model": "sparse", **SP, "etp": 1, "dp": 2, "cp": 2, "ep": 4, "context": "ring"},
+    {"model": "latent", "cp": 4, "ep": 4, "dp": 2, "shard": "zero2"},
+    {"model": "latent", **SP, "pp": 2, "cp": 2, "ep": 2, "schedule": "zb_h1"},
 )
 """Cases that are run whatever the pairs need: every axis that 8 ranks have room for, and longer axes."""
 
@@ -36,17 +62,17 @@ class Distance:
     norm: float
     gradient: float
     weight: float
+    router: float
 
     @property
     def largest(self) -> float:
-        return max(self.loss, self.norm, self.gradient, self.weight)
+        return max(self.loss, self.norm, self.gradient, self.weight, self.router)
 
 
 @cache
 def matrix() -> tuple[list[Case], set[Pair]]:
     """The cases, and the pairs of choices that no configuration allows."""
-    plain = {name: values[0] for name, values in DIMENSIONS.items()}
-    begin = [{**plain, **case} for case in WHOLE]
+    begin = [{**PLAIN, **case} for case in QUICK + WHOLE]
     return pairwise(DIMENSIONS, lambda case: refusal(case) is None, begin=begin)
 
 
@@ -77,6 +103,7 @@ def distance_of(case: Case, seen: list[Seen]) -> Distance:
         norm=max(_relative(one.norms, expected.norms) for one in seen),
         gradient=max(largest_difference(one.gradients, gradients) for one in seen),
         weight=max(largest_difference(one.weights, weights) for one in seen),
+        router=max(_relative(one.routers, expected.routers) for one in seen),
     )
 
 
@@ -88,7 +115,7 @@ def _reference(choices: tuple[tuple[str, object], ...]) -> Seen:
 
 def _relative(these: list[float], those: list[float]) -> float:
     assert len(these) == len(those)
-    return max(abs(a - b) / abs(b) for a, b in zip(these, those, strict=True))
+    return max((abs(a - b) / max(abs(b), 1e-9) for a, b in zip(these, those, strict=True)), default=0.0)
 
 
 def table(found: Iterator[tuple[Case, Distance]]) -> Iterator[str]:
@@ -106,9 +133,14 @@ HEAD = """# Parity
 <!-- Written by `make parity`; a test keeps its cases current. -->
 
 Each line is three optimizer steps of a small model in float64 over several processes, against the same on one process:
-the loss and gradient norm of every step, every gradient of the first, every weight after the last. The largest relative
-difference must stay below 1e-10. The cases are chosen so that every two choices that a configuration allows meet in one
-of them; which it refuses, and why, stands in [capabilities](capabilities.md).
+the loss and gradient norm of every step, every gradient of the first, every weight after the last; of routers their
+losses and the load of experts at every step. The largest relative difference must stay below 1e-10. The cases are
+chosen so that every two choices that a configuration allows meet in one of them; which it refuses, and why, stands in
+[capabilities](capabilities.md).
+
+Models stand for families by their features: gated for llama, qwen and phi3, biased for gpt2, sliding for gemma2 and
+gemma3, post for olmo2, parallel for gpt_neox and stablelm, masked for bert, answering for t5, sparse for mixtral and
+qwen's experts, grouped for sigmoid routers in groups, latent for deepseek_v3.
 
 """
 

@@ -13,6 +13,7 @@ from tests.helpers.pairwise import Case
 from tests.helpers.parity import Boxes, boxes_of, perturb
 from tests.parity.case import SAMPLES, STEPS, TOKENS, config_of, model_of
 from tests.pretrain.models import Noise
+from workbench.models.balance import take_load
 from workbench.models.build import initialise
 from workbench.parallel.gradients import complete_gradients, gradient_norm
 from workbench.parallel.live import LiveParameter
@@ -22,10 +23,12 @@ from workbench.spec.model import ModelConfig
 
 @dataclass
 class Seen:
-    """What one rank saw: losses and gradient norms of each step, gradients of the first, weights after the last."""
+    """What one rank saw: losses and gradient norms of each step, gradients of the first, weights after the last; of
+    routers the mean losses and the load of experts at each step."""
 
     losses: list[float] = field(default_factory=list)
     norms: list[float] = field(default_factory=list)
+    routers: list[float] = field(default_factory=list)
     gradients: Boxes = field(default_factory=list)
     weights: Boxes = field(default_factory=list)
 
@@ -35,8 +38,13 @@ def train(case: Case, folder: str, ranks: int) -> Seen:
     model, config = model_of(case), config_of(case, folder)
     mesh = Mesh.create(config.resolve_layout(model, ranks), torch.device("cpu"))
     subject = Subject(model, fill=lambda parameters: fill(parameters, model))
-    answers = model.num_encoder_layers > 0
-    objective = Noise(tokens=TOKENS, documents=case["documents"], classes=model.num_labels, answers=answers)
+    objective = Noise(
+        tokens=TOKENS,
+        documents=case["documents"],
+        classes=model.num_labels,
+        answers=model.num_encoder_layers > 0,
+        pairs=not model.causal,
+    )
     trainer = Trainer(config, subject, objective, mesh, dtype=torch.float64)
     share = Share(config.batch.micro_size, mesh.dp.rank, mesh.dp.size)
     seen = Seen()
@@ -46,7 +54,8 @@ def train(case: Case, folder: str, ranks: int) -> Seen:
         agreed = agree(rows, mesh, stop=False)
         if step < 0:
             scale = torch.tensor(1.0 / agreed.num_labels, dtype=torch.float64)
-            trainer.pipeline.train([to_batch(r, mesh.device, seed=7, step=0) for r in rows], scale)
+            trainer.pipeline.train([to_batch(r, mesh.device, seed=7, step=0, pair_weight=2.5) for r in rows], scale)
+            take_load(trainer.pipeline.stage, mesh)
             complete_gradients(parameters, mesh)
             seen.norms.append(float(gradient_norm(parameters, mesh)))
             seen.gradients = boxes_of(parameters, gradients=True)
@@ -56,6 +65,8 @@ def train(case: Case, folder: str, ranks: int) -> Seen:
         result = train_step(trainer.pipeline, trainer.optimizer, rows, agreed=agreed, lr=1e-2, seed=7, step=step)
         seen.losses.append(result.mean_loss(mesh))
         seen.norms.append(float(result.gradient_norm))
+        if result.expert_load is not None:
+            seen.routers += result.expert_load.metrics(mesh, num_labels=agreed.num_labels).values()
     seen.weights = boxes_of(parameters)
     return seen
 

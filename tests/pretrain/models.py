@@ -77,8 +77,10 @@ class Noise:
         documents: bool = False,
         classes: int = 0,
         answers: bool = False,
+        pairs: bool = False,
     ) -> None:
-        self._tokens, self._documents, self._classes, self._answers = tokens, documents, classes, answers
+        self._tokens, self._documents, self._classes = tokens, documents, classes
+        self._answers, self._pairs = answers, pairs
         self.asked: list[int] = []
         self.evaluations: tuple[Evaluation, ...] = (HeldOut(held_out, tokens),) if held_out else ()
         self.identity = {"kind": "noise"}
@@ -89,6 +91,8 @@ class Noise:
         found = [np.arange(start, start + share.micro_size) for start in starts]
         self.asked += [int(index) for ids in found for index in ids]
         rows = [rows_of(ids, self._tokens, documents=self._documents, classes=self._classes) for ids in found]
+        if self._pairs:
+            rows = [paired(one) for one in rows]
         return [answered(one) for one in rows] if self._answers else rows
 
 
@@ -135,3 +139,15 @@ def rows_of(ids: np.ndarray, tokens: int, *, documents: bool = False, classes: i
 def answered(rows: Rows) -> Rows:
     """The same rows for an encoder, with the last of their labels for a decoder, which reads them backwards."""
     return replace(rows, decoder_ids=rows.input_ids[:, ::-2].copy(), labels=rows.labels[:, rows.labels.shape[1] // 2 :])
+
+
+def paired(rows: Rows) -> Rows:
+    """The same rows as two segments each, of which some do not follow each other; they end at places of their own."""
+    tokens = rows.input_ids.shape[1]
+    lengths = tokens - rows.sample_ids % (tokens // 2)
+    segments = np.broadcast_to(np.arange(tokens) >= 5, rows.input_ids.shape).astype(np.int64)
+    if rows.labels.ndim == 1:
+        return replace(rows, lengths=lengths, segments=segments)
+    labels = np.where(np.arange(tokens) < lengths[:, None], rows.labels, -100)
+    pairs = np.where(rows.sample_ids % 3 == 2, -100, rows.sample_ids % 2)
+    return replace(rows, lengths=lengths, segments=segments, labels=labels, pair_labels=pairs)

@@ -23,7 +23,9 @@ SP: dict[str, Any] = {"sequence_parallel": True}
 MODELS = {
     "tied": answering_model(),
     "untied": answering_model(tie_word_embeddings=False, gated_mlp=False, hidden_act="relu", logit_scale=1.0),
-    "dropout": answering_model(embed_dropout=0.1, attention_dropout=0.2, hidden_dropout=0.3),
+    "dropout": answering_model(
+        embed_dropout=0.1, attention_dropout=0.2, hidden_dropout=0.3, mlp_dropout=0.25, final_dropout=0.15
+    ),
 }
 SAVING = StageOptions(recompute="full", loss_chunk_tokens=5)
 

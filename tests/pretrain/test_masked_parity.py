@@ -24,7 +24,7 @@ RING: dict[str, Any] = {"context": "ring"}
 MODELS = {
     "tied": masked_model(),
     "untied": masked_model(tie_word_embeddings=False, next_sentence=False, pooler=False),
-    "dropout": masked_model(embed_dropout=0.1, attention_dropout=0.2, hidden_dropout=0.3),
+    "dropout": masked_model(embed_dropout=0.1, attention_dropout=0.2, hidden_dropout=0.3, mlp_dropout=0.25),
 }
 SAVING = StageOptions(recompute="full", loss_chunk_tokens=5)
 

@@ -62,6 +62,8 @@ def export(
     convert_with_proof(
         out, opened, target, destination, options, words=("export", verify), proof=proof, dry_run=dry_run
     )
+    if target.name == "huggingface" and not dry_run:
+        _say_what_is_left_out(out, opened, destination)
 
 
 def _merged(opened: OpenedCheckpoint, base: Path | None) -> OpenedCheckpoint:
@@ -71,6 +73,17 @@ def _merged(opened: OpenedCheckpoint, base: Path | None) -> OpenedCheckpoint:
     from converters.merge import merge, open_base
 
     return merge(opened, open_base(opened, base))
+
+
+def _say_what_is_left_out(out: Output, opened: OpenedCheckpoint, folder: Path) -> None:
+    """One line if the written configuration lacks what the model was trained with."""
+    from converters.family import family_named
+    from converters.open import open_checkpoint
+
+    family = open_checkpoint(folder).family
+    if family and (left_out := family_named(family).left_out(opened.model)):
+        said = ", ".join(f"model.{name}={value}" for name, value in left_out.items())
+        out.say(f"used in training, and not part of {folder / 'config.json'}: {said}")
 
 
 def _prove(opened: OpenedCheckpoint, dtype: str | None, base: Path | None, folder: Path) -> LogitsReport:

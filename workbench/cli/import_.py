@@ -21,6 +21,7 @@ def import_(
     family: Annotated[str, typer.Option(help="The model family, when the source does not say it rightly.")] = "",
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages; 1, or as many as --pp-layout has.", min=1)] = None,
+    ep: Annotated[int, typer.Option(help="Replicas that share the experts.", min=1)] = 1,
     pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
     vocab_multiple: Annotated[int | None, typer.Option(help="Pad each rank's vocabulary to this multiple.")] = None,
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
@@ -51,7 +52,7 @@ def import_(
         # After a cast the weights differ by design: then it is the reading that is proven, and the rest bit for bit.
         return compare_logits(opened.model, opened.source if dtype else written, opened.path)
 
-    layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
+    layout = new_layout(opened, tp=tp, pp=pp, ep=ep, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
     options = job_options(layout, dtype=dtype, optimizer="keep", mem=mem, workers=workers)
     convert_with_proof(
         out,

@@ -17,6 +17,7 @@ def merge(
     base: Annotated[Path | None, typer.Option(help="Where the base is, if not where the adapter remembers.")] = None,
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; the base's by default.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages; the base's by default.")] = None,
+    ep: Annotated[int | None, typer.Option(help="Replicas that share the experts; the base's by default.")] = None,
     pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; the base's by default.")] = "",
     family: Annotated[str, typer.Option(help="The base's model family, when it is not found by itself.")] = "",
@@ -34,7 +35,7 @@ def merge(
     opened = open_merged(source, base=base, family=family or None)
     if "adapter" not in opened.info:
         raise ConversionError(f"{source}: is a whole model, so there is nothing to merge; copy it with wb reshard")
-    layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout)
+    layout = new_layout(opened, tp=tp, pp=pp, ep=ep, pp_layout=pp_layout)
     options = job_options(layout, dtype=dtype, optimizer="drop", mem=mem, workers=workers)
     convert(out, opened, get_format("native"), destination, options, operation="merge", verify=verify, dry_run=dry_run)
 

@@ -106,7 +106,7 @@ class Block(nn.Module):
             sum_BTD = sum_BTD + drop_hidden(read_BTD, self.dropout, batch, self.path, "cross_attn.output")
         if not self.shared_norm:
             normed_BTD = before_mlp(x_BTD if self.parallel_residual else sum_BTD)
-        transformed_BTD = self.mlp(normed_BTD, batch) if isinstance(self.mlp, SparseMLP) else self.mlp(normed_BTD)
+        transformed_BTD = self.mlp(normed_BTD, batch)
         return self._add(sum_BTD, transformed_BTD, after_mlp, batch, "mlp.output")
 
     def _add(
@@ -247,17 +247,19 @@ class DecoderStage(nn.Module):
                     y_BTD = layer(y_BTD, y_bias, target, None, (x_BSD, source))
                 if index == encoder - 1:
                     x_BSD = self.encoder_norm(x_BSD)
+                    x_BSD = drop_hidden(x_BSD, self.model.final_dropout, source, "encoder.final")
         if not self.is_last(chunk):
             return torch.cat((x_BSD, y_BTD), dim=1)
         return self._end(self.norm(y_BTD), target, output, batch.decoder_ids.shape[1])
 
     def _end(self, x_BTD: torch.Tensor, local: LocalBatch, output: Output, length: int) -> torch.Tensor:
         """What `output` names, for rows of `length` tokens."""
+        x_BTD = drop_hidden(x_BTD, self.model.final_dropout, local, "final")
         if output == "pair_logits":
             return self._judge(self.next_sentence, x_BTD, local, None, "logits")
         if not predicts_words(self.model):
             head = self.score if self.model.num_labels else nn.Identity()
-            return self._judge(head, x_BTD, local, local.labels, output)
+            return self._judge(head, x_BTD, local, local.labels, output, self.model.classifier_dropout)
         found = self._predict(x_BTD, local, output)
         if output != "loss":
             return gather_context(found, self.mesh.cp)[:, :length]
@@ -328,17 +330,28 @@ class DecoderStage(nn.Module):
         return weight
 
     def _judge(
-        self, head: nn.Module, x_BTD: torch.Tensor, batch: LocalBatch, labels_B: torch.Tensor | None, output: Output
+        self,
+        head: nn.Module,
+        x_BTD: torch.Tensor,
+        batch: LocalBatch,
+        labels_B: torch.Tensor | None,
+        output: Output,
+        probability: float = 0.0,
     ) -> torch.Tensor:
-        """What `head` gives for the token of each row that speaks for it, the last one, or the first one by way of the
-        pooler. One context rank has it; that one counts."""
+        """What `head` gives, after dropout, for the token of each row that speaks for it: the last one, or the first
+        one by way of the pooler. One context rank has it; that one counts."""
         if self.mesh.layout.sequence_parallel:
             x_BTD = gather_copies(x_BTD, self.mesh.tp)
         speaker_B = torch.zeros_like(batch.lengths) if self.model.pooler else batch.lengths - 1
         speaks_BT = batch.tokens == speaker_B.unsqueeze(-1)
         rows_B = torch.arange(len(speaks_BT), device=x_BTD.device)
         x_BD = x_BTD[rows_B, speaks_BT.int().argmax(dim=-1)]
-        logits_BN = head(torch.tanh(self.pooler(x_BD)) if self.model.pooler else x_BD)
+        if self.model.pooler:
+            x_BD = torch.tanh(self.pooler(x_BD))
+        if probability and batch.dropout is not None:
+            features_D = torch.arange(x_BD.shape[-1], device=x_BD.device)
+            x_BD = dropout(x_BD, probability, batch.dropout.rows("classifier"), (features_D,))
+        logits_BN = head(x_BD)
         is_here_B = speaks_BT.any(dim=-1)
         if output == "logits":
             return self.mesh.cp.all_reduce(logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0))

@@ -91,7 +91,7 @@ class SparseMLP(nn.Module):
             y_BtD = self._compute(x_BtD, experts_Btk, weights_Btk)
         if not self.has_shared:
             return y_BtD
-        shared_BtD = self.shared_expert(x_BtD)
+        shared_BtD = self.shared_expert(x_BtD, batch)
         if self.gates_shared:
             shared_BtD = shared_BtD * self.shared_expert_gate(x_BtD).sigmoid()
         return y_BtD + shared_BtD

@@ -76,12 +76,13 @@ class Router(ParallelModule):
         return Routing(experts_Nk, weights_Nk)
 
     def _choose(self, scores_NE: torch.Tensor) -> torch.Tensor:
-        """The best experts of each token [N, k], in the best groups (arXiv:2412.19437, sec. 2.1.2)."""
+        """The best experts of each token [N, k], in the best groups (arXiv:2412.19437, sec. 2.1.2, by the best two;
+        arXiv:2405.04434, sec. 2.2.2, by the best)."""
         if self.e_score_correction_bias is not None:
             scores_NE = scores_NE + self.e_score_correction_bias.to(scores_NE.dtype)
         if self.moe.n_group > 1:
             scores_NGe = scores_NE.unflatten(1, (self.moe.n_group, -1))
-            best_NG = scores_NGe.topk(2, dim=-1).values.sum(dim=-1)
+            best_NG = scores_NGe.topk(2 if self.moe.group_score == "best_two" else 1, dim=-1).values.sum(dim=-1)
             chosen_Ng = best_NG.topk(self.moe.topk_group, dim=-1).indices
             out_NG = torch.ones_like(best_NG, dtype=torch.bool).scatter_(1, chosen_Ng, False)
             scores_NE = scores_NGe.masked_fill(out_NG.unsqueeze(-1), float("-inf")).flatten(1)

@@ -73,7 +73,7 @@ def compile_faults(options: StageOptions, model: ModelConfig, layout: ParallelLa
             f"kernels.compile=true and {sharing}: collectives that run beside products break the graph of each layer, "
             "and torch.compile gives up after a few; use compile = false"
         )
-    if options.recompute == "full" and (model.attention_dropout or model.hidden_dropout):
+    if options.recompute == "full" and (model.attention_dropout or model.hidden_dropout or model.mlp_dropout):
         found.append(
             "kernels.compile=true and recompute.mode='full' with dropout in the layers: the seeds of dropout are made "
             "outside of graphs, so no layer would be compiled; use recompute.mode = 'selective', compile = false or no "

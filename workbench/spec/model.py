@@ -111,6 +111,9 @@ class ModelConfig(Config):
     embed_dropout: float = Field(default=0.0, ge=0, lt=1)
     attention_dropout: float = Field(default=0.0, ge=0, lt=1)
     hidden_dropout: float = Field(default=0.0, ge=0, lt=1, description="On the output of attention and of the MLP.")
+    mlp_dropout: float = Field(default=0.0, ge=0, lt=1, description="Inside the MLP, after its activation.")
+    final_dropout: float = Field(default=0.0, ge=0, lt=1, description="After the last norm, of an encoder's too.")
+    classifier_dropout: float = Field(default=0.0, ge=0, lt=1, description="Before the head of num_labels.")
     initializer_range: float = Field(default=0.02, gt=0)
     scale_residual_init: bool = Field(
         default=True,
@@ -185,6 +188,8 @@ class ModelConfig(Config):
             raise ValueError("; ".join(faults))
         if self.moe is not None and self.mlp_bias:
             raise ValueError("mlp_bias=true and moe: experts have no biases; remove one of them")
+        if self.moe is not None and self.mlp_dropout:
+            raise ValueError(f"mlp_dropout={self.mlp_dropout:g} and moe: experts drop nothing; remove one of them")
         return self
 
     def _head_faults(self) -> list[str]:

@@ -31,6 +31,9 @@ class MixtureOfExperts(Config):
     norm_topk_prob: bool = Field(default=True, description="Divide the scores of the chosen experts by their sum.")
     routed_scaling_factor: float = Field(default=1.0, gt=0, description="What the weights are multiplied by at last.")
     n_group: int = Field(default=1, gt=0, description="Groups of experts, the best of which are chosen first.")
+    group_score: Literal["best_two", "best"] = Field(
+        default="best_two", description="What a group is judged by: the sum of its best two scores, or its best."
+    )
     topk_group: int = Field(default=1, gt=0, description="Groups that a token's experts may come from.")
     e_score_correction_bias: bool = Field(
         default=False, description="Add a bias to the scores by which experts are chosen, not to those that weigh them."
@@ -55,7 +58,7 @@ class MixtureOfExperts(Config):
         size = self.num_experts // self.n_group
         if self.topk_group > self.n_group:
             raise ValueError(f"topk_group={self.topk_group} is more than n_group={self.n_group}")
-        if self.n_group > 1 and size < 2:
+        if self.n_group > 1 and size < 2 and self.group_score == "best_two":
             raise ValueError(f"n_group={self.n_group} groups of one expert: a group is judged by its best two")
         if self.num_experts_per_tok > size * self.topk_group:
             raise ValueError(

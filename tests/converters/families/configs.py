@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from transformers import (
+    DeepseekV2Config,
     DeepseekV3Config,
     GPT2Config,
     GPTNeoXConfig,
@@ -119,6 +120,24 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "use_cache": True,
         "vocab_size": 32064,
     },
+    "deepseek_v2": DeepseekV2Config(
+        architectures=["DeepseekV2ForCausalLM"],
+        num_experts_per_tok=6,
+        n_routed_experts=160,
+        topk_method="group_limited_greedy",
+        n_group=8,
+        topk_group=3,
+        routed_scaling_factor=16.0,
+        rope_parameters=DEEPSEEK_ROPE,
+    ).to_dict(),
+    "deepseek_v2, no groups": DeepseekV2Config(
+        architectures=["DeepseekV2ForCausalLM"],
+        num_experts_per_tok=6,
+        q_lora_rank=None,
+        first_k_dense_replace=1,
+        n_group=1,
+        topk_group=1,
+    ).to_dict(),
     "deepseek_v3, dense": DeepseekV3Config(
         architectures=["DeepseekV3ForCausalLM"],
         first_k_dense_replace=61,
@@ -143,6 +162,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         decoder_sparse_step=2,
         mlp_only_layers=[3],
         router_aux_loss_coef=0.01,
+        output_router_logits=True,
         qkv_bias=False,
         use_sliding_window=True,
         sliding_window=64,

@@ -58,11 +58,31 @@ def test_experts_that_a_family_cannot_say_are_refused(family: str, moe: dict[str
         family_named(family).dump_config(model, "float32")
 
 
-def test_what_only_training_reads_of_experts_is_left_out() -> None:
-    plain = family_named("qwen3_moe").load_config({"hidden_size": 2048, "num_attention_heads": 16}).model_dump()
-    model = ModelConfig.model_validate(plain | {"moe": plain["moe"] | {"router_z_loss_coef": 0.5}})
-    written = family_named("qwen3_moe").dump_config(model, "float32")
-    assert "router_z_loss_coef" not in written and written["router_aux_loss_coef"] == 0.001
+def test_what_only_training_reads_of_experts_is_left_out_and_named() -> None:
+    family = family_named("qwen3_moe")
+    plain = family.load_config({"hidden_size": 2048, "num_attention_heads": 16})
+    assert family.left_out(plain) == {}
+    moe = {"router_z_loss_coef": 0.5, "router_aux_loss_coef": 0.25}
+    model = ModelConfig.model_validate(
+        {**plain.model_dump(), "moe": plain.moe.model_dump() | moe, "embed_dropout": 0.1}
+    )
+    written = family.dump_config(model, "float32")
+    assert "router_z_loss_coef" not in written and written["router_aux_loss_coef"] == 0.25
+    assert family.left_out(model) == {"moe.router_z_loss_coef": 0.5, "embed_dropout": 0.1}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe"])
+def test_the_loss_that_balances_experts_applies_where_transformers_applies_it(name: str) -> None:
+    family = family_named(name)
+    given = {"hidden_size": 2048, "num_attention_heads": 16, "router_aux_loss_coef": 0.02}
+    for switch, expected in ((None, 0.0), (False, 0.0), (True, 0.02)):
+        words = given if switch is None else given | {"output_router_logits": switch}
+        model = family.load_config(words)
+        assert model.moe is not None and model.moe.router_aux_loss_coef == expected
+        written = family.dump_config(model, "float32")
+        assert written["output_router_logits"] is bool(switch)
+        assert family.load_config(written) == model
+        assert family.dump_config(model, "float32", words)["router_aux_loss_coef"] == 0.02
 
 
 def test_a_bfloat16_folder_keeps_its_bits(tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_every_logical_tensor_is_there_and_equals_the_reference(folders: Mapping
         pairs = {name: theirs[f"encoder.block.1.layer.0.SelfAttention.{name}.weight"] for name in "qkv"}
     elif opened.family == "gpt_neox":
         pairs = {"o": theirs["gpt_neox.layers.1.attention.dense.weight"]}
-    elif opened.family in ("deepseek_v3", "phi3"):
+    elif opened.family in ("deepseek_v2", "deepseek_v3", "phi3"):
         pairs = {"o": theirs["model.layers.1.self_attn.o_proj.weight"]}
     else:
         pairs = {name: theirs[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"}

@@ -18,7 +18,7 @@ from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
 from converters.peft_proof import compare_with_peft, hugging_face_folder
 from tests.finetune.adapters import write_adapter, write_base
-from tests.helpers.models import biased_model, gated_model
+from tests.helpers.models import biased_model, gated_model, latent_model, parallel_model
 from workbench.errors import ConversionError, VerificationError
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
@@ -38,6 +38,8 @@ CASES = {
         biased_model(tie_word_embeddings=True),
         LoraSpec(r=2, rslora=True, targets=("q_proj", "v_proj", "o_proj")),
     ),
+    "gpt_neox, fused head by head": (parallel_model(), LoraSpec(r=3)),
+    "deepseek, rows in pairs": (latent_model(), LoraSpec(r=2, targets=("q_b_proj", "kv_a_proj_with_mqa", "o_proj"))),
 }
 
 
