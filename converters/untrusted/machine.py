@@ -1,4 +1,4 @@
-"""The stack machine of pickle, on plain data. It imports nothing and calls nothing but the builders of an allow-list."""
+"""The stack machine of pickle, on plain data: it imports nothing, and calls only the builders of an allow-list."""
 
 from __future__ import annotations
 
