@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from converters.family import Family
 from converters.format import Progress, WriteRequest
-from converters.formats._huggingface_source import CONFIG, INDEX, WEIGHTS, HuggingFaceSource
+from converters.formats._huggingface_files import CONFIG, INDEX, WEIGHTS
+from converters.formats._huggingface_source import HuggingFaceSource
 from converters.formats._model_card import model_card
 from converters.formats._ranges import write_box
 from converters.names import summarise

@@ -10,7 +10,8 @@ from typing import Any
 from converters.family import Family, detect_family, family_for, family_named
 from converters.format import OpenedCheckpoint, WriteRequest
 from converters.formats._huggingface_destination import HuggingFaceDestination
-from converters.formats._huggingface_source import CONFIG, HuggingFaceSource, read_json
+from converters.formats._huggingface_files import CONFIG, read_json
+from converters.formats._huggingface_source import HuggingFaceSource
 from workbench.errors import ConversionError
 from workbench.tokenizer import TOKENIZER_FILES
 
