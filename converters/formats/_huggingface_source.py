@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from converters.family import Family
-from converters.formats._huggingface_files import CONFIG, open_weights
+from converters.formats._huggingface_files import CONFIG, BoxReader, open_weights
 from converters.matching import Match, match
 from converters.rules import pull
 from workbench.errors import CheckpointError, ConversionError
@@ -31,23 +31,7 @@ class HuggingFaceSource:
                 f"{folder}: holds tensors of type {', '.join(strange)}: quantized weights are not read"
             )
         self.match: Match = match(family, model, foreign, str(folder))
-        for name, other in self.match.repeated:
-            self._compare(folder, foreign[name], foreign[other])
-
-    def _compare(self, folder: Path, tensor: LogicalTensor, other: LogicalTensor) -> None:
-        """Raises CheckpointError unless the two tensors are equal bit for bit."""
-        equal = (tensor.shape, tensor.dtype) == (other.shape, other.dtype)
-        for row in range(0, tensor.shape[0] if equal else 0, _COMPARE_ROWS):
-            rows = min(_COMPARE_ROWS, tensor.shape[0] - row)
-            box = Box((row, *(0 for _ in tensor.shape[1:])), (rows, *tensor.shape[1:]))
-            if self._reader.read(tensor.name, box).tobytes() != self._reader.read(other.name, box).tobytes():
-                equal = False
-                break
-        if not equal:
-            raise CheckpointError(
-                f"{folder}: {tensor.name!r} differs from {other.name!r}, but {CONFIG} says tie_word_embeddings=true; "
-                "one of them is wrong: set tie_word_embeddings=false to keep both"
-            )
+        require_equal(folder, self.match, foreign, self._reader)
 
     @property
     def schema(self) -> Mapping[str, LogicalTensor]:
@@ -66,3 +50,21 @@ class HuggingFaceSource:
     def close(self) -> None:
         """Gives the files back."""
         self._reader.close()
+
+
+def require_equal(folder: Path, match: Match, foreign: Mapping[str, LogicalTensor], reader: BoxReader) -> None:
+    """Raises CheckpointError unless what is stored twice (a tied head) is equal bit for bit."""
+    for name, other in match.repeated:
+        tensor = foreign[name]
+        equal = (tensor.shape, tensor.dtype) == (foreign[other].shape, foreign[other].dtype)
+        for row in range(0, tensor.shape[0] if equal else 0, _COMPARE_ROWS):
+            rows = min(_COMPARE_ROWS, tensor.shape[0] - row)
+            box = Box((row, *(0 for _ in tensor.shape[1:])), (rows, *tensor.shape[1:]))
+            if reader.read(name, box).tobytes() != reader.read(other, box).tobytes():
+                equal = False
+                break
+        if not equal:
+            raise CheckpointError(
+                f"{folder}: {name!r} differs from {other!r}, but {CONFIG} says tie_word_embeddings=true; "
+                "one of them is wrong: set tie_word_embeddings=false to keep both"
+            )

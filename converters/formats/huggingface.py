@@ -51,7 +51,7 @@ class HuggingFaceFormat:
             model=model,
             tokenizer=path if any((path / name).is_file() for name in TOKENIZER_FILES) else None,
             family=found.name,
-            lineage=(_birth(path, found, config),),
+            lineage=(birth(path, found, config),),
             info=info,
         )
 
@@ -76,7 +76,7 @@ def _can_hold(family: Family, request: WriteRequest) -> bool:
     return True
 
 
-def _birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+def birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """The line of the lineage that says where the model came from, with the words of its configuration."""
     generation = path / GENERATION_CONFIG
     return {
