@@ -85,10 +85,9 @@ class Machine:
             raise Refused(f"remembers more than {_MAX_OBJECTS} values")
 
     def refuse(self) -> None:
-        code = chr(self.data[self.position - 1])
-        raise Refused(
-            f"uses the opcode {_OPCODE_NAMES.get(code, repr(code))}, which no checkpoint needs; it was not run"
-        )
+        code = self.data[self.position - 1]
+        name = _OPCODE_NAMES.get(chr(code), f"0x{code:02x}")
+        raise Refused(f"uses the opcode {name}, which no checkpoint needs; it was not run")
 
     # Frames, stack, memo.
 
