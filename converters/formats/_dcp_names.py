@@ -49,6 +49,7 @@ def _titan_rules(model: ModelConfig) -> tuple[Rule, ...]:
 def _titan(family: Family) -> Family:
     return replace(
         family,
+        name=f"{family.name} of torchtitan",
         prefix="",
         rules=_titan_rules,
         also_read=None,

@@ -98,9 +98,7 @@ def _rules(request: WriteRequest, names: Naming, table: Family) -> dict[str, tup
         raise ConversionError(f"{request.path}: an adapter alone is no model; merge it first, or export it --to peft")
     bound = table.bind(request.model)
     if over := sorted(name for name in request.schema if weight_of(name) not in bound):
-        raise ConversionError(
-            f"{request.path}: {summarise(over, 'has', 'have')} no place in family {table.name!r} of {names.name}"
-        )
+        raise ConversionError(f"{request.path}: {summarise(over, 'has', 'have')} no place in family {table.name!r}")
     if missing := sorted(set(bound) - set(request.schema)):
         raise ConversionError(f"{request.path}: {summarise(missing, 'is', 'are')} missing from the source")
     found: dict[str, tuple[Rule, ...]] = {}
