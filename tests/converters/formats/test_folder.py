@@ -94,14 +94,16 @@ def test_two_writers_of_one_destination_do_not_disturb_each_other(tmp_path: Path
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_full_disk_is_found_when_the_files_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("call", ["pwrite", "posix_fallocate"])  # in order; through a mapping
+def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str) -> None:
     def full(*_: int) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     target = destination(tmp_path / "out")
-    monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(ResourceError, match="x.bin: no space left on the device"):
-        target.begin()
+    target.begin()
+    monkeypatch.setattr(os, call, full)
+    with pytest.raises(ResourceError, match="(x.bin|head): no space left on the device"):
+        target.write("x", Box((0, 0), (3, 4)), VALUES[:3])
     target.abort()
     assert list(tmp_path.iterdir()) == []
 
