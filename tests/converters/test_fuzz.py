@@ -18,7 +18,8 @@ import torch.distributed.checkpoint as dcp
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from converters.open import open_checkpoint
+from converters.job import JobOptions, make_job
+from converters.open import formats, get_format, open_checkpoint
 from converters.untrusted.dcp import read_dcp
 from converters.untrusted.pickle import read_pickle
 from converters.untrusted.torch_file import MEGATRON, StridedTensor, read_torch
@@ -78,7 +79,22 @@ def universal(root: Path) -> Path:
     return root / "universal"
 
 
-FORMATS: dict[str, Callable[[Path], Path]] = {
+def exported_to(name: str) -> Callable[[Path], Path]:
+    """Makes a checkpoint of a format that Workbench writes, with what that format holds of optimizer state."""
+
+    def make(root: Path) -> Path:
+        random_native(root / f"from-{name}", gated_model(), dtype="F32", optimizer=False)
+        source = open_checkpoint(root / f"from-{name}")
+        make_job(
+            source, get_format(name), root / name, JobOptions(layout=ParallelLayout(tp=2)), operation="export"
+        ).run()
+        return root / name
+
+    return make
+
+
+OTHERS = sorted(formats().keys() - {"native", "huggingface", "peft", "deepspeed_universal"})
+FORMATS: dict[str, Callable[[Path], Path]] = {name: exported_to(name) for name in OTHERS} | {
     f.__name__: f for f in (native, hugging_face, sharded, pickled, legacy, sliding, adapter, universal)
 }
 
