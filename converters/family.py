@@ -127,7 +127,11 @@ class Family:
     def load_config(self, given: Mapping[str, Any], where: str = "config.json") -> ModelConfig:
         """The model that a foreign configuration describes; ConversionError with every key that has no place."""
         faults: list[str] = []
-        values: dict[str, Any] = {**self.features, **self.training_only, **self._heads(given, faults)}
+        values: dict[str, Any] = {**self.features, **self.training_only}
+        try:
+            values |= self._heads(given, faults)
+        except (TypeError, ValueError) as error:
+            faults.append(f"architectures, id2label, num_labels: {error}")
         for rule in self._all_fields:
             try:
                 values |= rule.load(given)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Final
 
 from converters.family import Family, families
 from converters.names import fold, summarise
@@ -12,6 +13,8 @@ from workbench.errors import ConversionError
 from workbench.spec.geometry import LogicalTensor
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors
+
+_MAX_STACKED: Final = 1024  # experts in one tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,12 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
 
     ConversionError unless all names and shapes match, with nothing over on either side.
     """
+    if model.num_hidden_layers > len(foreign) or _experts(model) > _MAX_STACKED * len(foreign):
+        raise ConversionError(
+            f"{where}: {len(foreign)} tensors cannot hold num_hidden_layers={model.num_hidden_layers}"
+            + (f" with num_experts={model.moe.num_experts}" if model.moe else "")
+            + "; is the configuration that of these weights?"
+        )
     foreign = {family.current(name): tensor for name, tensor in foreign.items()}
     bound = _bound(family, model, foreign)
     actual = _names_in_file(family, bound, foreign)
@@ -67,6 +76,10 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
         shown = faults[:8] + ([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])
         raise ConversionError(f"{where}: {'; '.join(shown)}")
     return Match(places, schema, repeated, ignored)
+
+
+def _experts(model: ModelConfig) -> int:
+    return model.num_hidden_layers * model.moe.num_experts if model.moe else 0
 
 
 def _bound(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor]) -> dict[str, Rule]:

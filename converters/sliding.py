@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.fields import FieldFault, Foreign
-from workbench.spec.model import ModelConfig
+from workbench.spec.model import MAX_LAYERS, ModelConfig
 
 KINDS = ("full_attention", "sliding_attention")
 
@@ -38,7 +38,7 @@ class SlidingLayers:
             window = None
         kinds = given.get("layer_types")
         if kinds is None:
-            layers = range(given.get("num_hidden_layers", self.num_layers))
+            layers = range(min(given.get("num_hidden_layers", self.num_layers), MAX_LAYERS))
             kinds = [KINDS[window is not None and self.derive(given, layer)] for layer in layers]
         if unknown := sorted(set(kinds) - set(KINDS)):
             raise FieldFault(f"layer_types has {', '.join(unknown)}, only {' and '.join(KINDS)}")

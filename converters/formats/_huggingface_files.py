@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
@@ -11,6 +10,7 @@ from converters.formats._ranges import TensorReader
 from converters.untrusted.paths import file_inside
 from converters.untrusted.plain import Allowed
 from converters.untrusted.torch_file import TORCH, StridedTensor, read_torch
+from workbench.checkpoint.bounded_json import parse_json
 from workbench.checkpoint.safetensors_io import FileEntry, read_header
 from workbench.errors import CheckpointError
 from workbench.spec.geometry import Box, LogicalTensor
@@ -40,14 +40,14 @@ class BoxReader(Protocol):
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; CheckpointError when there is none."""
     try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: has {path.stat().st_size} bytes (at most {_MAX_JSON_BYTES})")
-        document = json.loads(path.read_bytes())
+        if path.stat().st_size > _MAX_JSON_BYTES or not path.is_file():
+            raise CheckpointError(f"{path}: is no file of at most {_MAX_JSON_BYTES} bytes")
+        document = parse_json(path.read_bytes())
     except FileNotFoundError:
         raise CheckpointError(f"{path}: no such file") from None
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise CheckpointError(f"{path}: not JSON: {error}") from error
     if not isinstance(document, dict):
         raise CheckpointError(f"{path}: holds {type(document).__name__}, not an object")

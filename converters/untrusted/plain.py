@@ -150,7 +150,7 @@ def sizes(value: Any) -> tuple[int, ...]:
     """A shape, or strides: a short tuple of numbers of elements; Refused when it is anything else."""
     if type(value) not in (tuple, list) or len(value) > 64:
         raise Refused("has a shape that is not a tuple of sizes")
-    if not all(type(size) is int and 0 <= size < 1 << 62 for size in value):
+    if not all(type(size) is int and 0 <= size < 1 << 59 for size in value):
         raise Refused("has a shape or strides with an entry that is not a size")
     return tuple(value)
 

@@ -5,6 +5,7 @@ A tensor becomes a `StridedTensor`: a strided place in the file. Nothing is unpi
 
 from __future__ import annotations
 
+import math
 import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -127,9 +128,9 @@ def _place(storage: Any, dtype: str, offset: Any, shape: Any, strides: Any) -> S
     if len(shape) != len(strides):
         raise Refused(f"has a tensor of shape {list(shape)} with strides {list(strides)}")
     held = storage.num_bytes // item_bytes(dtype)
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
+    if math.prod(size for size in shape if size) >= 1 << 59:
+        raise Refused(f"has a tensor of shape {list(shape)}, which no memory holds")
     if count and (count > held or offset + last_element(shape, strides) >= held):
         raise Refused(
             f"has a tensor of shape {list(shape)}, strides {list(strides)} at {offset} of a storage of {held} elements"

@@ -14,6 +14,8 @@ from typing import Any, Final, NoReturn
 
 from xxhash import xxh3_64_hexdigest
 
+from workbench.checkpoint.bounded_json import parse_json
+from workbench.checkpoint.safetensors_io import MAX_DIMS, is_shape
 from workbench.errors import CheckpointError
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
@@ -124,6 +126,8 @@ def read_manifest(folder: Path) -> Manifest:
     if folder.name.endswith(".partial"):  # even with a manifest: its writer died before the rename
         raise CheckpointError(_why_no_manifest(folder))
     try:
+        if path.exists() and not path.is_file():
+            raise CheckpointError(f"{path}: is no regular file")
         text = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(_why_no_manifest(folder)) from None
@@ -135,6 +139,8 @@ def read_manifest(folder: Path) -> Manifest:
 def is_native(folder: Path) -> bool:
     """Whether a folder holds a manifest of this format, of any version."""
     try:
+        if not (folder / MANIFEST).is_file():  # a pipe would be waited for
+            return False
         with (folder / MANIFEST).open("rb") as file:
             return f'"format": "{FORMAT_NAME}"'.encode() in file.read(200)
     except OSError:
@@ -186,8 +192,8 @@ class _Parser:
 
     def _document(self, text: bytes) -> dict[str, Any]:
         try:
-            raw = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            raw = parse_json(text)
+        except ValueError as error:
             self.refuse(f"not valid JSON ({error}); the manifest is damaged")
         if not isinstance(raw, dict) or raw.get("format") != FORMAT_NAME:
             found = raw.get("format") if isinstance(raw, dict) else type(raw).__name__
@@ -218,12 +224,14 @@ class _Parser:
         return value
 
     def _sizes(self, values: Any) -> tuple[int, ...]:
-        if not isinstance(values, list):
-            self.refuse(f"{values!r} is not a list of sizes")
+        if not isinstance(values, list) or len(values) > MAX_DIMS:
+            self.refuse(f"{str(values)[:200]} is not a list of sizes")
         return tuple(self._size(value) for value in values)
 
     def _tensor(self, name: str, raw: dict[str, Any], files: Mapping[str, int]) -> StoredTensor:
-        tensor = LogicalTensor(name, self._sizes(raw["shape"]), raw["dtype"])
+        if not is_shape(raw["shape"]):
+            self.refuse(f"tensor {name!r}: shape {str(raw['shape'])[:200]} is not a list of sizes")
+        tensor = LogicalTensor(name, tuple(raw["shape"]), raw["dtype"])
         if tensor.dtype not in ITEM_BYTES:
             self.refuse(f"tensor {name!r}: dtype {tensor.dtype!r} is not known")
         boxes = tuple(self._box(tensor, value, files) for value in raw["boxes"])

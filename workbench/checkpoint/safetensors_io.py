@@ -15,12 +15,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from workbench.checkpoint.bounded_json import parse_json
 from workbench.errors import CheckpointError
 from workbench.spec.dtypes import ITEM_BYTES
 
 if TYPE_CHECKING:
     import numpy as np
 
+MAX_DIMS: Final = 64  # NumPy's own bound
+MAX_ELEMENTS: Final = 1 << 59  # of which eight bytes each can still be addressed
 MAX_HEADER_BYTES: Final = 100_000_000  # the bound that the safetensors library itself keeps
 PAGE_BYTES: Final = 4096
 # Element types that a file may hold although nothing here computes with them.
@@ -81,8 +84,8 @@ def read_header(path: Path) -> FileHeader:
 
 def _parse_header(path: Path, text: bytes, data_start: int, size: int) -> FileHeader:
     try:
-        raw = json.loads(text, object_pairs_hook=_refuse_duplicates)
-    except (ValueError, RecursionError) as error:
+        raw = parse_json(text, object_pairs=_refuse_duplicates)
+    except ValueError as error:
         raise CheckpointError(f"{path}: its safetensors header is not valid: {error}") from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path}: its safetensors header is not an object; not a safetensors file")
@@ -118,10 +121,10 @@ def _entry(path: Path, key: str, value: Any, data_start: int) -> FileEntry:
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in _FILE_ITEM_BYTES:
         raise refuse(f"dtype {dtype!r} is not known")
-    if not _is_sizes(shape):
-        raise refuse(f"shape {shape!r} is not a list of sizes")
-    if not _is_sizes(offsets) or len(offsets) != 2 or offsets[0] > offsets[1]:
-        raise refuse(f"data_offsets {offsets!r} are not a range")
+    if not is_shape(shape):
+        raise refuse(f"shape {str(shape)[:200]} is not a list of sizes")
+    if not _is_range(offsets):
+        raise refuse(f"data_offsets {str(offsets)[:200]} are not a range")
     start, end = offsets
     expected = math.prod(shape) * _FILE_ITEM_BYTES[dtype]
     if end - start != expected:
@@ -129,8 +132,16 @@ def _entry(path: Path, key: str, value: Any, data_start: int) -> FileEntry:
     return FileEntry(key, dtype, tuple(shape), data_start + start, expected)
 
 
-def _is_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(v) is int and 0 <= v < 1 << 62 for v in value)
+def _is_range(value: Any) -> bool:
+    whole = isinstance(value, list) and len(value) == 2 and all(type(v) is int for v in value)
+    return whole and 0 <= value[0] <= value[1] < 1 << 62
+
+
+def is_shape(value: Any) -> bool:
+    """Whether a JSON value is a shape that an array can have: few sizes, whose product, zeros aside, can be counted."""
+    if not isinstance(value, list) or len(value) > MAX_DIMS or not all(type(v) is int and v >= 0 for v in value):
+        return False
+    return all(v < MAX_ELEMENTS for v in value) and math.prod(v for v in value if v) < MAX_ELEMENTS
 
 
 def lay_out(tensors: Sequence[tuple[str, str, Sequence[int]]], metadata: Mapping[str, str] | None = None) -> FileLayout:

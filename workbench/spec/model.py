@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from difflib import get_close_matches
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -30,13 +30,17 @@ def _file_of(package: str) -> Callable[[str], str]:
     return lambda word: _one_of(word, module_names(package))
 
 
+MAX_LAYERS: Final = 1 << 16
+"""A configuration with more is damaged, or made to fill the memory."""
+
+
 class ModelConfig(Config):
     """The features of a transformer and their sizes."""
 
     vocab_size: int = Field(gt=0, description="Rows of the embedding, without padding.")
     hidden_size: int = Field(gt=0)
     intermediate_size: int = Field(gt=0, description="Width of the MLP.")
-    num_hidden_layers: int = Field(gt=0)
+    num_hidden_layers: int = Field(gt=0, le=MAX_LAYERS)
     num_encoder_layers: int = Field(
         default=0, ge=0, description="The first so many layers are an encoder, to whose output all others attend."
     )

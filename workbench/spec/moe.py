@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Final, Literal, Self
 
 from pydantic import Field, model_validator
 
 from workbench.config import Config
 
+MAX_EXPERTS: Final = 1 << 14
+"""Experts of a layer; a configuration with more is damaged, or made to fill the memory."""
+
 
 class MixtureOfExperts(Config):
     """MLPs of which each token takes a few, chosen by a router; with Hugging Face's names where it has them."""
 
-    num_experts: int = Field(gt=1, description="Experts of each layer that has them.")
+    num_experts: int = Field(gt=1, le=MAX_EXPERTS, description="Experts of each layer that has them.")
     num_experts_per_tok: int = Field(gt=0, description="Experts that compute each token.")
     moe_intermediate_size: int = Field(gt=0, description="Width of an expert.")
     mlp_only_layers: tuple[int, ...] = Field(default=(), description="Layers that keep one MLP instead.")

@@ -120,6 +120,7 @@ def test_a_storage_beyond_four_gigabytes_is_found(tmp_path: Path) -> None:
     large, small = read_torch(tmp_path / "x.pt")
     assert large.read(Box((1 << 32,), (8,))).tolist() == [0] * 7 + [7]
     assert values(small).tolist() == [0, 1, 2, 3]
+    (tmp_path / "x.pt").unlink()
 
 
 def zipped(path: Path, members: dict[str, bytes], method: int = zipfile.ZIP_STORED) -> Path:
