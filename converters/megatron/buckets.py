@@ -89,5 +89,15 @@ def fit_buckets(parameters: Sequence[FlatParameter], sizes: Sequence[int], where
     return tuple(found)
 
 
+def joined(buckets: Sequence[Bucket]) -> Bucket:
+    """A whole buffer as `distrib_optim.pt` holds it: its buckets one after another."""
+    starts: dict[str, int] = {}
+    numel = 0
+    for bucket in buckets:
+        starts |= {name: numel + start for name, start in bucket.starts.items()}
+        numel += bucket.numel
+    return Bucket(numel, starts)
+
+
 def _round_up(number: int, multiple: int) -> int:
     return -(-number // multiple) * multiple

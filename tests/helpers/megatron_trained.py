@@ -195,7 +195,9 @@ def sharded_state(
 ) -> dict[str, Any]:
     """The state dict of a torch_dist checkpoint, as Megatron's training program makes it."""
     names = ["model"] if len(chunks) == 1 else [f"model{i}" for i in range(len(chunks))]
-    model = {name: chunk.module.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)}
+    model = {
+        name: chunk.module.sharded_state_dict(metadata=metadata) for name, chunk in zip(names, chunks, strict=True)
+    }
     return {
         "args": what.arguments,
         "checkpoint_version": 3.0,
