@@ -149,8 +149,12 @@ class Format(Protocol):
         """Whether `path` looks like this format; reads little, never raises for a foreign path."""
         ...
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
-        """Opens for reading. CheckpointError when damaged, ConversionError when it cannot be represented."""
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
+        """Opens for reading. CheckpointError when damaged, ConversionError when it cannot be represented.
+
+        vocab_size: of a checkpoint that keeps its vocabulary padded and may not tell the size without; a format that
+        always tells ignores it.
+        """
         ...
 
     def destination(self, request: WriteRequest) -> Destination:

@@ -1,4 +1,4 @@
-"""What every rank of megatron-core holds and saves in legacy folders, written and loaded by its own code in one process.
+"""What each rank of megatron-core holds and saves in legacy folders, written and loaded by its code in one process.
 
 Each rank is built in turn under a fake process group. A tensor of the whole model has values that follow from its name;
 which part a parameter holds is what megatron-core's own `sharded_state_dict` says. Run as a program, it serves a whole
@@ -133,7 +133,9 @@ def patch_for_cpu() -> None:
     torch.cuda.current_device = lambda: "cpu"
     torch.Tensor.cuda = lambda self, *_, **__: self
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
 
+    moe_utils.te_general_gemm = None  # which it looks for without Transformer Engine too
     random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
 
 
@@ -192,7 +194,6 @@ def build_chunks(case: Case) -> list[torch.nn.Module]:
         virtual_pipeline_model_parallel_size=args.virtual_pipeline_model_parallel_size,
         expert_model_parallel_size=case.ep,
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        sequence_parallel=experts is not None and case.tp > 1,
         num_layers_in_first_pipeline_stage=getattr(args, "decoder_first_pipeline_num_layers", None),
         num_moe_experts=experts,
         moe_ffn_hidden_size=getattr(args, "moe_ffn_hidden_size", None),
