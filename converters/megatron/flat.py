@@ -9,60 +9,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from converters.megatron.buckets import Bucket
 from converters.megatron.modules import LocalParameter
+from converters.megatron.pieces import Piece
 from converters.rules import Split
 from converters.untrusted.torch_file import StridedTensor, item_bytes
 from workbench.errors import CheckpointError
 from workbench.spec.geometry import Box
 
 
-class Place(Protocol):
-    """Where a box of a global tensor lies; finding the exact place may read the directory of an archive."""
-
-    @property
-    def box(self) -> Box: ...
-
-    @property
-    def dtype(self) -> str: ...
-
-    def locate(self) -> StridedTensor:
-        """The place of the box's elements."""
-        ...
-
-
 @dataclass(frozen=True, slots=True)
-class Whole:
-    """A place that is known at once: a whole tensor of a file."""
-
-    tensor: StridedTensor
-
-    @property
-    def box(self) -> Box:
-        return Box.whole(self.tensor.shape)
-
-    @property
-    def dtype(self) -> str:
-        return self.tensor.dtype
-
-    def locate(self) -> StridedTensor:
-        return self.tensor
-
-
-@dataclass(frozen=True, slots=True)
-class FlatPlace:
-    """A box whose elements lie inside of a flat place: from its element `start` on, `strides` apart."""
+class FlatPiece:
+    """A box whose elements lie in a flat piece: from its element `start` on, `strides` apart."""
 
     box: Box
-    flat: Place
+    flat: Piece
     start: int
     strides: tuple[int, ...]
-
-    @property
-    def dtype(self) -> str:
-        return self.flat.dtype
 
     def locate(self) -> StridedTensor:
         found = self.flat.locate()
@@ -73,11 +37,11 @@ class FlatPlace:
 
 
 def unflatten(
-    parameters: Sequence[LocalParameter], buckets: Sequence[tuple[Bucket, Sequence[Place]]]
-) -> Iterator[tuple[str, FlatPlace]]:
-    """Name and place of every box of the tensors of a whole model that these buckets hold, but for copies.
+    parameters: Sequence[LocalParameter], buckets: Sequence[tuple[Bucket, Sequence[Piece]]]
+) -> Iterator[tuple[str, FlatPiece]]:
+    """Name and piece of every box of the tensors of a whole model that these buckets hold, but for copies.
 
-    buckets: each with the flat places that together hold its elements.
+    buckets: each with the flat pieces that together hold its elements.
     """
     by_name = {parameter.name: parameter for parameter in parameters if not parameter.copy}
     for bucket, places in buckets:
@@ -89,8 +53,8 @@ def unflatten(
                     yield name, piece
 
 
-def _overlap(parameter: LocalParameter, start: int, flat: Place) -> Iterator[FlatPlace]:
-    """The boxes of a parameter, which begins at element `start` of a bucket, in a flat place of the bucket."""
+def _overlap(parameter: LocalParameter, start: int, flat: Piece) -> Iterator[FlatPiece]:
+    """The boxes of a parameter, which begins at element `start` of a bucket, in a flat piece of the bucket."""
     at = flat.box.offset[0]
     first, last = max(at, start) - start, min(flat.box.end[0], start + parameter.numel) - start
     if last <= first:
@@ -102,4 +66,4 @@ def _overlap(parameter: LocalParameter, start: int, flat: Place) -> Iterator[Fla
                 continue
             distance = sum(offset * stride for offset, stride in zip(part.offset, strides, strict=True))
             moved = part.shift([a - b for a, b in zip(whole.offset, local.offset, strict=True)])
-            yield FlatPlace(moved, flat, start - at + distance, strides)
+            yield FlatPiece(moved, flat, start - at + distance, strides)

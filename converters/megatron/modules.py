@@ -72,14 +72,14 @@ class LocalParameter:
 class Held:
     """What is known of the trained model: its whole tensors, their types, the layers of each virtual stage.
 
-    own_layers: these are Megatron's own layers, not Transformer Engine's. grouped: all first matrices of the experts of
-    a layer come before the second ones. tied: the head is the embedding.
+    layers: by stage, then by chunk. own_layers: these are Megatron's own layers, not Transformer Engine's. grouped: all
+    first matrices of the experts of a layer come before the second ones. tied: the head is the embedding.
     """
 
     tensors: Mapping[str, McoreTensor]
     dtypes: Mapping[str, str]
     grid: RankGrid
-    layers: Sequence[int]
+    layers: Sequence[Sequence[range]]
     own_layers: bool
     grouped: bool
     tied: bool
@@ -87,14 +87,13 @@ class Held:
     @property
     def num_chunks(self) -> int:
         """Model chunks of each stage (virtual stages)."""
-        return len(self.layers) // self.grid.pp
+        return len(self.layers[0])
 
     def parameters(self, rank: Rank, chunk: int) -> list[LocalParameter]:
         """The parameters of a chunk of a rank, in the order of its modules."""
-        virtual = chunk * self.grid.pp + rank.stage
-        first = sum(self.layers[:virtual])
-        here = range(first, first + self.layers[virtual])
-        begins, ends = virtual == 0, virtual == len(self.layers) - 1
+        here = self.layers[rank.stage][chunk]
+        begins = rank.stage == chunk == 0
+        ends = (rank.stage, chunk) == (self.grid.pp - 1, self.num_chunks - 1)
         found = [name for name in self.tensors if self._is_here(name, here, begins, ends)]
         shared = self.tied and self.grid.pp > 1
         names = {name: name for name in found}
