@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
+from converters.format import OpenedCheckpoint, Progress
 from converters.megatron.arguments import load_arguments
-from converters.megatron.pieces import PiecesSource
+from converters.megatron.pieces import PieceSource, PlacedPiece, gather, match_pieces
 from converters.megatron.rank_files import Held, RankFile, Whole, find_iteration, read_rank_files
 from converters.megatron.stages import load_layout
-from converters.megatron.table import EMBEDDING, Table, make_table, spelling_of
+from converters.megatron.table import EMBEDDING, make_table, spelling_of
 from converters.names import summarise
 from converters.untrusted.torch_file import StridedTensor
 from workbench.errors import CheckpointError, ConversionError
-from workbench.spec.geometry import coverage_fault
+from workbench.spec.geometry import Box
+from workbench.spec.schema import logical_tensors
 
 NAME: Final = "megatron"
 _COMPARE_BYTES: Final = 1 << 22
@@ -55,11 +56,14 @@ class MegatronFormat:
         if over := names - table.tensors.keys():
             raise ConversionError(f"{where}: {summarise(over, 'has', 'have')} no place in Megatron's GPT")
         held = [part for file, name, place in named for part in whole.held(table.tensors[name], file.rank, place)]
-        pieces, copies = _sort(held, table, where)
+        pieces, copies = _sort(held)
+        foreign = {name: gather(name, table.tensors[name].shape, found, where) for name, found in pieces.items()}
+        shapes = {name: tensor.shape for name, tensor in logical_tensors(said.model, "F32").items()}
+        schema = match_pieces(shapes, table.rules, foreign, where)
         return OpenedCheckpoint(
             format=NAME,
             path=path,
-            source=PiecesSource(table, pieces),
+            source=PieceSource(schema, table.rules, foreign),
             model=said.model,
             layout=layout,
             family=family,
@@ -86,25 +90,18 @@ def _version(file: RankFile) -> float:
     return float(version)
 
 
-def _sort(
-    held: Iterable[Held], table: Table, where: str
-) -> tuple[dict[str, tuple[Held, ...]], list[tuple[Held, Held]]]:
-    """The pieces of each tensor, and pairs of a piece and a copy of it; CheckpointError unless they cover it once."""
-    pieces: dict[str, dict[Any, Held]] = {name: {} for name in table.tensors}
+def _sort(held: Iterable[Held]) -> tuple[dict[str, list[PlacedPiece]], list[tuple[Held, Held]]]:
+    """The pieces of each tensor, and pairs of a piece and a copy of it."""
+    firsts: dict[tuple[str, Box], Held] = {}
+    pieces: dict[str, list[PlacedPiece]] = {}
     copies = []
     for part in held:
-        first = pieces[part.name].setdefault(part.box, part)
-        if first is not part:
+        first = firsts.setdefault((part.name, part.box), part)
+        if first is part:
+            pieces.setdefault(part.name, []).append(PlacedPiece(part.box, part.place))
+        else:
             copies.append((first, part))
-    missing = [name for name, found in pieces.items() if not found]
-    if missing:
-        raise CheckpointError(f"{where}: {summarise(missing, 'is', 'are')} missing from the files of all ranks")
-    for name, found in pieces.items():
-        if fault := coverage_fault(table.tensors[name].shape, list(found)):
-            raise CheckpointError(f"{where}: {name!r}: {fault}; some rank's file lacks its part")
-        if len(dtypes := sorted({part.place.dtype for part in found.values()})) > 1:
-            raise ConversionError(f"{where}: {name!r} is {' and '.join(dtypes)} in different files")
-    return {name: tuple(found.values()) for name, found in pieces.items()}, copies
+    return pieces, copies
 
 
 def _compare(copies: Iterable[tuple[Held, Held]], progress: Progress) -> None:
@@ -129,9 +126,7 @@ def _equal(first: StridedTensor, second: StridedTensor) -> bool:
     rows = max(1, _COMPARE_BYTES // max(1, one[:1].nbytes)) if one.ndim else 1
     if not one.ndim:
         return one.tobytes() == other.tobytes()
-    return all(
-        one[row : row + rows].tobytes() == other[row : row + rows].tobytes() for row in range(0, len(one), rows)
-    )
+    return all(one[row : row + rows].tobytes() == other[row : row + rows].tobytes() for row in range(0, len(one), rows))
 
 
 FORMAT = MegatronFormat()

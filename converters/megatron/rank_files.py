@@ -12,10 +12,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+from converters.megatron.pieces import within
 from converters.megatron.ranks import Rank, RankGrid, rank_grid
 from converters.megatron.table import EMBEDDING, HEAD, LAYERS, NO_WEIGHTS, McoreTensor
 from converters.untrusted.plain import PlainObject
-from converters.untrusted.torch_file import StridedTensor, item_bytes, read_torch
+from converters.untrusted.torch_file import StridedTensor, read_torch
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
@@ -139,8 +140,8 @@ def _flatten(tree: Any, prefix: str, where: str) -> Iterator[tuple[str, StridedT
 
 def _refuse_scales(name: str, value: Any, where: str) -> None:
     """ConversionError when what Transformer Engine keeps beside the weights is more than nothing."""
-    size = value.shape[0] if isinstance(value, StridedTensor) and value.dtype == "U8" else 0
-    if size > 0 and b"amax_history_fwd" in value.mapped().tobytes():  # type: ignore[union-attr]
+    scales = value.mapped().tobytes() if isinstance(value, StridedTensor) and value.dtype == "U8" else b""
+    if b"amax_history_fwd" in scales:
         raise ConversionError(f"{where}: {name!r} holds scales of fp8 with delayed scaling, which are not read")
 
 
@@ -154,6 +155,8 @@ class Whole:
             raise ConversionError(
                 f"checkpoint_version={version} orders queries, keys and values as no model with grouped queries does"
             )
+        if model.moe and model.moe.num_experts % grid.ep:
+            raise ConversionError(f"num_experts={model.moe.num_experts} cannot be dealt over ep={grid.ep}")
 
     def names(self, file: RankFile) -> Iterator[tuple[str, StridedTensor]]:
         """What a file holds, by the names of the whole model."""
@@ -183,13 +186,13 @@ class Whole:
 
         CheckpointError when it has another shape than the rank's share of the whole.
         """
-        grid, experts = self._grid, self._model.moe.num_experts if self._model.moe else 1
-        tp, tp_rank = (grid.tp, rank.tp_rank) if tensor.experts is None else (grid.etp, rank.tp_rank % grid.etp)
-        pairs = tensor.share(tp, tp_rank, grid.ep, rank.ep_rank, num_experts=experts)
+        grid = self._grid
+        tp, tp_rank = (grid.etp, rank.tp_rank % grid.etp) if tensor.num_experts else (grid.tp, rank.tp_rank)
+        pairs = tensor.share(tp, tp_rank, grid.ep, rank.ep_rank)
         if not pairs:
             raise CheckpointError(f"{place.file}: holds {tensor.name!r}, which belongs to another rank of ep={grid.ep}")
         shape = tuple(max(local.end[dim] for _, local in pairs) for dim in range(len(tensor.shape)))
-        if tensor.stacked and place.strides == _contiguous(place.shape):
+        if tensor.num_experts and tensor.expert is None and place.strides == _contiguous(place.shape):
             place = replace(place, shape=shape, strides=_contiguous(shape)) if _same(place.shape, shape) else place
         if place.shape != shape:
             raise CheckpointError(
@@ -199,7 +202,7 @@ class Whole:
             for part, piece in self._in_order(tensor, place):
                 if (common := local.intersect(part)) is not None:
                     here = common.relative_to(local).shift(box.offset)
-                    yield Held(tensor.name, here, narrow(piece, common.relative_to(part)))
+                    yield Held(tensor.name, here, within(piece, common.relative_to(part)))
 
     def _in_order(self, tensor: McoreTensor, place: StridedTensor) -> Iterator[tuple[Box, StridedTensor]]:
         """The boxes of a rank's tensor as Megatron-Core has it, and their places: of old files, rows of queries, keys
@@ -214,14 +217,8 @@ class Whole:
             for kind in range(3):
                 box = Box(((3 * head + kind) * d, *zeros), (d, *columns))
                 first, step = ((kind * heads + head) * d, 1) if self._version < 1 else (head * d * 3 + kind, 3)
-                rows = narrow(place, Box((first, *zeros), (1, *columns)))
+                rows = within(place, Box((first, *zeros), (1, *columns)))
                 yield box, replace(rows, shape=box.size, strides=(place.strides[0] * step, *place.strides[1:]))
-
-
-def narrow(place: StridedTensor, box: Box) -> StridedTensor:
-    """The place of a box of a tensor."""
-    first = sum(offset * stride for offset, stride in zip(box.offset, place.strides, strict=True))
-    return replace(place, start=place.start + first * item_bytes(place.dtype), shape=box.size)
 
 
 def _contiguous(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""Which ranks of Megatron hold what: names of its rank folders, and layers of its pipeline stages. Pure; no torch.
+"""The ranks of Megatron that cut a model, and the names of their folders. Pure; no torch.
 
 `arguments` is what Megatron saves as `args`, by name. It comes from a file that is not trusted: each value that is
 used is checked first.
@@ -12,11 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from workbench.errors import CheckpointError
-from workbench.spec.layout import ParallelLayout
 
-_MOST: Final = 1 << 16  # ranks of an axis, layers: more is damage
+_MOST: Final = 1 << 16  # ranks of an axis: more is damage
 _RANK_FOLDER = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
-DEFAULT_VOCAB_MULTIPLE: Final = 128  # --make-vocab-size-divisible-by
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -93,97 +91,6 @@ def rank_grid(arguments: Mapping[str, Any], where: str) -> RankGrid:
             "ranks of Megatron wrote the same file then, and some experts are lost; save with torch_dist"
         )
     return RankGrid(tp, pp, ep, etp)
-
-
-def parallel_layout(arguments: Mapping[str, Any], where: str) -> ParallelLayout:
-    """The layout that Megatron's arguments say, of a model that they say too."""
-    grid = rank_grid(arguments, where)
-    counts = layers_per_stage(arguments, where)
-    even = len(set(counts)) == 1
-    return ParallelLayout(
-        tp=grid.tp,
-        pp=grid.pp,
-        vpp=len(counts) // grid.pp,
-        dp=grid.ep,
-        ep=grid.ep,
-        etp=None if grid.etp == grid.tp else grid.etp,
-        pp_layout=None if even else counts,
-        sequence_parallel=bool(arguments.get("sequence_parallel")) and grid.tp > 1,
-        vocab_multiple=_number(arguments, "make_vocab_size_divisible_by", DEFAULT_VOCAB_MULTIPLE, where),
-    )
-
-
-def layers_per_stage(arguments: Mapping[str, Any], where: str) -> tuple[int, ...]:
-    """Layers of each virtual stage in the order of the network; with vpp chunks a stage there are pp x vpp of them.
-
-    Follows get_num_layers_to_build of megatron/core/transformer/transformer_block.py.
-    """
-    layers = _number(arguments, "num_layers", None, where)
-    pp = _number(arguments, "pipeline_model_parallel_size", 1, where)
-    if (text := arguments.get("pipeline_model_parallel_layout")) is not None:
-        return _counts_of_layout(text, layers, pp, where)
-    vpp = _number(arguments, "virtual_pipeline_model_parallel_size", 1, where) if pp > 1 else 1
-    first, last = (
-        _number(arguments, name, None, where) if arguments.get(name) is not None else None
-        for name in ("decoder_first_pipeline_num_layers", "decoder_last_pipeline_num_layers")
-    )
-    embedding, loss = (bool(arguments.get(f"account_for_{end}_in_pipeline_split")) for end in ("embedding", "loss"))
-    rest = layers + embedding + loss - (first or 0) - (last or 0)
-    middle = pp - (first is not None) - (last is not None)
-    per_stage, over = divmod(rest, middle) if middle > 0 else (0, rest)
-    stages = [per_stage] * pp
-    if first is not None:
-        stages[0] = first
-    if last is not None:
-        stages[-1] = last
-    counts = [count // vpp for _ in range(vpp) for count in stages]
-    counts[0] -= embedding
-    counts[-1] -= loss
-    if over or rest < 0 or any(count % vpp for count in stages) or min(counts) < 0:
-        raise CheckpointError(
-            f"{where}: its args give num_layers={layers} to pipeline_model_parallel_size={pp} x "
-            f"virtual_pipeline_model_parallel_size={vpp} with {_words(arguments)}, which does not come out even; "
-            "the args are damaged"
-        )
-    return tuple(counts)
-
-
-def parse_layout(text: str) -> tuple[str, ...]:
-    """The stages that a pipeline_model_parallel_layout writes, each a word of E (embedding), t (a layer), m, L (loss).
-
-    `Et*3|(tt|)*29,m|L` is Ettt, 29 times tt, m and L. ValueError when it is none.
-    """
-    text = text.replace(",", "")
-    for pattern in (r"\(([^)]+)\)\*(\d+)", r"(.)\*(\d+)"):
-        if sum(len(word) * int(times[:9]) for word, times in re.findall(pattern, text)) > _MOST:
-            raise ValueError(f"more than {_MOST} letters")
-        text = re.sub(pattern, lambda match: match[1] * int(match[2]), text)
-    if strange := set(text) - set("Etm|L"):
-        raise ValueError(f"{min(strange)!r} is none of E, t, m, L, |")
-    return tuple(text.split("|"))
-
-
-def _counts_of_layout(text: Any, layers: int, pp: int, where: str) -> tuple[int, ...]:
-    shown = f"{where}: pipeline_model_parallel_layout={text!r}"
-    if not isinstance(text, str):
-        raise CheckpointError(f"{shown} is not a text such as 'Et*3|(tt|)*29L'")
-    try:
-        stages = parse_layout(text)
-    except ValueError as error:
-        raise CheckpointError(f"{shown} is not a layout: {error}") from None
-    whole = "".join(stages)
-    if len(stages) % pp or whole != "E" + "t" * layers + "m" * whole.count("m") + "L":
-        raise CheckpointError(
-            f"{shown} is {len(stages)} stages with {whole.count('t')} layers, but the args say "
-            f"pipeline_model_parallel_size={pp} and num_layers={layers}, from E to L"
-        )
-    return tuple(stage.count("t") for stage in stages)
-
-
-def _words(arguments: Mapping[str, Any]) -> str:
-    names = [f"decoder_{end}_pipeline_num_layers" for end in ("first", "last")]
-    names += [f"account_for_{end}_in_pipeline_split" for end in ("embedding", "loss")]
-    return ", ".join(f"{name}={arguments.get(name)}" for name in names)
 
 
 def _number(arguments: Mapping[str, Any], name: str, default: Any, where: str) -> int:

@@ -9,122 +9,16 @@ test session: `python -m tests.helpers.megatron_ranks write FOLDER` writes every
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import sys
 import warnings
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
-ITERATION: Final = 5
-VOCAB: Final = 100
-_SIZES: Final = {
-    "num_layers": 4,
-    "hidden_size": 32,
-    "ffn_hidden_size": 48,
-    "num_attention_heads": 4,
-    "kv_channels": 8,
-    "seq_length": 32,
-    "max_position_embeddings": 32,
-    "make_vocab_size_divisible_by": 8,
-    "hidden_dropout": 0.0,
-    "attention_dropout": 0.0,
-    "norm_epsilon": 1e-5,
-}
-_LLAMA: Final = {
-    "group_query_attention": True,
-    "num_query_groups": 2,
-    "swiglu": True,
-    "normalization": "RMSNorm",
-    "add_bias_linear": False,
-    "position_embedding_type": "rope",
-    "rotary_base": 10000,
-    "rotary_percent": 1.0,
-    "untie_embeddings_and_output_weights": True,
-}
-_GPT: Final = {
-    "group_query_attention": False,
-    "num_query_groups": 1,
-    "swiglu": False,
-    "normalization": "LayerNorm",
-    "add_bias_linear": True,
-    "position_embedding_type": "learned_absolute",
-    "rotary_base": 10000,
-    "rotary_percent": 1.0,
-    "untie_embeddings_and_output_weights": False,
-}
-_EXPERTS: Final = _LLAMA | {
-    "num_experts": 4,
-    "moe_ffn_hidden_size": 16,
-    "moe_router_topk": 2,
-    "moe_router_load_balancing_type": "none",
-    "moe_router_pre_softmax": False,
-    "moe_layer_freq": 1,
-}
-
-
-@dataclass(frozen=True)
-class Case:
-    """A run: arguments of its model, degrees, and how it saves.
-
-    te: Transformer Engine's names. flat: parameters are views into one buffer, as under Megatron's DDP.
-    """
-
-    model: dict[str, Any]
-    tp: int = 1
-    pp: int = 1
-    vpp: int = 1
-    ep: int = 1
-    etp: int | None = None
-    dtype: torch.dtype = torch.float32
-    more: dict[str, Any] = field(default_factory=dict)
-    te: bool = False
-    flat: bool = False
-
-    @property
-    def padded(self) -> int:
-        multiple = _SIZES["make_vocab_size_divisible_by"] * self.tp
-        return -(-VOCAB // multiple) * multiple
-
-    def arguments(self) -> Namespace:
-        """What Megatron-LM saves as `args`, as far as it concerns the model and its layout."""
-        return Namespace(
-            **_SIZES,
-            **self.model,
-            tensor_model_parallel_size=self.tp,
-            pipeline_model_parallel_size=self.pp,
-            virtual_pipeline_model_parallel_size=self.vpp if self.vpp > 1 else None,
-            expert_model_parallel_size=self.ep,
-            expert_tensor_parallel_size=self.etp or self.tp,
-            sequence_parallel=False,
-            vocab_size=VOCAB,
-            padded_vocab_size=self.padded,
-            params_dtype=self.dtype,
-            bf16=self.dtype == torch.bfloat16,
-            fp16=False,
-            iteration=ITERATION,
-            consumed_train_samples=40,
-            ckpt_format="torch",
-            **self.more,
-        )
-
-
-CASES: Final = {
-    "llama": Case(_LLAMA),
-    "llama-tp2-pp2": Case(_LLAMA, tp=2, pp=2, te=True),
-    "llama-tp4-vpp2": Case(_LLAMA, tp=4, pp=2, vpp=2, flat=True),
-    "llama-tied-pp2": Case(_LLAMA | {"untie_embeddings_and_output_weights": False}, tp=2, pp=2, dtype=torch.bfloat16),
-    "llama-uneven": Case(_LLAMA, pp=3, more={"decoder_first_pipeline_num_layers": 2}),
-    "gpt": Case(_GPT),
-    "gpt-tp2-pp2": Case(_GPT, tp=2, pp=2),
-    "experts": Case(_EXPERTS),
-    "experts-tp2-ep2": Case(_EXPERTS, tp=2, ep=2),
-    "experts-etp1": Case(_EXPERTS, tp=2, pp=2, ep=2, etp=1, more={}),
-}
+from tests.helpers.megatron_cases import CASES, ITERATION, VOCAB, Case, probe, whole
 
 
 def patch_for_cpu() -> None:
@@ -224,18 +118,6 @@ def build_chunks(case: Case) -> list[torch.nn.Module]:
     ]
 
 
-def whole(key: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """The values of a tensor of the whole model, by megatron-core's name for it. Rows of padding are zeros."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "little")
-    draw = torch.Generator().manual_seed(seed)
-    rows = VOCAB if key.startswith(("embedding.word", "output_layer")) else shape[0]
-    values = torch.zeros(shape)
-    values[:rows] = torch.randn((rows, *shape[1:]), generator=draw) * 0.1
-    if "norm" in key and key.endswith("weight"):
-        values += 1
-    return values.to(dtype)
-
-
 def parts(chunk: torch.nn.Module, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """(name in the whole model, view of a parameter, the values that belong there), by megatron-core's own account."""
     from megatron.core.dist_checkpointing.mapping import ShardedTensor, ShardedTensorFactory
@@ -320,11 +202,6 @@ def write_case(case: Case, root: Path) -> None:
             if size == 1:
                 torch.save(logits(chunks[0]), root / "logits.pt")
     (root / "latest_checkpointed_iteration.txt").write_text(str(ITERATION))
-
-
-def probe() -> torch.Tensor:
-    """Token ids to compare logits on."""
-    return torch.randint(0, VOCAB, (2, 16), generator=torch.Generator().manual_seed(7))
 
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
