@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Final
 
 from converters.megatron.ranks import Rank, RankGrid
@@ -51,15 +51,14 @@ BUFFERS: Final = ("mlp.router.expert_bias",)
 class LocalParameter:
     """A parameter of one rank: its share of a tensor of the whole model.
 
-    pairs: (box of the whole tensor, box of the parameter). dtype: of the stored weight. expert: it is in the optimizer
-    of experts. alone: a second stage shares it, which gives it a bucket of its own. copy: another rank holds the same.
+    pairs: (box of the whole tensor, box of the parameter). dtype: of the stored weight. alone: two stages share it, so
+    that it has a bucket of its own. copy: another rank holds the same.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     pairs: tuple[tuple[Box, Box], ...]
-    expert: bool
     alone: bool
     copy: bool
 
@@ -68,43 +67,52 @@ class LocalParameter:
         return Box.whole(self.shape).numel
 
 
-@dataclass(frozen=True)
-class Held:
-    """What is known of the trained model: its whole tensors, their types, the layers of each virtual stage.
+class Modules:
+    """The trained model as ranks hold it.
 
-    layers: by stage, then by chunk. own_layers: these are Megatron's own layers, not Transformer Engine's. grouped: all
-    first matrices of the experts of a layer come before the second ones. tied: the head is the embedding.
+    tensors: of the whole model. dtypes: of the stored weights. layers: by stage, then by chunk. grouped: all first
+    matrices of the experts of a layer come before the second ones. tied: the head is the embedding. renamed: norms of
+    Megatron's own layers have the names that Transformer Engine's have.
     """
 
-    tensors: Mapping[str, McoreTensor]
-    dtypes: Mapping[str, str]
-    grid: RankGrid
-    layers: Sequence[Sequence[range]]
-    own_layers: bool
-    grouped: bool
-    tied: bool
+    def __init__(
+        self,
+        tensors: Mapping[str, McoreTensor],
+        dtypes: Mapping[str, str],
+        grid: RankGrid,
+        layers: Sequence[Sequence[range]],
+        *,
+        grouped: bool,
+        tied: bool,
+        renamed: bool = False,
+    ) -> None:
+        self.tensors, self.grid, self.num_chunks = tensors, grid, len(layers[0])
+        self._dtypes, self._layers = dtypes, layers
+        self._renamed, self._grouped, self._shared = renamed, grouped, tied and grid.pp > 1
+        self._names: dict[tuple[int, int], dict[str, str]] = {}
 
-    @property
-    def num_chunks(self) -> int:
-        """Model chunks of each stage (virtual stages)."""
-        return len(self.layers[0])
+    def parameters(self, rank: Rank, chunk: int, *, experts: bool) -> list[LocalParameter]:
+        """The parameters of a chunk of a rank that this optimizer (of experts or of the rest) trains, in the order of
+        its modules."""
+        if (rank.stage, chunk) not in self._names:
+            self._names[rank.stage, chunk] = self._ordered(rank.stage, chunk)
+        first = rank.stage == chunk == 0
+        found: list[LocalParameter] = []
+        for module, name in self._names[rank.stage, chunk].items():
+            tensor = self.tensors[name]
+            if (tensor.num_experts > 0 and self.grid.ep > 1) == experts:
+                shared = self._shared and name == EMBEDDING
+                found += self._parameter(tensor, rank, shared=shared, copy=module == HEAD and not first and shared)
+        return found
 
-    def parameters(self, rank: Rank, chunk: int) -> list[LocalParameter]:
-        """The parameters of a chunk of a rank, in the order of its modules."""
-        here = self.layers[rank.stage][chunk]
-        begins = rank.stage == chunk == 0
-        ends = (rank.stage, chunk) == (self.grid.pp - 1, self.num_chunks - 1)
-        found = [name for name in self.tensors if self._is_here(name, here, begins, ends)]
-        shared = self.tied and self.grid.pp > 1
-        names = {name: name for name in found}
-        if shared and ends:
-            names[HEAD] = EMBEDDING
-        ordered = sorted(names, key=self._order)
-        parameters = [self._parameter(names[name], rank) for name in ordered]
-        held = [p for p in parameters if p is not None]
-        return [
-            replace(p, alone=True, copy=p.copy or not begins) if shared and p.name == EMBEDDING else p for p in held
-        ]
+    def _ordered(self, stage: int, chunk: int) -> dict[str, str]:
+        """What the modules of a chunk call their parameters, in their order, and the tensors that these are of."""
+        layers = self._layers[stage][chunk]
+        begins, ends = stage == chunk == 0, (stage, chunk) == (self.grid.pp - 1, self.num_chunks - 1)
+        found = {name: name for name in self.tensors if self._is_here(name, layers, begins, ends)}
+        if self._shared and ends:
+            found[HEAD] = EMBEDDING
+        return {name: found[name] for name in sorted(found, key=self._order)}
 
     def _is_here(self, name: str, layers: range, begins: bool, ends: bool) -> bool:
         if name.endswith(BUFFERS):
@@ -113,23 +121,15 @@ class Held:
             return int(found[1]) in layers
         return begins if name.startswith("embedding.") else ends
 
-    def _parameter(self, name: str, rank: Rank) -> LocalParameter | None:
-        tensor, grid = self.tensors[name], self.grid
-        of_expert = tensor.num_experts > 0
-        tp, tp_rank = (grid.etp, rank.tp_rank) if of_expert else (grid.tp, rank.tp_rank)
-        pairs = tensor.share(tp, tp_rank, grid.ep, rank.ep_rank) if of_expert else tensor.share(tp, tp_rank)
-        if not pairs:
-            return None
-        ends = zip(*(local.end for _, local in pairs), strict=True)
-        return LocalParameter(
-            name=name,
-            shape=tuple(max(end) for end in ends),
-            dtype=self.dtypes[name],
-            pairs=tuple(pairs),
-            expert=of_expert and grid.ep > 1,
-            alone=False,
-            copy=tensor.dim is None and tp_rank > 0,
-        )
+    def _parameter(self, tensor: McoreTensor, rank: Rank, *, shared: bool, copy: bool) -> Iterator[LocalParameter]:
+        """A rank's share of a tensor, if it has one."""
+        of_expert, grid = tensor.num_experts > 0, self.grid
+        tp = grid.etp if of_expert else grid.tp
+        pairs = tensor.share(tp, rank.tp_rank, grid.ep if of_expert else 1, rank.ep_rank if of_expert else 0)
+        if pairs:
+            shape = tuple(max(local.end[dim] for _, local in pairs) for dim in range(len(tensor.shape)))
+            copy = copy or (tensor.dim is None and rank.tp_rank > 0)
+            yield LocalParameter(tensor.name, shape, self._dtypes[tensor.name], tuple(pairs), alone=shared, copy=copy)
 
     def _order(self, name: str) -> tuple[int | str, ...]:
         outside = _position(_OUTSIDE, name)
@@ -137,7 +137,7 @@ class Held:
         if found is None:
             return (outside, 0, 0, *_leaf(name))
         layer, inner = int(found[1]), found[2]
-        for stored, own in _OWN_NAMES.items() if self.own_layers else ():
+        for stored, own in _OWN_NAMES.items() if self._renamed else ():
             inner = inner.replace(stored, own)
         return (outside, layer, _position(_INSIDE, inner), *self._expert_order(inner), *_leaf(inner))
 
@@ -147,7 +147,7 @@ class Held:
         if found is None:
             return (0, 0)
         expert, matrix = int(found[1] or found[3] or 0), int(found[2])
-        return (matrix, expert) if self.grouped else (expert, matrix)
+        return (matrix, expert) if self._grouped else (expert, matrix)
 
 
 def _position(prefixes: Sequence[str], name: str) -> int:

@@ -27,6 +27,7 @@ from tests.helpers.megatron import patch_for_cpu
 
 STEPS = 3
 BATCH, TOKENS = 4, 8
+VOCAB = 45
 KINDS = ("param", "exp_avg", "exp_avg_sq")
 SCHEDULER = {
     "max_lr": 0.01,
@@ -85,7 +86,7 @@ class Trained:
             rotary_interleaved=False,
             untie_embeddings_and_output_weights=not self.tied,
             make_vocab_size_divisible_by=8,
-            vocab_size=None,
+            vocab_size=VOCAB,
             tensor_model_parallel_size=self.tp,
             pipeline_model_parallel_size=self.pp,
             virtual_pipeline_model_parallel_size=None if self.vpp == 1 else self.vpp,
@@ -96,6 +97,7 @@ class Trained:
             world_size=self.world,
             num_experts=self.experts or None,
             moe_router_topk=2,
+            moe_router_load_balancing_type="none",
             moe_grouped_gemm=False,
             transformer_impl="local",
             use_distributed_optimizer="dp_reshardable" in self.modes,
