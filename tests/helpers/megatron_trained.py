@@ -1,20 +1,21 @@
 """Checkpoints of a few Adam steps of megatron-core on a CPU, in every mode that it has, and the moments they hold.
 
-    python -m tests.helpers.megatron_trained OUT '{"tp": 2, "pp": 2, "dtype": "bfloat16"}'
+    python -m tests.helpers.megatron_trained '{"OUT": {"tp": 2, "pp": 2}}'
 
-starts tp x pp x dp ranks. Each writes what its optimizer holds, read from the live objects and joined over replicas, to
-`OUT/truth-<stage>-<tp_rank>-<ep_rank>.pt`: {kind: {name of the local parameter: tensor}}.
+starts tp x pp x dp ranks for each folder OUT. Each rank writes what its optimizer holds, read from the live objects and
+joined over replicas, to `OUT/truth/<stage>-<tp_rank>-<ep_rank>.pt`: {kind: {chunk/parameter: tensor}}; without a
+distributed optimizer to `OUT/truth-plain/`. `expected` joins it over ranks.
 """
 
 from __future__ import annotations
 
 import json
+import re
+import subprocess
 import sys
 import tempfile
 import warnings
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -137,32 +138,34 @@ SIZES = {
 }
 
 
-def train(out: Path, what: Trained) -> None:
-    """Trains and saves at `out`, in processes of their own."""
+def train(cases: dict[str, dict[str, Any]]) -> None:
+    """Trains and saves every case in a process of its own that starts ranks; CalledProcessError when one fails."""
+    command = [sys.executable, "-W", "ignore", "-m", "tests.helpers.megatron_trained", json.dumps(cases)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+
+
+def _start(out: str, what: Trained) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_rank, (what, str(out), f"file://{folder}/store"), nprocs=what.world, start_method="fork")
+        mp.start_processes(_rank, (what, out, f"file://{folder}/store"), nprocs=what.world, start_method="fork")
 
 
 def _rank(rank: int, what: Trained, out: str, store: str) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    with _on_cpu():
-        from megatron.core import parallel_state
+    from megatron.core import parallel_state
 
-        dist.init_process_group("gloo", init_method=store, rank=rank, world_size=what.world)
-        parallel_state.initialize_model_parallel(
-            what.tp,
-            what.pp,
-            None if what.vpp == 1 else what.vpp,
-            expert_model_parallel_size=what.ep,
-            create_gloo_process_groups=True,
-        )
-        for distributed in (True, False):
-            modes = [mode for mode in what.modes if mode.startswith("plain") != distributed]
-            if modes:
-                _train_and_save(Path(out), what, modes, distributed=distributed)
-        dist.barrier()
-        dist.destroy_process_group()
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=what.world)
+    parallel_state.initialize_model_parallel(
+        what.tp,
+        what.pp,
+        None if what.vpp == 1 else what.vpp,
+        expert_model_parallel_size=what.ep,
+        create_gloo_process_groups=True,
+    )
+    for distributed in (True, False):
+        modes = [mode for mode in what.modes if mode.startswith("plain") != distributed]
+        if modes:
+            _train_and_save(Path(out), what, modes, distributed=distributed)
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 def _train_and_save(out: Path, what: Trained, modes: list[str], *, distributed: bool) -> None:
@@ -387,10 +390,51 @@ def _whole(optimizer: Any, parameter: Any) -> dict[str, torch.Tensor]:
     return {"param": main.detach(), **{kind: one.optimizer.state[main][kind] for kind in KINDS[1:]}}
 
 
-@contextmanager
-def _on_cpu() -> Iterator[None]:
+def expected(out: Path, what: Trained, *, distributed: bool = True) -> dict[str, dict[str, torch.Tensor]]:
+    """By kind, then by logical name: what the optimizers of all ranks held. Joined here by hand, without our tables."""
+    ranks: dict[str, dict[str, dict[int, torch.Tensor]]] = {kind: {} for kind in KINDS}
+    for path in sorted((out / ("truth" if distributed else "truth-plain")).iterdir()):
+        stage, tp_rank, ep_rank = map(int, path.stem.split("-"))
+        for kind, held in torch.load(path).items():
+            for key, tensor in held.items():
+                chunk, name = key.split("/")
+                first = (int(chunk) * what.pp + stage) * what.sizes["num_layers"] // (what.pp * what.vpp)
+                name = re.sub(r"layers\.(\d+)", lambda m, first=first: f"layers.{first + int(m[1])}", name)
+                share = ep_rank * what.experts // what.ep
+                name = re.sub(r"experts\.(\d+)", lambda m, share=share: f"experts.{share + int(m[1])}", name)
+                if not (what.tied and name == "output_layer.weight"):
+                    ranks[kind].setdefault(name, {})[tp_rank] = tensor
+    found: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in KINDS}
+    for kind, tensors in ranks.items():
+        for name, by_rank in tensors.items():
+            found[kind] |= _logical(name, [by_rank[rank] for rank in sorted(by_rank)], what)
+    return found
+
+
+def _logical(name: str, parts: list[torch.Tensor], what: Trained) -> dict[str, torch.Tensor]:
+    """The logical tensors that a tensor of Megatron's is, of which `parts` are the shares of tensor ranks."""
+    ours = name.replace("decoder.layers.", "layers.").replace("decoder.final_layernorm", "norm")
+    ours = ours.replace("pre_mlp_layernorm", "post_attention_layernorm").replace("local_experts.", "")
+    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        ours = "lm_head.weight" if name.startswith("output") else "embed_tokens.weight"
+        return {ours: torch.cat(parts)[:VOCAB]}
+    if "linear_qkv" in name:
+        groups, d = what.sizes["num_query_groups"], what.sizes["kv_channels"]
+        grid = torch.cat(parts).view(groups, -1, what.sizes["hidden_size"])
+        pieces = grid.split([grid.shape[1] - 2 * d, d, d], dim=1)
+        base = ours.replace("self_attention.linear_qkv", "self_attn.{}_proj")
+        return {base.format(x): piece.flatten(0, 1) for x, piece in zip("qkv", pieces, strict=True)}
+    if "linear_fc1" in name:
+        halves = [torch.cat([part.chunk(2)[half] for part in parts]) for half in (0, 1)]
+        return {ours.replace("linear_fc1", x): half for x, half in zip(("gate_proj", "up_proj"), halves, strict=True)}
+    if "linear_proj" in name or "linear_fc2" in name:
+        ours = ours.replace("self_attention.linear_proj", "self_attn.o_proj").replace("linear_fc2", "down_proj")
+        return {ours: torch.cat(parts, dim=1)}
+    return {ours.replace("mlp.router", "mlp.gate"): parts[0]}
+
+
+def patch_optimizers_for_cpu() -> None:
     """What megatron-core's optimizers need besides `patch_for_cpu`, in a process that does nothing else."""
-    patch_for_cpu()
     plain_type = torch.Tensor.type
 
     def type_(self: torch.Tensor, *arguments: Any, **options: Any) -> Any:
@@ -409,8 +453,21 @@ def _on_cpu() -> Iterator[None]:
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     for name in ("tensor", "zeros", "empty", "ones", "full"):
         setattr(torch, name, on_cpu(getattr(torch, name)))
-    yield
+
+
+def _main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    patch_for_cpu()
+    # Before ranks are forked, so that each need not import them again.
+    import megatron.core.dist_checkpointing
+    import megatron.core.models.gpt.gpt_layer_specs
+    import megatron.core.optimizer  # noqa: F401
+
+    patch_optimizers_for_cpu()
+    for out, what in json.loads(sys.argv[1]).items():
+        _start(out, Trained(**{"sizes": SIZES, **what}))
 
 
 if __name__ == "__main__":
-    train(Path(sys.argv[1]), Trained(**{"sizes": SIZES, **json.loads(sys.argv[2])}))
+    _main()
