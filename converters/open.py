@@ -8,7 +8,7 @@ from converters.format import Format, OpenedCheckpoint
 from workbench import registry
 from workbench.checkpoint.manifest import MANIFEST, is_native, read_manifest
 from workbench.checkpoint.store import resolve
-from workbench.errors import CheckpointError, ConfigError
+from workbench.errors import CheckpointError, ConfigError, ConversionError
 
 _PACKAGE = "converters.formats"
 _NATIVE = "native"
@@ -31,18 +31,29 @@ def get_format(name: str) -> Format:
     return by_name[name]
 
 
-def open_checkpoint(path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+def open_checkpoint(path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
     """The checkpoint at `path`: a native one, a run folder (its latest), or a folder of another format.
 
-    CheckpointError when there is none, or when it is unfinished or damaged.
+    vocab_size: of a checkpoint that does not tell it; ConversionError when it tells another. CheckpointError when there
+    is none, or when it is unfinished or damaged.
     """
     path = resolve(path)
+    opened = _find(path).open(path, family=family, vocab_size=vocab_size)
+    if vocab_size not in (None, opened.model.vocab_size):
+        raise ConversionError(
+            f"{path}: its vocabulary has {opened.model.vocab_size} words, not --vocab-size {vocab_size}; leave it out"
+        )
+    return opened
+
+
+def _find(path: Path) -> Format:
+    """The format of what is at `path`."""
     if is_native(path):  # the common case needs no other format's module
-        return get_format(_NATIVE).open(path, family=family)
+        return get_format(_NATIVE)
     known = formats()
     for found in known.values():
         if path.exists() and found.recognises(path):
-            return found.open(path, family=family)
+            return found
     if not path.is_dir() or path.name.endswith(".partial") or (path / MANIFEST).exists():
         read_manifest(path)  # says which it is: missing, a file, unfinished, foreign
     names = ", ".join(known)

@@ -29,7 +29,7 @@ class HuggingFaceFormat:
         """Whether `path` is a folder with a model's config.json."""
         return path.is_dir() and (path / CONFIG).is_file() and not (path / "adapter_config.json").is_file()
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The folder as logical tensors.
 
         CheckpointError when it is damaged, ConversionError when the family has no place for a key or a tensor.

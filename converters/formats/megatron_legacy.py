@@ -1,0 +1,145 @@
+"""Megatron's "torch" checkpoints: a folder for each rank that cuts the model, with one file of torch.save in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from converters.format import OpenedCheckpoint, Progress
+from converters.megatron.arguments import load_arguments
+from converters.megatron.modules import Modules
+from converters.megatron.optimizer import Run, open_run
+from converters.megatron.pieces import PlacedPiece, gather
+from converters.megatron.rank_files import Held, RankFile, Whole, find_iteration, read_rank_files
+from converters.megatron.rank_optimizer import rank_file_state
+from converters.megatron.stages import load_layout
+from converters.megatron.table import EMBEDDING, make_table, spelling_of
+from converters.names import summarise
+from converters.untrusted.torch_file import StridedTensor
+from workbench.errors import CheckpointError, ConversionError
+from workbench.spec.geometry import Box
+
+NAME: Final = "megatron"
+_COMPARE_BYTES: Final = 1 << 22
+
+
+@dataclass(frozen=True)
+class MegatronFormat:
+    """What Megatron-LM saves with --ckpt-format torch: any degrees, Transformer Engine's layers or its own, and the
+    files of its versions before Megatron-Core."""
+
+    name: str = NAME
+
+    def recognises(self, path: Path) -> bool:
+        """Whether `path` holds rank folders, or a tracker that names a folder which does."""
+        return path.is_dir() and find_iteration(path) is not None
+
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
+        """The weights of all ranks as logical tensors.
+
+        CheckpointError when files are missing or contradict each other, ConversionError when an argument or a tensor
+        has no place, or nobody says how large the vocabulary is without its padding.
+        """
+        folder = find_iteration(path)
+        assert folder is not None, path
+        arguments, grid, files = read_rank_files(folder)
+        where = str(folder)
+        arguments = _with_vocabulary(arguments, vocab_size, where)
+        said = load_arguments(arguments, where)
+        layout = load_layout(said.given, where)
+        version = _version(files[0])
+        whole = Whole(said.model, layout, grid, version)
+        named = [(file, name, place) for file in files for name, place in whole.names(file)]
+        names = {name for _, name, _ in named}
+        rows = next((place.shape[0] * grid.tp for _, name, place in named if name == EMBEDDING), None)
+        spelling = spelling_of(names, said.model)
+        table = make_table(said.model, spelling, padded_vocab=rows)
+        if over := names - table.tensors.keys():
+            raise ConversionError(f"{where}: {summarise(over, 'has', 'have')} no place in Megatron's GPT")
+        held = [part for file, name, place in named for part in whole.held(table.tensors[name], file.rank, place)]
+        pieces, copies = _sort(held)
+        foreign = {name: gather(name, table.tensors[name].shape, found, where) for name, found in pieces.items()}
+        modules = Modules(
+            table.tensors,
+            {name: tensor.dtype for name, tensor in foreign.items()},
+            grid,
+            layout.chunks(said.model.num_hidden_layers),
+            grouped=spelling.experts == "grouped",
+            tied=said.model.tie_word_embeddings,
+        )
+        run = Run(arguments, files[0].state, files[0].state.get("optimizer"))
+        opened = open_run(said.model, table, foreign, run, lambda: rank_file_state(files, modules, arguments), where)
+        return OpenedCheckpoint(
+            format=NAME,
+            path=path,
+            source=opened.source,
+            model=said.model,
+            layout=layout,
+            training=opened.training,
+            family=family,
+            info={"files": f"{len(files)}, version {version}", **opened.info},
+            check=lambda progress: _compare(copies, progress),
+            optimizer_fault=opened.fault,
+        )
+
+
+def _with_vocabulary(arguments: Mapping[str, Any], vocab_size: int | None, where: str) -> dict[str, Any]:
+    """The arguments with the true size of the vocabulary."""
+    told = arguments.get("vocab_size")
+    if told is None and vocab_size is None:
+        raise ConversionError(
+            f"{where}: its args do not say vocab_size, only padded_vocab_size={arguments.get('padded_vocab_size')}; "
+            "say how many words the tokenizer has with --vocab-size"
+        )
+    return {**arguments, "vocab_size": vocab_size if told is None else told}
+
+
+def _version(file: RankFile) -> float:
+    version = file.state.get("checkpoint_version", 0)
+    if version not in (0, 1, 2, 3):
+        raise ConversionError(f"{file.path}: checkpoint_version={version!r} is not known; 0 to 3 are")
+    return float(version)
+
+
+def _sort(held: Iterable[Held]) -> tuple[dict[str, list[PlacedPiece]], list[tuple[Held, Held]]]:
+    """The pieces of each tensor, and pairs of a piece and a copy of it."""
+    firsts: dict[tuple[str, Box], Held] = {}
+    pieces: dict[str, list[PlacedPiece]] = {}
+    copies = []
+    for part in held:
+        first = firsts.setdefault((part.name, part.box), part)
+        if first is part:
+            pieces.setdefault(part.name, []).append(PlacedPiece(part.box, part.place))
+        else:
+            copies.append((first, part))
+    return pieces, copies
+
+
+def _compare(copies: Iterable[tuple[Held, Held]], progress: Progress) -> None:
+    """CheckpointError names every tensor that ranks hold in common and differently."""
+    faults = []
+    for first, copy in copies:
+        if not _equal(first.place, copy.place):
+            faults.append(f"{first.name!r} differs between {first.place.file} and {copy.place.file}")
+        progress(0)
+    if faults:
+        raise CheckpointError(
+            f"{faults[0]}{f' and {len(faults) - 1} more' if len(faults) > 1 else ''}: ranks that hold the same tensor "
+            "must hold the same bytes, so a file is damaged or of another save"
+        )
+
+
+def _equal(first: StridedTensor, second: StridedTensor) -> bool:
+    """Whether two places hold the same bytes."""
+    if (first.dtype, first.shape) != (second.dtype, second.shape):
+        return False
+    one, other = first.mapped(), second.mapped()
+    rows = max(1, _COMPARE_BYTES // max(1, one[:1].nbytes)) if one.ndim else 1
+    if not one.ndim:
+        return one.tobytes() == other.tobytes()
+    return all(one[row : row + rows].tobytes() == other[row : row + rows].tobytes() for row in range(0, len(one), rows))
+
+
+FORMAT = MegatronFormat()
