@@ -39,6 +39,7 @@ class OpenedCheckpoint:
     adapter: set when the tensors are an adapter to the weights of another checkpoint; `model` is then the adapted one.
     check: reads everything and raises CheckpointError when the checkpoint contradicts itself (its own checksums,
         sizes, index); None when the format carries nothing to check.
+    optimizer_fault: why the state of an optimizer that is there cannot be read; the weights can be taken without it.
     """
 
     format: str
@@ -54,6 +55,7 @@ class OpenedCheckpoint:
     info: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Progress], None] | None = None
     adapter: AdapterRecord | None = None
+    optimizer_fault: str | None = None
 
 
 @dataclass(frozen=True)

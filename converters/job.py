@@ -85,8 +85,10 @@ def _choose(
 ) -> tuple[dict[str, LogicalTensor], tuple[str, ...]]:
     """The tensors to carry and those to drop."""
     moments = tuple(name for name in source.schema if name.startswith(OPTIMIZER_PREFIX))
-    if optimizer == "require" and not moments:
+    if optimizer == "require" and not moments and opened.optimizer_fault is None:
         raise ConversionError(f"{opened.path}: holds no optimizer state; use --optimizer keep to go on without")
+    if opened.optimizer_fault is not None and optimizer != "drop":
+        raise ConversionError(f"{opened.optimizer_fault}; use --optimizer drop to go on without the optimizer's state")
     drops = moments if optimizer == "drop" else ()
     return {name: tensor for name, tensor in source.schema.items() if name not in set(drops)}, drops
 

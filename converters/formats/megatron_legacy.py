@@ -9,15 +9,17 @@ from typing import Any, Final
 
 from converters.format import OpenedCheckpoint, Progress
 from converters.megatron.arguments import load_arguments
-from converters.megatron.pieces import PieceSource, PlacedPiece, gather, match_pieces
+from converters.megatron.modules import Modules
+from converters.megatron.optimizer import Run, open_run
+from converters.megatron.pieces import PlacedPiece, gather
 from converters.megatron.rank_files import Held, RankFile, Whole, find_iteration, read_rank_files
+from converters.megatron.rank_optimizer import rank_file_state
 from converters.megatron.stages import load_layout
 from converters.megatron.table import EMBEDDING, make_table, spelling_of
 from converters.names import summarise
 from converters.untrusted.torch_file import StridedTensor
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box
-from workbench.spec.schema import logical_tensors
 
 NAME: Final = "megatron"
 _COMPARE_BYTES: Final = 1 << 22
@@ -52,23 +54,34 @@ class MegatronFormat:
         named = [(file, name, place) for file in files for name, place in whole.names(file)]
         names = {name for _, name, _ in named}
         rows = next((place.shape[0] * grid.tp for _, name, place in named if name == EMBEDDING), None)
-        table = make_table(said.model, spelling_of(names, said.model), padded_vocab=rows)
+        spelling = spelling_of(names, said.model)
+        table = make_table(said.model, spelling, padded_vocab=rows)
         if over := names - table.tensors.keys():
             raise ConversionError(f"{where}: {summarise(over, 'has', 'have')} no place in Megatron's GPT")
         held = [part for file, name, place in named for part in whole.held(table.tensors[name], file.rank, place)]
         pieces, copies = _sort(held)
         foreign = {name: gather(name, table.tensors[name].shape, found, where) for name, found in pieces.items()}
-        shapes = {name: tensor.shape for name, tensor in logical_tensors(said.model, "F32").items()}
-        schema = match_pieces(shapes, table.rules, foreign, where)
+        modules = Modules(
+            table.tensors,
+            {name: tensor.dtype for name, tensor in foreign.items()},
+            grid,
+            layout.chunks(said.model.num_hidden_layers),
+            grouped=spelling.experts == "grouped",
+            tied=said.model.tie_word_embeddings,
+        )
+        run = Run(arguments, files[0].state, files[0].state.get("optimizer"))
+        opened = open_run(said.model, table, foreign, run, lambda: rank_file_state(files, modules, arguments), where)
         return OpenedCheckpoint(
             format=NAME,
             path=path,
-            source=PieceSource(schema, table.rules, foreign),
+            source=opened.source,
             model=said.model,
             layout=layout,
+            training=opened.training,
             family=family,
-            info={"iteration": str(files[0].state.get("iteration")), "files": f"{len(files)}, version {version}"},
+            info={"files": f"{len(files)}, version {version}", **opened.info},
             check=lambda progress: _compare(copies, progress),
+            optimizer_fault=opened.fault,
         )
 
 

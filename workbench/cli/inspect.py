@@ -67,6 +67,7 @@ def _summary(opened: OpenedCheckpoint) -> dict[str, Any]:
         "tokenizer": str(opened.tokenizer) if opened.tokenizer else None,
         "model": opened.model.model_dump(mode="json", exclude_defaults=True),
         "parents": [f"{p.get('operation')} of {p.get('path')}" for p in opened.lineage if "operation" in p],
+        "optimizer_fault": opened.optimizer_fault,
         **opened.info,
     }
 
