@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from converters.format import OpenedCheckpoint, Progress
+from converters.format import OpenedCheckpoint, Progress, WriteRequest
+from converters.formats._folder import FolderDestination
+from converters.formats._megatron_legacy_contents import rank_folders
 from converters.megatron.arguments import load_arguments
 from converters.megatron.modules import Modules
 from converters.megatron.optimizer import Ruled, Run, open_run
@@ -18,6 +20,7 @@ from converters.megatron.stages import load_layout
 from converters.megatron.table import EMBEDDING, make_table, spelling_of
 from converters.names import summarise
 from converters.untrusted.torch_file import StridedTensor
+from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box
 
@@ -88,6 +91,14 @@ class MegatronFormat:
             check=lambda progress: _compare(copies, progress),
             optimizer_fault=opened.fault,
         )
+
+    def destination(self, request: WriteRequest) -> FolderDestination:
+        """A release for Megatron-LM to be written, at any degrees."""
+
+        def reopen(folder: Path) -> TensorSource:
+            return self.open(folder).source
+
+        return FolderDestination(request, rank_folders(request), reopen)
 
 
 def _with_vocabulary(arguments: Mapping[str, Any], vocab_size: int | None, where: str) -> dict[str, Any]:

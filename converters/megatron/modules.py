@@ -87,27 +87,35 @@ class Modules:
         renamed: bool = False,
     ) -> None:
         self.tensors, self.grid, self.num_chunks = tensors, grid, len(layers[0])
-        self._dtypes, self._layers = dtypes, layers
+        self._dtypes, self.layers = dtypes, layers
         self._renamed, self._grouped, self._shared = renamed, grouped, tied and grid.pp > 1
         self._names: dict[tuple[int, int], dict[str, str]] = {}
 
     def parameters(self, rank: Rank, chunk: int, *, experts: bool) -> list[LocalParameter]:
         """The parameters of a chunk of a rank that this optimizer (of experts or of the rest) trains, in the order of
         its modules."""
+        return [
+            parameter
+            for _, parameter in self.held(rank, chunk)
+            if not parameter.name.endswith(BUFFERS)
+            and (self.tensors[parameter.name].num_experts > 0 and self.grid.ep > 1) == experts
+        ]
+
+    def held(self, rank: Rank, chunk: int) -> Iterator[tuple[str, LocalParameter]]:
+        """All that a chunk of a rank stores, in the order of its modules, each after what they would call it if they
+        had the whole model."""
         if (rank.stage, chunk) not in self._names:
             self._names[rank.stage, chunk] = self._ordered(rank.stage, chunk)
         first = rank.stage == chunk == 0
-        found: list[LocalParameter] = []
         for module, name in self._names[rank.stage, chunk].items():
-            tensor = self.tensors[name]
-            if (tensor.num_experts > 0 and self.grid.ep > 1) == experts:
-                shared = self._shared and name == EMBEDDING
-                found += self._parameter(tensor, rank, shared=shared, copy=module == HEAD and not first and shared)
-        return found
+            shared = self._shared and name == EMBEDDING
+            copy = module == HEAD and not first and shared
+            for parameter in self._parameter(self.tensors[name], rank, shared=shared, copy=copy):
+                yield module, parameter
 
     def _ordered(self, stage: int, chunk: int) -> dict[str, str]:
         """What the modules of a chunk call their parameters, in their order, and the tensors that these are of."""
-        layers = self._layers[stage][chunk]
+        layers = self.layers[stage][chunk]
         begins, ends = stage == chunk == 0, (stage, chunk) == (self.grid.pp - 1, self.num_chunks - 1)
         found = {name: name for name in self.tensors if self._is_here(name, layers, begins, ends)}
         if self._shared and ends:
@@ -115,8 +123,6 @@ class Modules:
         return {name: found[name] for name in sorted(found, key=self._order)}
 
     def _is_here(self, name: str, layers: range, begins: bool, ends: bool) -> bool:
-        if name.endswith(BUFFERS):
-            return False
         if found := re.match(rf"{re.escape(LAYERS)}\.(\d+)\.", name):
             return int(found[1]) in layers
         return begins if name.startswith("embedding.") else ends
@@ -125,7 +131,7 @@ class Modules:
         """A rank's share of a tensor, if it has one."""
         of_expert, grid = tensor.num_experts > 0, self.grid
         tp = grid.etp if of_expert else grid.tp
-        pairs = tensor.share(tp, rank.tp_rank, grid.ep if of_expert else 1, rank.ep_rank if of_expert else 0)
+        pairs = tensor.share(tp, rank.tp_rank % tp, grid.ep if of_expert else 1, rank.ep_rank if of_expert else 0)
         if pairs:
             shape = tuple(max(local.end[dim] for _, local in pairs) for dim in range(len(tensor.shape)))
             copy = copy or (tensor.dim is None and rank.tp_rank > 0)

@@ -145,6 +145,17 @@ def _refuse_scales(name: str, value: Any, where: str) -> None:
         raise ConversionError(f"{where}: {name!r} holds scales of fp8 with delayed scaling, which are not read")
 
 
+def renumber(name: str, layers: int, experts: int) -> str:
+    """The name of a tensor when so many layers and experts more come before its own."""
+    match = _LAYER.fullmatch(name)
+    if match is None:
+        return name
+    layer, rest = int(match[1]), match[2]
+    if expert := _EXPERT.fullmatch(rest):
+        rest = f"{expert[1]}{int(expert[2]) + experts}{expert[3] or ''}"
+    return f"{LAYERS}.{layer + layers}.{rest}"
+
+
 class Whole:
     """From a rank's counting to that of the whole model."""
 
@@ -173,13 +184,10 @@ class Whole:
         match = _LAYER.fullmatch(name)
         if match is None:
             return name
-        layer, rest = int(match[1]), match[2]
-        if layer >= len(layers):
+        if int(match[1]) >= len(layers):
             raise CheckpointError(f"{file.path}: {name!r} is past the {len(layers)} layers that its args say")
-        if (expert := _EXPERT.fullmatch(rest)) and self._model.moe:
-            first = self._model.moe.num_experts // self._grid.ep * file.rank.ep_rank
-            rest = f"{expert[1]}{first + int(expert[2])}{expert[3] or ''}"
-        return f"{LAYERS}.{layers[layer]}.{rest}"
+        share = self._model.moe.num_experts // self._grid.ep if self._model.moe else 0
+        return renumber(name, layers.start, share * file.rank.ep_rank)
 
     def held(self, tensor: McoreTensor, rank: Rank, place: StridedTensor) -> Iterator[Held]:
         """The boxes of a tensor of the whole model that a rank's tensor is made of.

@@ -40,6 +40,7 @@ _GPT: Final = {
     "group_query_attention": False,
     "num_query_groups": 1,
     "swiglu": False,
+    "bias_gelu_fusion": False,
     "normalization": "LayerNorm",
     "add_bias_linear": True,
     "position_embedding_type": "learned_absolute",

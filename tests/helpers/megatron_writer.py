@@ -275,8 +275,6 @@ def _rank(rank: int, order: Path) -> None:
 def main() -> None:
     """Forks the ranks, with everything imported, and waits for them."""
     patch_for_cpu()
-    import megatron.core.dist_checkpointing  # noqa: F401
-    import megatron.core.models.gpt  # noqa: F401
 
     order = Path(sys.argv[1])
     children = []
