@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from converters.drops import allowed_drops
 from converters.format import Format, OpenedCheckpoint
 from workbench import registry
 from workbench.checkpoint.manifest import MANIFEST, is_native, read_manifest
 from workbench.checkpoint.store import resolve
-from workbench.errors import CheckpointError, ConfigError
+from workbench.errors import CheckpointError, ConfigError, ConversionError
 
 _PACKAGE = "converters.formats"
 _NATIVE = "native"
@@ -31,12 +34,23 @@ def get_format(name: str) -> Format:
     return by_name[name]
 
 
-def open_checkpoint(path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+def open_checkpoint(path: Path, *, family: str | None = None, allow_drop: Sequence[str] = ()) -> OpenedCheckpoint:
     """The checkpoint at `path`: a native one, a run folder (its latest), or a folder of another format.
 
-    CheckpointError when there is none, or when it is unfinished or damaged.
+    CheckpointError when there is none, or when it is unfinished or damaged; ConversionError when it holds tensors that
+    have no place and that no pattern of `allow_drop` matches.
     """
-    path = resolve(path)
+    opened = _open(resolve(path), family)
+    dropped = allowed_drops(opened.unplaced, allow_drop)
+    if homeless := [name for name in opened.unplaced if name not in dropped]:
+        from converters.matching import without_place
+
+        advice = "--allow-drop REGEX leaves out what it matches"
+        raise ConversionError(f"{opened.path}: {without_place(opened.family, opened.model, homeless)}; {advice}")
+    return replace(opened, unplaced=(), dropped=dropped) if dropped else opened
+
+
+def _open(path: Path, family: str | None) -> OpenedCheckpoint:
     if is_native(path):  # the common case needs no other format's module
         return get_format(_NATIVE).open(path, family=family)
     known = formats()

@@ -52,6 +52,7 @@ class HuggingFaceFormat:
             family=found.name,
             lineage=(_birth(path, found, config),),
             info=info,
+            unplaced=source.match.over,
         )
 
     def destination(self, request: WriteRequest) -> HuggingFaceDestination:
