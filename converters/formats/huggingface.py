@@ -54,6 +54,7 @@ class HuggingFaceFormat:
             family=found.name,
             lineage=(birth(path, found, config),),
             info=info,
+            unplaced=source.match.over,
         )
 
     def destination(self, request: WriteRequest) -> FolderDestination:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from converters.format import OpenedCheckpoint, Progress
-from converters.formats._huggingface_source import read_json
+from converters.formats._huggingface_files import read_json
 from converters.megatron.arguments import Arguments, load_arguments, with_vocabulary
 from converters.megatron.buffers import State
 from converters.megatron.dist_optimizer import flat_state, is_optimizer_key, require_known_keys, whole_tensors

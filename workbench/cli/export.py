@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
@@ -31,37 +32,36 @@ def export(
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
     mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "512MiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    verify: Annotated[
-        str,
-        typer.Option(
-            help="none, crc (read back), full (fingerprints), logits (crc, and the result run by transformers)."
-        ),
-    ] = "logits",
+    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
+    verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "logits",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, run it with plain transformers, and keep it only if logits agree."""
     from converters.open import get_format, open_checkpoint
-    from workbench.cli._conversion import choice, job_options
-    from workbench.cli._proof import convert_with_proof
+    from workbench.cli._conversion import Conversion, choice, convert, job_options
     from workbench.errors import ConversionError
     from workbench.spec.layout import ParallelLayout
 
     target = get_format(_FORMATS[choice(to, tuple(_FORMATS), "--to")])
-    opened = open_checkpoint(source, family=family or None)
+    opened = open_checkpoint(source, family=family or None, allow_drop=allow_drop or ())
     if target.name == "peft" and opened.adapter is None:
         raise ConversionError(f"{opened.path}: holds a whole model and no adapter; export it with --to hf")
     if target.name != "peft":
         opened = _merged(opened, base)
     options = job_options(
-        ParallelLayout(), dtype=dtype, optimizer="drop", mem=mem, workers=workers, max_shard_size=max_shard_size
+        ParallelLayout(),
+        dtype=dtype,
+        optimizer="drop",
+        mem=mem,
+        workers=workers,
+        max_shard_size=max_shard_size,
+        allow_drop=allow_drop or (),
     )
 
     def proof(folder: Path, _: TensorSource) -> LogitsReport:
         return _prove(opened, options.dtype, base, folder)
 
-    convert_with_proof(
-        out, opened, target, destination, options, words=("export", verify), proof=proof, dry_run=dry_run
-    )
+    convert(out, Conversion(opened, target, destination, options, "export", verify, proof, dry_run))
 
 
 def _merged(opened: OpenedCheckpoint, base: Path | None) -> OpenedCheckpoint:

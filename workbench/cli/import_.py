@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
@@ -30,18 +31,16 @@ def import_(
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
     mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "512MiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    verify: Annotated[
-        str, typer.Option(help="none, crc (read back), full (fingerprints), logits (crc, and against transformers).")
-    ] = "logits",
+    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
+    verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "logits",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Turn a checkpoint of another format into a native one at any layout, proven before it appears."""
     from converters.open import get_format, open_checkpoint
-    from workbench.cli._conversion import job_options, new_layout
-    from workbench.cli._proof import convert_with_proof
+    from workbench.cli._conversion import Conversion, convert, job_options, new_layout
     from workbench.errors import ConfigError
 
-    opened = open_checkpoint(source, family=family or None, vocab_size=vocab_size)
+    opened = open_checkpoint(source, family=family or None, vocab_size=vocab_size, allow_drop=allow_drop or ())
     if opened.format == "native":
         raise ConfigError(f"{source} is a native checkpoint already; use wb reshard to change its layout or dtype")
     if verify == "logits" and opened.format != "huggingface":
@@ -56,17 +55,8 @@ def import_(
         return compare_logits(opened.model, opened.source if dtype else written, opened.path)
 
     layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
-    options = job_options(layout, dtype=dtype, optimizer="keep", mem=mem, workers=workers)
-    convert_with_proof(
-        out,
-        opened,
-        get_format("native"),
-        destination,
-        options,
-        words=("import", verify),
-        proof=proof,
-        dry_run=dry_run,
-    )
+    options = job_options(layout, dtype=dtype, optimizer="keep", mem=mem, workers=workers, allow_drop=allow_drop or ())
+    convert(out, Conversion(opened, get_format("native"), destination, options, "import", verify, proof, dry_run))
 
 
 COMMAND = Command(

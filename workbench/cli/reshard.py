@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
 from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
@@ -27,20 +28,23 @@ def reshard(
     optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
     mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    verify: Annotated[str, typer.Option(help="none, crc (checksums both sides) or full (fingerprints too).")] = "crc",
+    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
+    verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "crc",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint at another tensor, pipeline and expert layout, optimizer state included, without a GPU."""
     with quick_imports():
         import converters.job  # noqa: F401 (wanted later, and quicker here)
         from converters.open import get_format, open_checkpoint
-        from workbench.cli._conversion import convert, job_options, new_layout
+        from workbench.cli._conversion import Conversion, convert, job_options, new_layout
 
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source, allow_drop=allow_drop or ())
     target = get_format("native")
     layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, ep=ep, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
-    options = job_options(layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers)
-    convert(out, opened, target, destination, options, operation="reshard", verify=verify, dry_run=dry_run)
+    options = job_options(
+        layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers, allow_drop=allow_drop or ()
+    )
+    convert(out, Conversion(opened, target, destination, options, "reshard", verify, dry_run=dry_run))
 
 
 COMMAND = Command(
