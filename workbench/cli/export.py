@@ -18,8 +18,18 @@ if TYPE_CHECKING:
     from workbench.checkpoint.source import TensorSource
     from workbench.spec.layout import ParallelLayout
 
-_FORMATS = {"hf": "huggingface", "huggingface": "huggingface", "peft": "peft", "megatron": "megatron"}
-_ONE_PIECE = ("huggingface", "peft")
+_FORMATS = {
+    "hf": "huggingface",
+    "huggingface": "huggingface",
+    "peft": "peft",
+    "megatron": "megatron",
+    "megatron-dist": "megatron_dist",
+    "dcp": "dcp",
+    "torchtitan": "torchtitan",
+}
+_FOR_INFERENCE = ("huggingface", "peft")
+_WITH_LAYOUT = ("megatron", "megatron_dist")
+_WITHOUT_OPTIMIZER = (*_FOR_INFERENCE, "megatron")
 _MEGATRON_MULTIPLE = 128  # --make-vocab-size-divisible-by, unless a run says otherwise
 
 
@@ -28,7 +38,11 @@ def export(
     source: Annotated[Path, typer.Argument(help="A checkpoint at any layout, or a run folder (its latest).")],
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
     to: Annotated[
-        str, typer.Option(help="hf (a folder for transformers), peft (an adapter), megatron (rank folders).")
+        str,
+        typer.Option(
+            help="hf (a folder for transformers), peft (an adapter), megatron (a folder a rank), megatron-dist, dcp or "
+            "torchtitan."
+        ),
     ] = "hf",
     tp: Tp = None,
     pp: Pp = None,
@@ -41,6 +55,9 @@ def export(
     ] = None,
     family: Annotated[str, typer.Option(help="The model family; found by the model's features by default.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
+    optimizer: Annotated[
+        str, typer.Option(help="keep, drop or require its state; dropped for hf, peft and megatron, else kept.")
+    ] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
     mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "512MiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
@@ -50,11 +67,7 @@ def export(
     ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
-    """Write a checkpoint in the format of another program, and keep it only if it proves to be the same.
-
-    A Hugging Face folder is run with plain transformers and its logits compared. Rank folders of Megatron have the
-    layout that is asked for.
-    """
+    """Write a checkpoint in another program's format; a Hugging Face folder is kept only if its logits agree."""
     from converters.open import get_format, open_checkpoint
     from workbench.cli._conversion import Conversion, choice, convert, job_options
     from workbench.errors import ConversionError
@@ -69,7 +82,7 @@ def export(
     options = job_options(
         _layout(opened, target.name, asked),
         dtype=dtype,
-        optimizer="drop",
+        optimizer=optimizer or ("drop" if target.name in _WITHOUT_OPTIMIZER else "keep"),
         mem=mem,
         workers=workers,
         max_shard_size=max_shard_size,
@@ -79,9 +92,9 @@ def export(
     def proof(folder: Path, _: TensorSource) -> LogitsReport:
         return _prove(opened, options.dtype, base, folder)
 
-    one_piece = target.name in _ONE_PIECE
-    verify = verify or ("logits" if one_piece else "full")
-    with_proof = proof if one_piece else None
+    for_inference = target.name in _FOR_INFERENCE
+    verify = verify or ("logits" if for_inference else "full")
+    with_proof = proof if for_inference else None
     convert(out, Conversion(opened, target, destination, options, "export", verify, with_proof, dry_run))
 
 
@@ -91,10 +104,12 @@ def _layout(opened: OpenedCheckpoint, target: str, asked: dict[str, Any]) -> Par
     from workbench.errors import ConfigError
     from workbench.spec.layout import ParallelLayout
 
-    if target not in _ONE_PIECE:
+    if target in _WITH_LAYOUT:
         return new_layout(opened, **asked | {"vocab_multiple": asked["vocab_multiple"] or _MEGATRON_MULTIPLE})
     if given := [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]:
-        raise ConfigError(f"{', '.join(given)}: a {target} folder is in one piece; use --to megatron, or leave it out")
+        raise ConfigError(
+            f"{', '.join(given)}: only folders of Megatron have a layout; use --to megatron, or leave it out"
+        )
     return ParallelLayout()
 
 
@@ -131,5 +146,6 @@ COMMAND = Command(
     panel="Core",
     order=40,
     example="wb export runs/tiny out/tiny-hf\nwb export runs/tiny out/tiny-bf16 --dtype bf16 --max-shard-size 2GB\n"
-    "wb export runs/my-lora out/adapter --to peft\nwb export runs/tiny out/megatron --to megatron --tp 2 --pp 2",
+    "wb export runs/my-lora out/adapter --to peft\nwb export runs/tiny out/megatron --to megatron --tp 2 --pp 2\n"
+    "wb export runs/tiny out/tiny-dcp --to dcp",
 )
