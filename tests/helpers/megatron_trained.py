@@ -311,9 +311,11 @@ def _step(chunks: list[Any], optimizer: Any) -> None:
     for chunk in chunks:
         chunk.zero_grad_buffer()
         for name, parameter in chunk.module.named_parameters():
-            cut = getattr(parameter, "tensor_model_parallel", False) or "local_experts" in name
             name = "embedding.word_embeddings.weight" if getattr(parameter, "shared_embedding", False) else name
-            seed = sum(map(ord, name)) + (1009 * _at()[1] + 9973 * _at()[2] if cut else 0)
+            _, tp_rank, ep_rank = _at()
+            seed = sum(map(ord, name))
+            seed += 1009 * tp_rank if getattr(parameter, "tensor_model_parallel", False) else 0
+            seed += 9973 * ep_rank if "local_experts" in name else 0
             generator = torch.Generator().manual_seed(seed)
             parameter.main_grad.copy_(torch.randn(parameter.shape, generator=generator) * 1e-3)
     optimizer.step()
