@@ -12,7 +12,7 @@ from converters.formats._folder import FolderDestination
 from converters.formats._megatron_legacy_contents import rank_folders
 from converters.megatron.arguments import load_arguments
 from converters.megatron.modules import Modules
-from converters.megatron.optimizer import Ruled, Run, open_run
+from converters.megatron.optimizer import Run, open_run
 from converters.megatron.pieces import PlacedPiece, gather
 from converters.megatron.rank_files import Held, RankFile, Whole, find_iteration, read_rank_files
 from converters.megatron.rank_optimizer import rank_file_state
@@ -73,12 +73,7 @@ class MegatronFormat:
             tied=said.model.tie_word_embeddings,
         )
         run = Run(arguments, files[0].state, files[0].state.get("optimizer"))
-
-        def read() -> dict[str, Ruled]:
-            state = rank_file_state(files, modules, arguments)
-            return {kind: Ruled(table.rules, tensors) for kind, tensors in state.items()}
-
-        opened = open_run(said.model, Ruled(table.rules, foreign), run, read, where)
+        opened = open_run(said.model, table, foreign, run, lambda: rank_file_state(files, modules, arguments), where)
         return OpenedCheckpoint(
             format=NAME,
             path=path,
