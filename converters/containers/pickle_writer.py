@@ -1,7 +1,7 @@
 """Pickles that others load, written without importing what they name. Protocol 2, as torch.save writes it.
 
 Plain data (None, bool, int, float, str, bytes, list, tuple, dict, OrderedDict, Namespace) is written as itself; all
-else is said with `Global`, `Call`, `Instance` and `Persistent`.
+else is said with `Global`, `Call`, `Instance`, `Items` and `Persistent`.
 """
 
 from __future__ import annotations
@@ -44,6 +44,13 @@ class Persistent:
     """What the loader looks up under an identity of its own."""
 
     identity: tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Items:
+    """A dict, given as pairs: its keys may be what only the loader can hash."""
+
+    pairs: tuple[tuple[Any, Any], ...]
 
 
 def dump(value: Any, said: Mapping[type, Callable[[Any], Any]] = MappingProxyType({})) -> bytes:
@@ -99,7 +106,7 @@ class _Writer:
             self.put(item)
         self.parts.append(end)
 
-    def tuple(self, value: tuple[Any, ...]) -> None:
+    def row(self, value: tuple[Any, ...]) -> None:
         if len(value) > len(_SHORT_TUPLES) - 1:
             self.sequence(b"", value, b"t")
             return
@@ -107,12 +114,12 @@ class _Writer:
             self.put(item)
         self.parts.append(_SHORT_TUPLES[len(value)])
 
-    def items(self, start: bytes, value: Mapping[Any, Any]) -> None:
-        self.sequence(start, (part for item in value.items() for part in item), b"u")
+    def items(self, start: bytes, pairs: Iterable[tuple[Any, Any]]) -> None:
+        self.sequence(start, (part for pair in pairs for part in pair), b"u")
 
     def ordered(self, value: OrderedDict[Any, Any]) -> None:
         self.put(Call(Global("collections", "OrderedDict"), ()))
-        self.items(b"", value)
+        self.items(b"", value.items())
 
     def call(self, value: Call) -> None:
         self.put(value.function)
@@ -144,8 +151,9 @@ _WRITERS: Final[Mapping[type, Callable[[_Writer, Any], None]]] = {
     str: _Writer.text,
     bytes: lambda w, v: w.call(Call(_ENCODE, (v.decode("latin1"), "latin1"))),
     list: lambda w, v: w.sequence(b"]", v, b"e"),
-    tuple: _Writer.tuple,
-    dict: lambda w, v: w.items(b"}", v),
+    tuple: _Writer.row,
+    dict: lambda w, v: w.items(b"}", v.items()),
+    Items: lambda w, v: w.items(b"}", v.pairs),
     OrderedDict: _Writer.ordered,
     Namespace: lambda w, v: w.instance(Instance(Global("argparse", "Namespace"), vars(v))),
     Global: _Writer.found,

@@ -168,10 +168,22 @@ class _Archive:
             Checksum(self._start + first, num_bytes, (self._start + behind + 4, self._start + entries[index] + 16))
             for first, num_bytes, behind, index in self._open
         )
-        return TorchFile(self._start, self._end, tuple(self._known), checksums, places)
+        return TorchFile(self._start, self._end, _joined(self._known), checksums, places)
 
     def _put(self, data: bytes) -> int:
         """Appends what is known; its place in the archive."""
         self._known.append((self._start + self._end, data))
         self._end += len(data)
         return self._end - len(data)
+
+
+def _joined(known: list[tuple[int, bytes]]) -> tuple[tuple[int, bytes], ...]:
+    """The same bytes in fewer pieces, in order."""
+    pieces: list[tuple[int, list[bytes]]] = []
+    end = -1
+    for start, data in sorted(known):
+        if start != end:
+            pieces.append((start, []))
+        pieces[-1][1].append(data)
+        end = start + len(data)
+    return tuple((start, b"".join(parts)) for start, parts in pieces)

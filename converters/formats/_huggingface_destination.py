@@ -10,7 +10,8 @@ from converters.family import Family
 from converters.format import WriteRequest
 from converters.formats._files import FileContent, Place, whole_file
 from converters.formats._folder import FolderContents, FolderDestination, ForeignTensor, Piece, foreign_tensors
-from converters.formats._huggingface_source import CONFIG, INDEX, WEIGHTS, HuggingFaceSource
+from converters.formats._huggingface_files import CONFIG, INDEX, WEIGHTS
+from converters.formats._huggingface_source import HuggingFaceSource
 from converters.formats._model_card import model_card
 from converters.names import summarise
 from converters.rules import Rule

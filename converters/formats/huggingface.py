@@ -11,7 +11,8 @@ from converters.family import Family, detect_family, family_for, family_named
 from converters.format import OpenedCheckpoint, WriteRequest
 from converters.formats._folder import FolderDestination
 from converters.formats._huggingface_destination import huggingface_destination
-from converters.formats._huggingface_source import CONFIG, HuggingFaceSource, read_json
+from converters.formats._huggingface_files import CONFIG, read_json
+from converters.formats._huggingface_source import HuggingFaceSource
 from workbench.errors import ConversionError
 from workbench.tokenizer import TOKENIZER_FILES
 
@@ -51,7 +52,7 @@ class HuggingFaceFormat:
             model=model,
             tokenizer=path if any((path / name).is_file() for name in TOKENIZER_FILES) else None,
             family=found.name,
-            lineage=(_birth(path, found, config),),
+            lineage=(birth(path, found, config),),
             info=info,
         )
 
@@ -76,7 +77,7 @@ def _can_hold(family: Family, request: WriteRequest) -> bool:
     return True
 
 
-def _birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+def birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """The line of the lineage that says where the model came from, with the words of its configuration."""
     generation = path / GENERATION_CONFIG
     return {

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from converters.format import OpenedCheckpoint, Progress
-from converters.formats._huggingface_source import read_json
+from converters.format import OpenedCheckpoint, Progress, WriteRequest
+from converters.formats._folder import FolderDestination
+from converters.formats._huggingface_files import read_json
+from converters.formats._megatron_dist_contents import BACKEND, COMMON, METADATA, dist_folder
 from converters.megatron.arguments import Arguments, load_arguments, with_vocabulary
 from converters.megatron.buffers import State
 from converters.megatron.dist_optimizer import (
@@ -33,13 +35,11 @@ from converters.untrusted.dcp import DcpFolder, read_dcp
 from converters.untrusted.paths import file_inside
 from converters.untrusted.plain import PlainObject
 from converters.untrusted.torch_file import read_torch
+from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.layout import ParallelLayout
 
 NAME: Final = "megatron_dist"
-METADATA: Final = "metadata.json"
-BACKEND: Final = "torch_dist"
-COMMON: Final = "common.pt"
 COMMON_OBJECT: Final = "common_state/shard_0_1"
 INTEGRITY: Final = "integrity.json"
 _BLOCK_BYTES: Final = 1 << 24
@@ -100,6 +100,14 @@ class MegatronDistFormat:
             check=_checker(folder),
             optimizer_fault=opened.fault,
         )
+
+    def destination(self, request: WriteRequest) -> FolderDestination:
+        """A release to be written, in chunks of any layout."""
+
+        def reopen(folder: Path) -> TensorSource:
+            return self.open(folder).source
+
+        return FolderDestination(request, dist_folder(request), reopen)
 
 
 def _iteration(path: Path) -> Path:
