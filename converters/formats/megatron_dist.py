@@ -15,7 +15,13 @@ from converters.formats._huggingface_files import read_json
 from converters.formats._megatron_dist_contents import BACKEND, COMMON, METADATA, dist_folder
 from converters.megatron.arguments import Arguments, load_arguments, with_vocabulary
 from converters.megatron.buffers import State
-from converters.megatron.dist_optimizer import flat_state, is_optimizer_key, require_known_keys, whole_tensors
+from converters.megatron.dist_optimizer import (
+    flat_state,
+    is_optimizer_key,
+    plain_state,
+    require_known_keys,
+    whole_tensors,
+)
 from converters.megatron.distributed import one_by_one, whole_model
 from converters.megatron.modules import Modules
 from converters.megatron.optimizer import Run, open_run
@@ -79,7 +85,7 @@ class MegatronDistFormat:
         def state() -> State:
             return _optimizer(found, said, layout, table, foreign)
 
-        run = Run(said.given, common, common.get("optimizer"))
+        run = Run(said.given, common, plain_state(found, common))
         opened = open_run(said.model, table, foreign, run, state, where)
         return OpenedCheckpoint(
             format=NAME,
@@ -160,6 +166,7 @@ def _optimizer(
         layout.chunks(said.model.num_hidden_layers),
         grouped=bool(said.given.get("moe_grouped_gemm")),
         tied=said.model.tie_word_embeddings,
+        renamed=said.given.get("transformer_impl") == "local",
     )
     return flat_state(found, modules)
 
