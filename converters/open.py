@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from converters.drops import allowed_drops
 from converters.format import Format, OpenedCheckpoint
 from workbench import registry
 from workbench.checkpoint.manifest import MANIFEST, is_native, read_manifest
 from workbench.checkpoint.store import resolve
-from workbench.errors import CheckpointError, ConfigError
+from workbench.errors import CheckpointError, ConfigError, ConversionError
 
 _PACKAGE = "converters.formats"
 _NATIVE = "native"
@@ -31,18 +34,38 @@ def get_format(name: str) -> Format:
     return by_name[name]
 
 
-def open_checkpoint(path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+def open_checkpoint(
+    path: Path, *, family: str | None = None, vocab_size: int | None = None, allow_drop: Sequence[str] = ()
+) -> OpenedCheckpoint:
     """The checkpoint at `path`: a native one, a run folder (its latest), or a folder of another format.
 
-    CheckpointError when there is none, or when it is unfinished or damaged.
+    vocab_size: of a checkpoint that does not tell it. CheckpointError when there is none, or when it is unfinished or
+    damaged; ConversionError when it tells another vocab_size, or holds tensors that have no place and that no pattern
+    of `allow_drop` matches.
     """
     path = resolve(path)
+    opened = _find(path).open(path, family=family, vocab_size=vocab_size)
+    if vocab_size not in (None, opened.model.vocab_size):
+        raise ConversionError(
+            f"{path}: its vocabulary has {opened.model.vocab_size} words, not --vocab-size {vocab_size}; leave it out"
+        )
+    dropped = allowed_drops(opened.unplaced, allow_drop)
+    if homeless := [name for name in opened.unplaced if name not in dropped]:
+        from converters.matching import without_place
+
+        advice = "--allow-drop REGEX leaves out what it matches"
+        raise ConversionError(f"{opened.path}: {without_place(opened.family, opened.model, homeless)}; {advice}")
+    return replace(opened, unplaced=(), dropped=dropped) if dropped else opened
+
+
+def _find(path: Path) -> Format:
+    """The format of what is at `path`."""
     if is_native(path):  # the common case needs no other format's module
-        return get_format(_NATIVE).open(path, family=family)
+        return get_format(_NATIVE)
     known = formats()
     for found in known.values():
         if path.exists() and found.recognises(path):
-            return found.open(path, family=family)
+            return found
     if not path.is_dir() or path.name.endswith(".partial") or (path / MANIFEST).exists():
         read_manifest(path)  # says which it is: missing, a file, unfinished, foreign
     names = ", ".join(known)

@@ -31,7 +31,7 @@ class HuggingFaceFormat:
         others = ("adapter_config.json", ".metadata")  # of an adapter; of a folder of torch.distributed.checkpoint
         return (path / CONFIG).is_file() and not any((path / name).is_file() for name in others)
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The folder as logical tensors.
 
         CheckpointError when it is damaged, ConversionError when the family has no place for a key or a tensor.
@@ -55,6 +55,7 @@ class HuggingFaceFormat:
             family=found.name,
             lineage=(birth(path, found, config),),
             info=info,
+            unplaced=source.match.over,
         )
 
     def destination(self, request: WriteRequest) -> FolderDestination:

@@ -38,7 +38,7 @@ class NativeFormat:
         """Whether there is a manifest of ours."""
         return is_native(path)
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The checkpoint at `path`; CheckpointError when it is missing, unfinished, truncated, newer or foreign."""
         source = open_native(path)
         manifest = source.manifest

@@ -44,7 +44,7 @@ class PeftFormat:
         """Whether `path` is a folder with an adapter's configuration."""
         return (path / CONFIG).is_file()
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The adapter, when the model that it belongs to lies where its configuration says."""
         from converters.open import open_checkpoint
 
@@ -55,7 +55,7 @@ class PeftFormat:
                 f"{path}: is an adapter to {named!r}, which is not on this machine under that name; say where it is "
                 "with --base"
             )
-        return open_peft(path, open_checkpoint(base, family=family))
+        return open_peft(path, open_checkpoint(base, family=family, vocab_size=vocab_size))
 
     def destination(self, request: WriteRequest) -> PeftDestination:
         """A folder to be written; ConversionError when the request is no adapter or no family can hold its model."""

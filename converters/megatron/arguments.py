@@ -101,17 +101,19 @@ class Arguments:
     model: ModelConfig
     given: Foreign
 
-    @property
-    def padded_vocab(self) -> int:
-        """Rows of the embedding, with padding."""
-        return int(self.given.get("padded_vocab_size") or self.model.vocab_size)
 
-    @property
-    def notes(self) -> dict[str, str]:
-        """What a reader should know of what was left out."""
-        if self.given.get("vocab_size") is not None:
-            return {}
-        return {"vocabulary": f"{self.model.vocab_size} rows, padding included: vocab_size is not among the arguments"}
+def with_vocabulary(given: Foreign, vocab_size: int | None, where: str) -> Foreign:
+    """The arguments with the true size of the vocabulary, by `vocab_size` if they do not say it; else ConversionError.
+
+    It is never guessed to be the padded one: padding would become words.
+    """
+    told = given.get("vocab_size")
+    if told is None and vocab_size is None:
+        raise ConversionError(
+            f"{where}: its args do not say vocab_size, only padded_vocab_size={given.get('padded_vocab_size')}; "
+            "say how many words the tokenizer has with --vocab-size"
+        )
+    return {**given, "vocab_size": vocab_size if told is None else told}
 
 
 def load_arguments(given: Foreign, where: str) -> Arguments:

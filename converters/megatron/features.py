@@ -17,18 +17,16 @@ NORMS: Final = {"RMSNorm": "rmsnorm", "LayerNorm": "layernorm"}
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The true size of the vocabulary; of a checkpoint whose arguments leave it out, the padded one."""
+    """The true size of the vocabulary (see `arguments.with_vocabulary`), of which padding is no part."""
 
     keys: tuple[str, ...] = ("vocab_size", "padded_vocab_size", "make_vocab_size_divisible_by")
     fields: tuple[str, ...] = ("vocab_size",)
 
     def load(self, given: Foreign) -> dict[str, Any]:
-        size, padded = given.get("vocab_size"), given.get("padded_vocab_size")
-        if size is None and padded is None:
-            raise FieldFault("vocab_size and padded_vocab_size are missing")
-        if size is not None and padded is not None and size > padded:
+        size, padded = given["vocab_size"], given.get("padded_vocab_size")
+        if padded is not None and size > padded:
             raise FieldFault(f"vocab_size={size} is more than padded_vocab_size={padded}")
-        return {"vocab_size": padded if size is None else size}
+        return {"vocab_size": size}
 
     def dump(self, model: ModelConfig) -> dict[str, Any]:
         return {"vocab_size": model.vocab_size}

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.cli._layout_options import VocabSize
 from workbench.cli.common import Command, Output, as_lines, count_text, size_text
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ def inspect(
     out: Output,
     path: Annotated[Path, typer.Argument(help="A checkpoint, a run folder or a folder of another format.")],
     tensors: Annotated[str, typer.Option(help="List the tensors whose names match this pattern.")] = "",
+    vocab_size: VocabSize = None,
 ) -> None:
     """Show what a checkpoint holds: format, layout, step, sizes. Reads headers only; safe on untrusted files."""
     from fnmatch import fnmatchcase
@@ -24,7 +26,7 @@ def inspect(
     from converters.open import open_checkpoint
     from workbench.errors import ConfigError
 
-    opened = open_checkpoint(path)
+    opened = open_checkpoint(path, vocab_size=vocab_size)
     result = _summary(opened)
     text = as_lines(_shown(result))
     if tensors:
@@ -63,6 +65,7 @@ def _summary(opened: OpenedCheckpoint) -> dict[str, Any]:
         "tokenizer": str(opened.tokenizer) if opened.tokenizer else None,
         "model": opened.model.model_dump(mode="json", exclude_defaults=True),
         "parents": [f"{p.get('operation')} of {p.get('path')}" for p in opened.lineage if "operation" in p],
+        "optimizer_fault": opened.optimizer_fault,
         **opened.info,
     }
 
