@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Final
@@ -16,7 +17,7 @@ from converters.megatron.distributed import Stored, stored_now
 from converters.megatron.rank_files import RELEASE, TRACKER
 from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
 from converters.megatron.stages import padded_vocab
-from converters.megatron.table import HEAD, LAYERS, TE, McoreTensor, make_table
+from converters.megatron.table import HEAD, LAYERS, NO_WEIGHTS, TE, McoreTensor, make_table
 from converters.names import summarise
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
@@ -25,6 +26,7 @@ from workbench.spec.layout import ParallelLayout
 METADATA: Final = "metadata.json"
 COMMON: Final = "common.pt"
 BACKEND: Final = "torch_dist"
+_HAS_SCALES: Final = re.compile(r"\.linear_\w+$|norm$")
 _BACKENDS: Final = {
     "sharded_backend": BACKEND,
     "sharded_backend_version": 1,
@@ -54,7 +56,7 @@ def dist_folder(request: WriteRequest) -> FolderContents:
         padding[table.rules[name].foreign] -= logical.numel
     stages = {layer: s for s in range(layout.pp) for layer in layout.layers(model.num_hidden_layers, s)}
     chunks = {name: list(_chunks(table.tensors[name], stages, layout)) for name in wholes}
-    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), {})
+    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), _scales(places, chunks))
     args = saved_args(model, layout, request.schema["embed_tokens.weight"].dtype, None, ckpt_format=BACKEND)
     common = lay_out_torch(_common(args), root=COMMON.removesuffix(".pt"))
     files = {
@@ -118,6 +120,22 @@ def _stacks(
             tuple((_at(box, places[name]), file) for name in names for box, file in chunks[name]),
             padding=sum(padding[name] for name in names),
         )
+    return found
+
+
+def _scales(
+    places: Mapping[str, Stored], chunks: Mapping[str, list[tuple[Box, str]]]
+) -> dict[str, tuple[str, list[None]]]:
+    """The entries in which modules of Transformer Engine look for scaling factors of fp8: that there are none."""
+    found: dict[str, tuple[str, list[None]]] = {}
+    for name, place in places.items():
+        module = place.name.rpartition(".")[0]
+        owners = [module] if _HAS_SCALES.search(module) else []
+        if module.endswith(".linear_proj"):
+            owners.append(module.replace("linear_proj", "core_attention"))
+        index = ".".join(map(str, place.at or (0,))), ".".join(map(str, place.outer or (1,)))
+        for owner in owners:
+            found[f"{owner}.{NO_WEIGHTS}/shard_{index[0]}_{index[1]}"] = (chunks[name][0][1], [None])
     return found
 
 
