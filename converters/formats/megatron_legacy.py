@@ -11,6 +11,7 @@ from converters.format import OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._folder import FolderDestination
 from converters.formats._megatron_legacy_contents import rank_folders
 from converters.megatron.arguments import load_arguments, with_vocabulary
+from converters.megatron.buffers import State
 from converters.megatron.modules import Modules
 from converters.megatron.optimizer import Run, open_run
 from converters.megatron.pieces import ForeignTensor, PlacedPiece, gather
@@ -62,9 +63,11 @@ class MegatronFormat:
             tied=said.model.tie_word_embeddings,
         )
         run = Run(said.given, files[0].state, files[0].state.get("optimizer"))
-        opened = open_run(
-            said.model, found.table, found.foreign, run, lambda: rank_file_state(files, modules, said.given), where
-        )
+
+        def state() -> State:
+            return rank_file_state(files, modules, said.given)
+
+        opened = open_run(said.model, found.table, found.foreign, run, state, where)
         return OpenedCheckpoint(
             format=NAME,
             path=path,
