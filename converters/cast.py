@@ -9,6 +9,7 @@ import numpy as np
 
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConversionError
+from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.schema import OPTIMIZER_PREFIX
 
@@ -79,6 +80,19 @@ def _round_to_bf16(array: np.ndarray) -> np.ndarray:
         quiet = (bits >> np.uint32(16)).astype(np.uint16) | np.uint16(0x0040)
         rounded = np.where(is_nan, quiet, rounded)
     return rounded
+
+
+def from_float64(array: np.ndarray, dtype: str) -> np.ndarray:
+    """Float64 elements in a floating dtype, rounded once, to nearest, ties to even; BF16 as uint16 bits."""
+    if dtype != "BF16":
+        return array.astype(NUMPY_NAMES[dtype])
+    # By way of fp32, rounded to odd: what was cut off stays in the last bit, so the second rounding is as if the first.
+    near = np.asarray(array, np.float32)
+    bits = near.view(np.uint32).reshape(near.shape)
+    with np.errstate(invalid="ignore"):
+        error = np.where(np.isfinite(array), np.abs(near.astype(np.float64)) - np.abs(array), 0.0)
+    odd = (bits - (error > 0).astype(np.uint32)) | (error != 0).astype(np.uint32)
+    return _round_to_bf16(odd.view(np.float32))
 
 
 def _infinite(array: np.ndarray, dtype: str) -> int:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import shutil
 import threading
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Final, Literal
 
 import numpy as np
 
 from converters.format import Destination, OpenedCheckpoint, Progress, no_progress
+from converters.full import check_whole
 from converters.plan import Plan, Sweep
 from converters.threads import in_threads
-from converters.verify import compare_fingerprints, compute_fingerprints
 from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
-from workbench.errors import CheckpointError, ResourceError, VerificationError
+from workbench.errors import ResourceError
 from workbench.spec.geometry import Box
 
 Verify = Literal["none", "crc", "full"]
@@ -30,15 +30,16 @@ def copy_checkpoint(
     destination: Destination,
     plan: Plan,
     *,
+    format: str,
     verify: Verify = "crc",
     progress: Progress = no_progress,
 ) -> dict[str, str]:
     """Fills and commits `destination` and returns the fingerprints of what it holds.
 
-    `source` is that of `opened`, perhaps wrapped (a cast). With "crc" the source's own checksums are verified and what
-    is written is read back, piece by piece; "full" also reads all of it again, once it is on the disk, and compares
-    fingerprints. Whatever fails, and on
-    Ctrl-C, nothing is left at the destination.
+    `source` is that of `opened`, perhaps wrapped (a cast); `format` is the destination's. With "crc" the source's own
+    checksums are verified and what is written is read back, piece by piece; "full" also assembles each tensor of both
+    sides by other code, once it is on the disk, and compares them (`converters.full`). Whatever fails, and on Ctrl-C,
+    nothing is left at the destination.
     """
     require_space(destination.path, sum(plan.files.values()))
     known = known_fingerprints(opened, source, plan)
@@ -53,21 +54,12 @@ def copy_checkpoint(
                 opened.check(progress)
             destination.check(progress)
         if verify == "full":
-            _check_fingerprints(fingerprints, destination, plan, progress)
+            check_whole(opened, destination, format, fingerprints, progress)
         destination.commit(fingerprints)
     except BaseException:
         destination.abort()
         raise
     return fingerprints
-
-
-def _check_fingerprints(expected: Mapping[str, str], destination: Destination, plan: Plan, progress: Progress) -> None:
-    try:
-        found = compute_fingerprints(destination.reopen(), workers=plan.workers, progress=progress)
-    except CheckpointError as error:
-        raise VerificationError(f"what was written cannot be read back: {error}") from error
-    if faults := compare_fingerprints(expected, found):
-        raise VerificationError(f"what was written differs from the source: {'; '.join(faults[:4])}")
 
 
 def work_bytes(plan: Plan, verify: Verify) -> int:

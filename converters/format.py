@@ -37,6 +37,9 @@ class OpenedCheckpoint:
     tokenizer: a folder that holds tokenizer files, or None.
     info: more lines for `wb inspect`, label -> text.
     adapter: set when the tensors are an adapter to the weights of another checkpoint; `model` is then the adapted one.
+    unplaced: foreign tensors that have no place in the model; `open_checkpoint` refuses them unless allowed.
+    dropped: tensors that were left out on the way to `source`, and why.
+    edits: what was done to the tensors at `path` to make those of `source`, if anything.
     check: reads everything and raises CheckpointError when the checkpoint contradicts itself (its own checksums,
         sizes, index); None when the format carries nothing to check.
     optimizer_fault: why the state of an optimizer that is there cannot be read; the weights can be taken without it.
@@ -56,6 +59,9 @@ class OpenedCheckpoint:
     check: Callable[[Progress], None] | None = None
     adapter: AdapterRecord | None = None
     optimizer_fault: str | None = None
+    unplaced: tuple[str, ...] = ()
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    edits: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

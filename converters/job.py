@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from converters.cast import CastSource
 from converters.copy import Verify, copy_checkpoint, require_space
+from converters.drops import allowed_drops, reasons, require_used
 from converters.format import Destination, Format, OpenedCheckpoint, Progress, WriteRequest, no_progress
 from converters.plan import DEFAULT_BUDGET_BYTES, Plan, make_plan
 from workbench.checkpoint.source import TensorSource
@@ -16,7 +18,7 @@ from workbench.errors import ConfigError, ConversionError
 from workbench.spec.geometry import LogicalTensor
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import adapter_tensors
-from workbench.spec.schema import OPTIMIZER_PREFIX, logical_tensors
+from workbench.spec.schema import OPTIMIZER_PREFIX, logical_tensors, weight_of
 
 Optimizer = Literal["keep", "drop", "require"]
 
@@ -25,7 +27,8 @@ Optimizer = Literal["keep", "drop", "require"]
 class JobOptions:
     """What the user may choose. dtype: for weights, None to keep them; max_shard_bytes: for formats with shards.
 
-    read_back: read each piece back as it is written; needed for every kind of verification."""
+    read_back: read each piece back as it is written; needed for every kind of verification.
+    allow_drop: patterns of tensors, unknown to the model, that may be left out."""
 
     layout: ParallelLayout
     dtype: str | None = None
@@ -34,20 +37,43 @@ class JobOptions:
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     max_shard_bytes: int = 5_000_000_000
     read_back: bool = True
+    allow_drop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class Job:
-    """A conversion that has been planned and can be run once."""
+    """A conversion that has been planned and can be run once. format: of the destination. dropped: what is left out,
+    and why."""
 
     opened: OpenedCheckpoint
     source: TensorSource
     destination: Destination
     plan: Plan
+    format: str
+    dropped: Mapping[str, str]
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as JSON values, with the reasons of what is left out."""
+        return {**self.plan.describe(), "dropped": list(self.dropped), "dropped_why": reasons(self.dropped)}
+
+    def readers(self) -> dict[str, str]:
+        """Who reads each side for full verification, once the destination is there."""
+        from converters.full import reader_name
+
+        here = "the edits" if self.opened.edits else reader_name(self.opened.format, self.opened.path)
+        return {"source": here, "destination": reader_name(self.format, self.destination.path)}
 
     def run(self, *, verify: Verify = "crc", progress: Progress = no_progress) -> dict[str, str]:
         """Writes and commits the destination; the fingerprints of what it holds."""
-        return copy_checkpoint(self.opened, self.source, self.destination, self.plan, verify=verify, progress=progress)
+        return copy_checkpoint(
+            self.opened,
+            self.source,
+            self.destination,
+            self.plan,
+            format=self.format,
+            verify=verify,
+            progress=progress,
+        )
 
 
 def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobOptions, *, operation: str) -> Job:
@@ -59,7 +85,10 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
     if path.exists():
         raise ConfigError(f"{path} exists already; remove it or name another destination")
     source = CastSource(opened.source, options.dtype) if options.dtype else opened.source
-    schema, drops = _choose(source, opened, options.optimizer)
+    cut = _choose(source, opened, options)
+    dropped = {**opened.dropped, **cut}
+    require_used(options.allow_drop, dropped)
+    schema = {name: tensor for name, tensor in source.schema.items() if name not in cut}
     _check_complete(opened, schema)
     request = WriteRequest(
         path=path,
@@ -69,36 +98,38 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
         training=opened.training,
         tokenizer=opened.tokenizer,
         family=opened.family,
-        lineage=(*opened.lineage, _parent(opened, operation)),
+        lineage=(*opened.lineage, _parent(opened, operation, dropped)),
         max_shard_bytes=options.max_shard_bytes,
         read_back=options.read_back,
         adapter=opened.adapter,
     )
     destination = target.destination(request)
-    plan = make_plan(source, destination, drops=drops, workers=options.workers, budget_bytes=options.budget_bytes)
+    plan = make_plan(source, destination, drops=cut, workers=options.workers, budget_bytes=options.budget_bytes)
     require_space(path, sum(plan.files.values()))
-    return Job(opened, source, destination, plan)
+    return Job(opened, source, destination, plan, target.name, dropped)
 
 
-def _choose(
-    source: TensorSource, opened: OpenedCheckpoint, optimizer: Optimizer
-) -> tuple[dict[str, LogicalTensor], tuple[str, ...]]:
-    """The tensors to carry and those to drop."""
-    moments = tuple(name for name in source.schema if name.startswith(OPTIMIZER_PREFIX))
-    if optimizer == "require" and not moments and opened.optimizer_fault is None:
+def _choose(source: TensorSource, opened: OpenedCheckpoint, options: JobOptions) -> dict[str, str]:
+    """The tensors of `source` to drop, and why: moments as asked, and of unknown ones those that are allowed."""
+    moments = [name for name in source.schema if name.startswith(OPTIMIZER_PREFIX)]
+    if options.optimizer == "require" and not moments and opened.optimizer_fault is None:
         raise ConversionError(f"{opened.path}: holds no optimizer state; use --optimizer keep to go on without")
-    if opened.optimizer_fault is not None and optimizer != "drop":
+    if opened.optimizer_fault is not None and options.optimizer != "drop":
         raise ConversionError(f"{opened.optimizer_fault}; use --optimizer drop to go on without the optimizer's state")
-    drops = moments if optimizer == "drop" else ()
-    return {name: tensor for name, tensor in source.schema.items() if name not in set(drops)}, drops
+    known = _expected(opened)
+    allowed = allowed_drops([name for name in source.schema if weight_of(name) not in known], options.allow_drop)
+    return allowed | (dict.fromkeys(moments, "optimizer state, not asked for") if options.optimizer == "drop" else {})
+
+
+def _expected(opened: OpenedCheckpoint) -> dict[str, LogicalTensor]:
+    if opened.adapter is not None:
+        return adapter_tensors(opened.model, opened.adapter.lora, "F32")
+    return logical_tensors(opened.model, "F32")
 
 
 def _check_complete(opened: OpenedCheckpoint, schema: dict[str, LogicalTensor]) -> None:
     """ConversionError when weights of the model are missing or have another shape than the model says."""
-    adapter = opened.adapter
-    expected = logical_tensors(opened.model, "F32")
-    if adapter is not None:
-        expected = adapter_tensors(opened.model, adapter.lora, "F32")
+    expected = _expected(opened)
     held = [name for name in expected if name in schema]
     faults = [f"{name} is missing" for name in expected if name not in schema]
     faults += [
@@ -111,7 +142,7 @@ def _check_complete(opened: OpenedCheckpoint, schema: dict[str, LogicalTensor]) 
         raise ConversionError(f"{opened.path}: {'; '.join(faults[:4])}{more}")
 
 
-def _parent(opened: OpenedCheckpoint, operation: str) -> dict[str, Any]:
+def _parent(opened: OpenedCheckpoint, operation: str, dropped: Mapping[str, str]) -> dict[str, Any]:
     """What the manifest of the result says of its parent."""
     return {
         "operation": operation,
@@ -121,4 +152,6 @@ def _parent(opened: OpenedCheckpoint, operation: str) -> dict[str, Any]:
         "layout": opened.layout.model_dump(mode="json") if opened.layout else None,
         "step": opened.training.step if opened.training else None,
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        **({"edits": list(opened.edits)} if opened.edits else {}),
+        **({"dropped": reasons(dropped)} if dropped else {}),
     }

@@ -10,12 +10,14 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from converters.auto import auto_class
+from converters.divergence import engine_states, first_divergence
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ResourceError, VerificationError
 from workbench.spec.model import ModelConfig
@@ -32,28 +34,63 @@ _SEED: Final = 20240229
 
 @dataclass(frozen=True)
 class LogitsReport:
-    """How far apart the logits are at most, what was allowed, and over how many tokens they were compared."""
+    """How far apart the logits are at most, what was allowed, over how many tokens, and against whose."""
 
     difference: float
     tolerance: float
     tokens: int
+    against: str = "transformers"
 
     def describe(self) -> dict[str, Any]:
         """The report as JSON values."""
-        return {"difference": self.difference, "tolerance": self.tolerance, "tokens": self.tokens}
+        return asdict(self)
+
+    def text(self) -> str:
+        """The report in a line."""
+        return (
+            f"logits equal those of {self.against} within {self.difference:.2g} over {self.tokens} tokens "
+            f"({self.tolerance:.1g} allowed, fp32)"
+        )
 
 
 def compare_logits(model: ModelConfig, source: TensorSource, folder: Path) -> LogitsReport:
     """The comparison of `source`, run by the engine at tp=1, with `folder`, run by transformers in a fresh process.
 
-    Raises VerificationError when they differ by more than the tolerance or transformers cannot load the folder, and
-    ResourceError when the model does not fit into memory.
+    Raises VerificationError when they differ by more than the tolerance, with the first layer where they do, or when
+    transformers cannot load the folder; and ResourceError when the model does not fit into memory.
     """
     require_memory(model)
     sequences = probe_sequences(model)
     ours = engine_logits(model, source, sequences)
     theirs = reference_logits(model, folder, sequences)
-    return judge(ours, theirs, sequences, folder)
+    with _divergence_named(model, source, sequences[-1], lambda: reference_states(model, folder, sequences[-1])):
+        return judge(ours, theirs, sequences, folder)
+
+
+def compare_sources(model: ModelConfig, source: TensorSource, written: TensorSource, folder: Path) -> LogitsReport:
+    """The comparison of `source` with what was `written` from it into `folder`, both run by the engine at tp=1.
+
+    Raises as `compare_logits` does.
+    """
+    require_memory(model)
+    sequences = probe_sequences(model)
+    ours = engine_logits(model, source, sequences)
+    theirs = engine_logits(model, written, sequences)
+    inputs = probe_inputs(model, sequences[-1])
+    with _divergence_named(model, source, sequences[-1], lambda: engine_states(model, written, inputs)):
+        return judge(ours, theirs, sequences, folder, against="the result")
+
+
+@contextmanager
+def _divergence_named(
+    model: ModelConfig, source: TensorSource, sequence: Sequence[int], theirs: Callable[[], list[np.ndarray]]
+) -> Iterator[None]:
+    """Adds to a VerificationError the first layer that differs, by the states of `sequence` on both sides."""
+    try:
+        yield
+    except VerificationError as error:
+        ours = engine_states(model, source, probe_inputs(model, sequence))
+        raise VerificationError(f"{error}; {first_divergence(model, ours, theirs(), TOLERANCE)}") from error
 
 
 def probe_sequences(model: ModelConfig) -> list[list[int]]:
@@ -91,9 +128,18 @@ def engine_logits(model: ModelConfig, source: TensorSource, sequences: Sequence[
 
 def reference_logits(model: ModelConfig, folder: Path, sequences: Sequence[Sequence[int]]) -> list[np.ndarray]:
     """transformers' logits, as those of the engine, from a fresh offline process that imports nothing of ours."""
+    return _reference(folder, reference_request(model, folder, sequences))
+
+
+def reference_states(model: ModelConfig, folder: Path, sequence: Sequence[int]) -> list[np.ndarray]:
+    """transformers' hidden states of one sequence, of an encoder before those of its decoder; likewise."""
+    names = ("encoder_hidden_states", "decoder_hidden_states") if model.num_encoder_layers else ("hidden_states",)
+    return _reference(folder, {**reference_request(model, folder, [sequence]), "states": names})
+
+
+def _reference(folder: Path, request: Mapping[str, Any]) -> list[np.ndarray]:
     import numpy as np
 
-    request = reference_request(model, folder, sequences)
     with tempfile.TemporaryDirectory() as scratch:
         asked, output = Path(scratch, "request.json"), Path(scratch, "logits.npz")
         asked.write_text(json.dumps(request))
@@ -119,7 +165,12 @@ def reference_request(model: ModelConfig, folder: Path, sequences: Sequence[Sequ
 
 
 def judge(
-    ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], sequences: Sequence[Sequence[int]], folder: Path
+    ours: Sequence[np.ndarray],
+    theirs: Sequence[np.ndarray],
+    sequences: Sequence[Sequence[int]],
+    folder: Path,
+    *,
+    against: str = "transformers",
 ) -> LogitsReport:
     """The report, when the logits agree; VerificationError names the first token where they do not."""
     import numpy as np
@@ -131,7 +182,7 @@ def judge(
         index = number % len(sequences)
         if a.shape != b.shape:
             raise VerificationError(
-                f"{folder}: logits have shape {list(b.shape)} in transformers, {list(a.shape)} here"
+                f"{folder}: logits have shape {list(b.shape)} by {against}, {list(a.shape)} by the engine"
             )
         gap = np.abs(a.astype(np.float64) - b.astype(np.float64))
         gap = np.where(np.isfinite(gap), gap, np.inf)
@@ -140,10 +191,10 @@ def judge(
             at = np.argwhere(gap > tolerance)[0].tolist()
             raise VerificationError(
                 f"{folder}: logits differ from the source's by {worst:.3g}, and {tolerance:.1g} is allowed; "
-                f"first in probe sequence {index} of {len(sequences[index])} tokens at {at}: transformers "
+                f"first in probe sequence {index} of {len(sequences[index])} tokens at {at}: {against} "
                 f"{float(b[tuple(at)]):.6g}, source {float(a[tuple(at)]):.6g}"
             )
-    return LogitsReport(worst, tolerance, sum(map(len, sequences)))
+    return LogitsReport(worst, tolerance, sum(map(len, sequences)), against)
 
 
 def require_memory(model: ModelConfig) -> None:

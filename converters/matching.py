@@ -1,11 +1,11 @@
-"""Foreign tensors matched with the table of a family, with nothing left over on either side. No torch."""
+"""Foreign tensors matched with the table of a family; what is left over on either side is told. No torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from converters.family import Family, families
+from converters.family import Family, families, family_named
 from converters.names import fold, summarise
 from converters.rules import Rule
 from workbench.errors import ConversionError
@@ -19,19 +19,20 @@ class Match:
     """Foreign tensors matched with logical ones. `places`: (name in the file, rule) of each logical tensor.
 
     repeated: (name, name of what it repeats) of tensors that must equal others, bit for bit, and are then dropped.
-    ignored: names that carry no weights, and why.
+    ignored: names that carry no weights, and why. over: names that have no place.
     """
 
     places: Mapping[str, tuple[str, Rule]]
     schema: Mapping[str, LogicalTensor]
     repeated: tuple[tuple[str, str], ...]
     ignored: Mapping[str, str]
+    over: tuple[str, ...] = ()
 
 
 def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor], where: str) -> Match:
     """Which foreign tensor each logical tensor lies in.
 
-    ConversionError unless all names and shapes match, with nothing over on either side.
+    ConversionError unless all logical tensors are there in their shapes; foreign ones may be left over.
     """
     foreign = {family.current(name): tensor for name, tensor in foreign.items()}
     bound = _bound(family, model, foreign)
@@ -57,16 +58,22 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
     }
     repeated = _repeated(family, model, foreign, {name: place for name, (place, _) in places.items()})
     over = set(foreign) - used - ignored.keys() - {name for name, _ in repeated}
-    if over:
-        faults.append(
-            f"{summarise(over, 'has', 'have')} no place in family {family.name!r}{_hint(family, model, over)}"
-        )
+    if over and (faults or missing):
+        faults.append(without_place(family.name, model, over))
     if missing:
         faults.append(f"{summarise(missing, 'is', 'are')} missing{_why_missing(missing)}")
     if faults:
         shown = faults[:8] + ([f"and {len(faults) - 8} more"] if len(faults) > 8 else [])
         raise ConversionError(f"{where}: {'; '.join(shown)}")
-    return Match(places, schema, repeated, ignored)
+    return Match(places, schema, repeated, ignored, tuple(name for name in foreign if name in over))
+
+
+def without_place(family: str | None, model: ModelConfig, names: Collection[str]) -> str:
+    """That these foreign tensors have no place, with the family that has one, if there is one."""
+    if family is None:
+        return f"{summarise(names, 'has', 'have')} no place"
+    hint = _hint(family_named(family), model, set(names))
+    return f"{summarise(names, 'has', 'have')} no place in family {family!r}{hint}"
 
 
 def _bound(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor]) -> dict[str, Rule]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -87,7 +87,12 @@ class MergedSource:
 
 
 def open_merged(
-    path: Path, *, base: Path | None = None, family: str | None = None, check_base: bool = True
+    path: Path,
+    *,
+    base: Path | None = None,
+    family: str | None = None,
+    check_base: bool = True,
+    allow_drop: Sequence[str] = (),
 ) -> OpenedCheckpoint:
     """The checkpoint at `path`; when it holds an adapter, the model that it makes of its base.
 
@@ -95,15 +100,15 @@ def open_merged(
     or holds other weights than the adapter was trained on.
     """
     if base is not None and peft.FORMAT.recognises(path):
-        found = open_merged(base, family=family)
+        found = open_merged(base, family=family, allow_drop=allow_drop)
         return merge(peft.open_peft(path, found), found, check_base=False)
-    opened = open_checkpoint(path, family=family)
+    opened = open_checkpoint(path, family=family, allow_drop=allow_drop)
     if opened.adapter is None:
         return opened
-    return merge(opened, open_base(opened, base), check_base=check_base)
+    return merge(opened, open_base(opened, base, allow_drop), check_base=check_base)
 
 
-def open_base(opened: OpenedCheckpoint, base: Path | None = None) -> OpenedCheckpoint:
+def open_base(opened: OpenedCheckpoint, base: Path | None = None, allow_drop: Sequence[str] = ()) -> OpenedCheckpoint:
     """The checkpoint that the adapter `opened` belongs to; if that is an adapter too, merged into its own."""
     assert opened.adapter is not None
     where = base if base is not None else Path(opened.adapter.base)
@@ -111,7 +116,7 @@ def open_base(opened: OpenedCheckpoint, base: Path | None = None) -> OpenedCheck
         raise CheckpointError(
             f"{opened.path}: is an adapter to {opened.adapter.base}, which is not there; say where it is with --base"
         )
-    return open_merged(where, family=opened.family)
+    return open_merged(where, family=opened.family, allow_drop=allow_drop)
 
 
 def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool = True) -> OpenedCheckpoint:
@@ -132,6 +137,7 @@ def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool 
         lineage=(*base.lineage, *(entry for entry in opened.lineage if entry not in base.lineage)),
         fingerprints={},
         info={**base.info, "adapter": str(opened.path)},
+        edits=(*base.edits, f"the adapter at {opened.path.absolute()} added to the weights at {base.path.absolute()}"),
         path=opened.path,
     )
 

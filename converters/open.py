@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
+from converters.drops import allowed_drops
 from converters.format import Format, OpenedCheckpoint
 from workbench import registry
 from workbench.checkpoint.manifest import MANIFEST, is_native, read_manifest
@@ -31,11 +34,14 @@ def get_format(name: str) -> Format:
     return by_name[name]
 
 
-def open_checkpoint(path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
+def open_checkpoint(
+    path: Path, *, family: str | None = None, vocab_size: int | None = None, allow_drop: Sequence[str] = ()
+) -> OpenedCheckpoint:
     """The checkpoint at `path`: a native one, a run folder (its latest), or a folder of another format.
 
-    vocab_size: of a checkpoint that does not tell it; ConversionError when it tells another. CheckpointError when there
-    is none, or when it is unfinished or damaged.
+    vocab_size: of a checkpoint that does not tell it. CheckpointError when there is none, or when it is unfinished or
+    damaged; ConversionError when it tells another vocab_size, or holds tensors that have no place and that no pattern
+    of `allow_drop` matches.
     """
     path = resolve(path)
     opened = _find(path).open(path, family=family, vocab_size=vocab_size)
@@ -43,7 +49,13 @@ def open_checkpoint(path: Path, *, family: str | None = None, vocab_size: int | 
         raise ConversionError(
             f"{path}: its vocabulary has {opened.model.vocab_size} words, not --vocab-size {vocab_size}; leave it out"
         )
-    return opened
+    dropped = allowed_drops(opened.unplaced, allow_drop)
+    if homeless := [name for name in opened.unplaced if name not in dropped]:
+        from converters.matching import without_place
+
+        advice = "--allow-drop REGEX leaves out what it matches"
+        raise ConversionError(f"{opened.path}: {without_place(opened.family, opened.model, homeless)}; {advice}")
+    return replace(opened, unplaced=(), dropped=dropped) if dropped else opened
 
 
 def _find(path: Path) -> Format:

@@ -1,7 +1,8 @@
 """Run as a script, by itself: logits of a Hugging Face folder by plain transformers, offline.
 
 usage: python reference.py REQUEST.json OUTPUT.npz
-REQUEST holds: folder, loader (a class of transformers), inputs (by name, one set a sequence) and outputs (names).
+REQUEST holds: folder, loader (a class of transformers), inputs (by name, one set a sequence) and outputs (names); or
+states, names of tuples of hidden states that are written instead.
 Nothing of Workbench is imported here: what this process sees is what any user of the folder sees.
 """
 
@@ -27,13 +28,15 @@ def main(request_path: str, output: str) -> int:
 
 
 def arrays(model: Any, request: dict[str, Any]) -> list[Any]:
-    """Each output of each sequence, in fp32, the sequences of one output together."""
+    """Each output of each sequence, in fp32, the sequences of one output together; or each hidden state."""
     import torch
 
     model.eval()
     with torch.inference_mode():
         rows = [{name: torch.tensor([ids]) for name, ids in row.items()} for row in request["inputs"]]
-        results = [model(**row) for row in rows]
+        results = [model(**row, output_hidden_states="states" in request) for row in rows]
+    if "states" in request:
+        return [state[0].float().numpy() for name in request["states"] for result in results for state in result[name]]
     return [result[name][0].float().numpy() for name in request["outputs"] for result in results]
 
 

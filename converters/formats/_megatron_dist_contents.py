@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -18,7 +19,7 @@ from converters.megatron.rank_files import RELEASE, TRACKER
 from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
 from converters.megatron.saved_optimizer import CONTENT, common_state, has_moments, split_kind, with_moments
 from converters.megatron.stages import padded_vocab
-from converters.megatron.table import HEAD, LAYERS, TE, McoreTensor, Table, make_table
+from converters.megatron.table import HEAD, LAYERS, NO_WEIGHTS, TE, McoreTensor, Table, make_table
 from workbench.checkpoint.manifest import TrainingState
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
@@ -28,6 +29,7 @@ from workbench.spec.model import ModelConfig
 METADATA: Final = "metadata.json"
 COMMON: Final = "common.pt"
 BACKEND: Final = "torch_dist"
+_HAS_SCALES: Final = re.compile(r"\.linear_\w+$|norm$")
 _BACKENDS: Final = {
     "sharded_backend": BACKEND,
     "sharded_backend_version": 1,
@@ -53,7 +55,8 @@ def dist_folder(request: WriteRequest) -> FolderContents:
             padding[rule.foreign] -= logical.numel
     stages = {layer: s for s in range(layout.pp) for layer in layout.layers(model.num_hidden_layers, s)}
     chunks = {name: list(_chunks(table.tensors[split_kind(name)[1]], stages, layout)) for name in wholes}
-    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), {})
+    weights = {name: place for name, place in places.items() if name in table.tensors}
+    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), _scales(weights, chunks))
     training = (request.training or TrainingState(step=0)) if has_moments(request.schema) else None
     root = RELEASE if training is None else f"iter_{training.step:07d}"
     dtype = request.schema["embed_tokens.weight"].dtype
@@ -130,6 +133,22 @@ def _stacks(
             tuple((_at(box, places[name]), file) for name in names for box, file in chunks[name]),
             padding=sum(padding[name] for name in names),
         )
+    return found
+
+
+def _scales(
+    places: Mapping[str, Stored], chunks: Mapping[str, list[tuple[Box, str]]]
+) -> dict[str, tuple[str, list[None]]]:
+    """The entries in which modules of Transformer Engine look for scaling factors of fp8: that there are none."""
+    found: dict[str, tuple[str, list[None]]] = {}
+    for name, place in places.items():
+        module = place.name.rpartition(".")[0]
+        owners = [module] if _HAS_SCALES.search(module) else []
+        if module.endswith(".linear_proj"):
+            owners.append(module.replace("linear_proj", "core_attention"))
+        index = ".".join(map(str, place.at or (0,))), ".".join(map(str, place.outer or (1,)))
+        for owner in owners:
+            found[f"{owner}.{NO_WEIGHTS}/shard_{index[0]}_{index[1]}"] = (chunks[name][0][1], [None])
     return found
 
 

@@ -80,7 +80,7 @@ class MegatronDistFormat:
         rows = weights[EMBEDDING].shape[0] if EMBEDDING in weights else said.model.vocab_size
         table = make_table(said.model, spelling, padded_vocab=rows)
         foreign, used = whole_model(table, said.model, weights, where)
-        notes = _left_out(found, (weights.keys() - used), where)
+        notes, unplaced = _left_out(found, weights.keys() - used)
 
         def state() -> State:
             return _optimizer(found, said, layout, table, foreign)
@@ -93,11 +93,12 @@ class MegatronDistFormat:
             source=opened.source,
             model=said.model,
             layout=layout,
-            training=opened.training,
+            training=None if folder.name == RELEASE else opened.training,
             family=family,
             lineage=({"format": NAME, "name": path.resolve().name},),
             info={**notes, **opened.info},
             check=_checker(folder),
+            unplaced=unplaced,
             optimizer_fault=opened.fault,
         )
 
@@ -171,20 +172,18 @@ def _optimizer(
     return flat_state(found, modules)
 
 
-def _left_out(found: DcpFolder, over: Iterable[str], where: str) -> dict[str, str]:
-    """How many entries without weights there are, and why they are left out; ConversionError for all others."""
+def _left_out(found: DcpFolder, over: Iterable[str]) -> tuple[dict[str, str], tuple[str, ...]]:
+    """How many entries without weights there are, and why they are left out; and the names of all others."""
     counts: dict[str, int] = {}
-    strange = []
+    unplaced = []
     for name in (*over, *(name for name in found.objects if not is_optimizer_key(name))):
         why = next((why for known, why in _WITHOUT_WEIGHTS.items() if re.fullmatch(known, name)), None)
         if why is None:
-            strange.append(name)
+            unplaced.append(name)
         elif name != COMMON_OBJECT:
             counts[why] = counts.get(why, 0) + 1
-    if strange:
-        raise ConversionError(f"{where}: {summarise(strange, 'has', 'have')} no place in Megatron's GPT")
     said = "; ".join(f"{count} ({why})" for why, count in counts.items())
-    return {"left out: entries": said} if said else {}
+    return {"left out: entries": said} if said else {}, tuple(sorted(unplaced))
 
 
 def _checker(folder: Path) -> Callable[[Progress], None] | None:

@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from converters.format import OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._folder import FolderDestination
 from converters.formats._megatron_legacy_contents import rank_folders
-from converters.megatron.arguments import load_arguments
+from converters.megatron.arguments import load_arguments, with_vocabulary
+from converters.megatron.buffers import State
 from converters.megatron.modules import Modules
 from converters.megatron.optimizer import Run, open_run
-from converters.megatron.pieces import PlacedPiece, gather
-from converters.megatron.rank_files import Held, RankFile, Whole, find_iteration, read_rank_files
+from converters.megatron.pieces import ForeignTensor, PlacedPiece, gather
+from converters.megatron.rank_files import RELEASE, Held, RankFile, Whole, find_iteration, read_rank_files
 from converters.megatron.rank_optimizer import rank_file_state
 from converters.megatron.stages import load_layout
-from converters.megatron.table import EMBEDDING, make_table, spelling_of
-from converters.names import summarise
+from converters.megatron.table import EMBEDDING, Spelling, Table, make_table, spelling_of
 from converters.untrusted.torch_file import StridedTensor
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box
+from workbench.spec.model import ModelConfig
 
 NAME: Final = "megatron"
 _COMPARE_BYTES: Final = 1 << 22
@@ -47,43 +48,38 @@ class MegatronFormat:
         """
         folder = find_iteration(path)
         assert folder is not None, path
-        arguments, grid, files = read_rank_files(folder)
         where = str(folder)
-        arguments = _with_vocabulary(arguments, vocab_size, where)
-        said = load_arguments(arguments, where)
+        arguments, grid, files = read_rank_files(folder)
+        said = load_arguments(with_vocabulary(arguments, vocab_size, where), where)
         layout = load_layout(said.given, where)
         version = _version(files[0])
-        whole = Whole(said.model, layout, grid, version)
-        named = [(file, name, place) for file in files for name, place in whole.names(file)]
-        names = {name for _, name, _ in named}
-        rows = next((place.shape[0] * grid.tp for _, name, place in named if name == EMBEDDING), None)
-        spelling = spelling_of(names, said.model)
-        table = make_table(said.model, spelling, padded_vocab=rows)
-        if over := names - table.tensors.keys():
-            raise ConversionError(f"{where}: {summarise(over, 'has', 'have')} no place in Megatron's GPT")
-        held = [part for file, name, place in named for part in whole.held(table.tensors[name], file.rank, place)]
-        pieces, copies = _sort(held)
-        foreign = {name: gather(name, table.tensors[name].shape, found, where) for name, found in pieces.items()}
+        found = _find(files, Whole(said.model, layout, grid, version), said.model, where)
         modules = Modules(
-            table.tensors,
-            {name: tensor.dtype for name, tensor in foreign.items()},
+            found.table.tensors,
+            {name: tensor.dtype for name, tensor in found.foreign.items()},
             grid,
             layout.chunks(said.model.num_hidden_layers),
-            grouped=spelling.experts == "grouped",
+            grouped=found.spelling.experts == "grouped",
             tied=said.model.tie_word_embeddings,
         )
-        run = Run(arguments, files[0].state, files[0].state.get("optimizer"))
-        opened = open_run(said.model, table, foreign, run, lambda: rank_file_state(files, modules, arguments), where)
+        run = Run(said.given, files[0].state, files[0].state.get("optimizer"))
+
+        def state() -> State:
+            return rank_file_state(files, modules, said.given)
+
+        opened = open_run(said.model, found.table, found.foreign, run, state, where)
         return OpenedCheckpoint(
             format=NAME,
             path=path,
             source=opened.source,
             model=said.model,
             layout=layout,
-            training=opened.training,
+            training=None if folder.name == RELEASE else opened.training,
             family=family,
-            info={"files": f"{len(files)}, version {version}", **opened.info},
-            check=lambda progress: _compare(copies, progress),
+            lineage=({"format": NAME, "name": path.resolve().name},),
+            info={"files": f"{len(files)}, version {version:g}", **opened.info},
+            check=lambda progress: _compare(found.copies, progress),
+            unplaced=found.unplaced,
             optimizer_fault=opened.fault,
         )
 
@@ -96,22 +92,36 @@ class MegatronFormat:
         return FolderDestination(request, rank_folders(request), reopen)
 
 
-def _with_vocabulary(arguments: Mapping[str, Any], vocab_size: int | None, where: str) -> dict[str, Any]:
-    """The arguments with the true size of the vocabulary."""
-    told = arguments.get("vocab_size")
-    if told is None and vocab_size is None:
-        raise ConversionError(
-            f"{where}: its args do not say vocab_size, only padded_vocab_size={arguments.get('padded_vocab_size')}; "
-            "say how many words the tokenizer has with --vocab-size"
-        )
-    return {**arguments, "vocab_size": vocab_size if told is None else told}
-
-
 def _version(file: RankFile) -> float:
     version = file.state.get("checkpoint_version", 0)
     if version not in (0, 1, 2, 3):
         raise ConversionError(f"{file.path}: checkpoint_version={version!r} is not known; 0 to 3 are")
     return float(version)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """The tensors of all ranks by their names in the whole model. copies: pairs of places that must hold the same."""
+
+    spelling: Spelling
+    table: Table
+    foreign: Mapping[str, ForeignTensor]
+    copies: list[tuple[Held, Held]]
+    unplaced: tuple[str, ...]
+
+
+def _find(files: Iterable[RankFile], whole: Whole, model: ModelConfig, where: str) -> _Found:
+    named = [(file, name, place) for file in files for name, place in whole.names(file)]
+    names = {name for _, name, _ in named}
+    spelling = spelling_of(names, model)
+    rows = next((place.shape[0] * whole.grid.tp for _, name, place in named if name == EMBEDDING), None)
+    table = make_table(model, spelling, padded_vocab=rows)
+    tensors = table.tensors
+    pieces, copies = _sort(
+        part for file, name, place in named if name in tensors for part in whole.held(tensors[name], file.rank, place)
+    )
+    foreign = {name: gather(name, tensors[name].shape, found, where) for name, found in pieces.items()}
+    return _Found(spelling, table, foreign, copies, tuple(sorted(names - tensors.keys())))
 
 
 def _sort(held: Iterable[Held]) -> tuple[dict[str, list[PlacedPiece]], list[tuple[Held, Held]]]:

@@ -160,7 +160,7 @@ class Whole:
     """From a rank's counting to that of the whole model."""
 
     def __init__(self, model: ModelConfig, layout: ParallelLayout, grid: RankGrid, version: float) -> None:
-        self._model, self._grid, self._version = model, grid, version
+        self.grid, self._model, self._version = grid, model, version
         self._layers = layout.chunks(model.num_hidden_layers)
         if version < 2 and model.num_key_value_heads != model.num_attention_heads:
             raise ConversionError(
@@ -186,7 +186,7 @@ class Whole:
             return name
         if int(match[1]) >= len(layers):
             raise CheckpointError(f"{file.path}: {name!r} is past the {len(layers)} layers that its args say")
-        share = self._model.moe.num_experts // self._grid.ep if self._model.moe else 0
+        share = self._model.moe.num_experts // self.grid.ep if self._model.moe else 0
         return renumber(name, layers.start, share * file.rank.ep_rank)
 
     def held(self, tensor: McoreTensor, rank: Rank, place: StridedTensor) -> Iterator[Held]:
@@ -194,7 +194,7 @@ class Whole:
 
         CheckpointError when it has another shape than the rank's share of the whole.
         """
-        grid = self._grid
+        grid = self.grid
         tp, tp_rank = (grid.etp, rank.tp_rank % grid.etp) if tensor.num_experts else (grid.tp, rank.tp_rank)
         pairs = tensor.share(tp, tp_rank, grid.ep, rank.ep_rank)
         if not pairs:

@@ -26,7 +26,9 @@ def patch_for_cpu() -> None:
     torch.cuda.current_device = lambda: "cpu"
     torch.Tensor.cuda = lambda self, *_, **__: self
     from megatron.core.tensor_parallel import random
+    from megatron.core.transformer.moe import moe_utils
 
+    moe_utils.te_general_gemm = None  # which it looks for without Transformer Engine too
     random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
 
 
@@ -92,8 +94,11 @@ def gpt_model(
 def transformer_config(
     model: ModelConfig, dtype: torch.dtype, layout: ParallelLayout, overrides: Mapping[str, Any]
 ) -> Any:
-    """megatron-core's configuration of a model at a layout, nothing fused and nothing dropped."""
-    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+    """megatron-core's configuration of a model at a layout, nothing fused and nothing dropped.
+
+    Without latent attention, which version 0.16.1 builds of Transformer Engine's layers only.
+    """
+    from megatron.core.transformer.transformer_config import TransformerConfig
 
     act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[model.hidden_act]
     fields: dict[str, Any] = {
@@ -109,7 +114,7 @@ def transformer_config(
         "activation_func": act,
         "add_bias_linear": model.mlp_bias,
         "add_qkv_bias": model.attention_bias,
-        "qk_layernorm": model.qk_norm == "head" or model.latent is not None,
+        "qk_layernorm": model.qk_norm == "head",
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
         "tensor_model_parallel_size": layout.tp,
@@ -140,18 +145,7 @@ def transformer_config(
         }
         if all(fields["moe_layer_freq"]):
             fields["moe_layer_freq"] = 1
-    if (latent := model.latent) is not None:
-        fields |= {
-            "q_lora_rank": latent.q_lora_rank,
-            "kv_lora_rank": latent.kv_lora_rank,
-            "qk_head_dim": latent.qk_nope_head_dim,
-            "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
-            "v_head_dim": latent.v_head_dim,
-            "rope_type": "rope",
-            "rotary_base": model.rope_theta,
-        }
-    kind = TransformerConfig if model.latent is None else MLATransformerConfig
-    return kind(**{**fields, **overrides})
+    return TransformerConfig(**{**fields, **overrides})
 
 
 _FUSIONS = (

@@ -149,7 +149,7 @@ def world_size_of(case: Case) -> int:
     return width * case.pp
 
 
-def folder_of(case: Case, root: Path) -> Path:
+def folder_of(case: Case, iteration: Path) -> Path:
     """The folder of the current rank, by Megatron-LM's rule (get_checkpoint_name)."""
     from megatron.core import parallel_state
 
@@ -158,7 +158,7 @@ def folder_of(case: Case, root: Path) -> Path:
         name += f"_{parallel_state.get_pipeline_model_parallel_rank():03d}"
     if case.ep > 1:
         name += f"_{parallel_state.get_expert_model_parallel_rank():03d}"
-    return root / f"iter_{ITERATION:07d}" / name
+    return iteration / name
 
 
 def state_of(chunk: torch.nn.Module, case: Case) -> dict[str, Any]:
@@ -183,6 +183,17 @@ def te_name(name: str) -> str:
     return name.replace(".pre_mlp_layernorm.", ".mlp.linear_fc1.layer_norm_")
 
 
+def local_state(state: dict[str, Any]) -> dict[str, Any]:
+    """A state with Transformer Engine's names as Megatron's own layers have it; their norms keep no scales of fp8."""
+    kept = {name: value for name, value in state.items() if not name.endswith("norm._extra_state")}
+    return {
+        name.replace(".self_attention.linear_qkv.layer_norm_", ".input_layernorm.").replace(
+            ".mlp.linear_fc1.layer_norm_", ".pre_mlp_layernorm."
+        ): value
+        for name, value in kept.items()
+    }
+
+
 def write_case(case: Case, root: Path) -> None:
     """Every rank's file, then the tracker."""
     size = world_size_of(case)
@@ -196,7 +207,7 @@ def write_case(case: Case, root: Path) -> None:
             states = [state_of(chunk, case) for chunk in chunks]
             saved: dict[str, Any] = {"args": case.arguments(), "checkpoint_version": 3.0, "iteration": ITERATION}
             saved |= {f"model{i}": s for i, s in enumerate(states)} if case.vpp > 1 else {"model": states[0]}
-            path = folder_of(case, root) / "model_optim_rng.pt"
+            path = folder_of(case, root / f"iter_{ITERATION:07d}") / "model_optim_rng.pt"
             path.parent.mkdir(parents=True, exist_ok=True)
             torch.save(saved, path)
             if size == 1:
@@ -215,19 +226,29 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def check_case(case: Case, root: Path) -> None:
-    """Loads every rank's file strictly and compares all parameters, padding included, bit for bit."""
+    """Loads every rank's file of a release strictly and compares all parameters, padding included, bit for bit."""
+    assert (root / "latest_checkpointed_iteration.txt").read_text() == "release"
     size = world_size_of(case)
     for rank in range(size):
         with rank_of(case, rank, size):
             chunks = build_chunks(case)
-            path = folder_of(case, root) / "model_optim_rng.pt"
+            path = folder_of(case, root / "release") / "model_optim_rng.pt"
             saved = torch.load(path, weights_only=False)
-            assert saved["checkpoint_version"] == 3.0 and isinstance(saved["args"], Namespace)
+            assert (saved["checkpoint_version"], saved["iteration"]) == (3.0, 0)
+            check_arguments(saved["args"], case)
             for index, chunk in enumerate(chunks):
                 state = saved[f"model{index}" if case.vpp > 1 else "model"]
-                chunk.load_state_dict(state, strict=True)
+                chunk.load_state_dict(local_state(state), strict=True)
                 for key, parameter, values in parts(chunk, case.dtype):
                     assert torch.equal(parameter, values), f"{path}: {key} differs"
+
+
+def check_arguments(saved: Namespace, case: Case) -> None:
+    """Asserts that exported arguments say what the case's own do, as far as these are given."""
+    unsaid = {"iteration", "consumed_train_samples", "sequence_parallel", "rotary_base", "rotary_percent"}
+    mine = {k: v for k, v in vars(case.arguments()).items() if k not in unsaid and not k.startswith("decoder_")}
+    other = {k: (v, getattr(saved, k, None)) for k, v in mine.items() if getattr(saved, k, None) != v}
+    assert not other, other
 
 
 def main() -> None:

@@ -1,8 +1,9 @@
-"""Checkpoints that megatron-core writes on this CPU, for tests of what reads them.
+"""Checkpoints that megatron-core writes on this CPU, and what it makes of ours, for tests of both directions.
 
-`write_all` starts one process with four gloo ranks that write every fixture. The value of each parameter is a function
-of its global name and place alone, so a model of another layout can be given the same weights (`fill_by_name`).
-Run as a module, because megatron-core's own writer starts processes.
+`write_all` starts one process with four gloo ranks that write every fixture and compute its logits; `load_all` one that
+loads folders into a model of one rank. The value of each parameter is a function of its global name and place alone, so
+a model of another layout can be given the same weights (`fill_by_name`). Run as a module, because megatron-core's own
+writer starts processes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -28,6 +30,8 @@ from workbench.spec.model import ModelConfig
 
 RANKS = 4
 ITERATION = 7
+PROBE = (3, 17, 88, 0, 41, 5, 60, 60, 12, 7)
+"""The words that logits are computed of."""
 
 
 @dataclass(frozen=True)
@@ -63,14 +67,31 @@ class Fixture:
 
 
 def write_all(fixtures: Sequence[Fixture], folder: Path) -> dict[str, Path]:
-    """Writes every fixture into a folder of its name; those folders."""
+    """Writes every fixture into a folder of its name, with its logits beside that; those folders."""
+    _run("write", fixtures, folder)
+    return {fixture.name: folder / fixture.name for fixture in fixtures}
+
+
+def load_all(fixtures: Sequence[Fixture], folder: Path) -> None:
+    """Loads each fixture's release in `folder` strictly into a model of one rank; AssertionError where a weight is not
+    that of the fixture."""
+    _run("load", fixtures, folder)
+
+
+def logits_of(folder: Path) -> torch.Tensor:
+    """megatron-core's logits of `PROBE`, padding included, by the weights of a fixture that was written to `folder`."""
+    found: torch.Tensor = torch.load(folder.with_suffix(".pt"))
+    return found
+
+
+def _run(what: str, fixtures: Sequence[Fixture], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    order = folder / "fixtures.json"
+    order = folder / f"{what}.json"
     order.write_text(json.dumps([asdict(fixture) for fixture in fixtures]))
-    log = folder / "log.txt"
+    log = folder / f"{what}.log"
     with log.open("w") as lines:  # not a pipe: workers of a rank that died would keep it open
         done = subprocess.run(
-            [sys.executable, "-m", "tests.helpers.megatron_writer", str(order)],
+            [sys.executable, "-m", "tests.helpers.megatron_writer", what, str(order)],
             cwd=Path(__file__).parents[2],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
             stdout=lines,
@@ -78,7 +99,6 @@ def write_all(fixtures: Sequence[Fixture], folder: Path) -> dict[str, Path]:
             timeout=240,
         )
     assert done.returncode == 0, log.read_text()[-8000:]
-    return {fixture.name: folder / fixture.name for fixture in fixtures}
 
 
 def value_of(name: str, shape: Sequence[int]) -> torch.Tensor:
@@ -156,7 +176,7 @@ def training_arguments(fixture: Fixture) -> argparse.Namespace:
         "apply_layernorm_1p": False,
         "add_bias_linear": model.mlp_bias,
         "add_qkv_bias": model.attention_bias,
-        "qk_layernorm": model.qk_norm == "head" or model.latent is not None,
+        "qk_layernorm": model.qk_norm == "head",
         "untie_embeddings_and_output_weights": not model.tie_word_embeddings,
         "hidden_dropout": 0.0,
         "attention_dropout": 0.0,
@@ -197,18 +217,9 @@ def training_arguments(fixture: Fixture) -> argparse.Namespace:
             "moe_router_enable_expert_bias": moe.e_score_correction_bias,
             "moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size or None,
             "moe_shared_expert_gate": moe.shared_expert_gate,
+            "moe_router_bias_update_rate": moe.bias_update_rate,
             "moe_aux_loss_coeff": 0.0,
             "moe_grouped_gemm": False,
-        }
-    if (latent := model.latent) is not None:
-        said |= {
-            "multi_latent_attention": True,
-            "q_lora_rank": latent.q_lora_rank,
-            "kv_lora_rank": latent.kv_lora_rank,
-            "qk_head_dim": latent.qk_nope_head_dim,
-            "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
-            "v_head_dim": latent.v_head_dim,
-            "rope_type": "rope",
         }
     return argparse.Namespace(**{**said, **fixture.arguments})
 
@@ -262,13 +273,62 @@ def save(fixture: Fixture, root: Path) -> None:
     parallel_state.destroy_model_parallel()
 
 
-def _rank(rank: int, order: Path) -> None:
+def _logits(fixture: Fixture, folder: Path) -> None:
+    """Saves what a model of one rank with the fixture's weights says to `PROBE`."""
+    gpt = _whole(fixture)
+    fill_by_name([gpt])
+    tokens = torch.tensor([PROBE])
+    positions = torch.arange(tokens.shape[1])[None]
+    masked = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool).triu(1)[None, None]
+    with torch.no_grad():
+        torch.save(gpt.eval()(tokens, positions, masked)[0], folder.with_suffix(".pt"))
+
+
+def _whole(fixture: Fixture) -> torch.nn.Module:
+    """The fixture's model on one rank."""
+    return gpt_model(fixture.features, padded_vocab=fixture.padded_vocab, overrides=fixture.overrides)
+
+
+def _load(fixture: Fixture, folder: Path) -> None:
+    """Loads a release as Megatron does, into a model whose weights were others."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    gpt = _whole(fixture)
+    fill_by_name([gpt])
+    expected = {name: value.clone() for name, value in gpt.named_parameters()}
+    for parameter in gpt.parameters():
+        parameter.data.zero_()
+    state = gpt.sharded_state_dict()
+    for name, tensor in state.items():
+        if ".pre_mlp_layernorm." in name and f"{name.split('.pre_mlp')[0]}.mlp.router.weight" in state:
+            # Transformer Engine's name: that of Megatron's own layers is another (PR 6270 of Megatron-LM).
+            tensor.key = tensor.key.replace("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    found, missing, unexpected = dist_checkpointing.load(
+        {"model": state}, str(folder / "release"), strict=StrictHandling.RETURN_ALL
+    )
+    others = {name for name in missing if "_extra_state" not in name}  # of modules of Transformer Engine alone
+    assert not others and not unexpected, (fixture.name, others, unexpected)
+    assert found["args"].num_layers == fixture.features.num_hidden_layers
+    gpt.load_state_dict(found["model"])
+    for name, value in gpt.named_parameters():
+        rows = fixture.features.vocab_size if value.shape[0] == fixture.padded_vocab else None
+        assert torch.equal(value[:rows], expected[name][:rows]), (fixture.name, name)
+
+
+def _rank(rank: int, what: str, order: Path, world_size: int) -> None:
+    from megatron.core import parallel_state
+
     patch_for_cpu()
-    store = dist.FileStore(str(order.with_name("store")), RANKS)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=RANKS)
-    for given in json.loads(order.read_text()):
-        fixture = Fixture(**given)
+    store = dist.FileStore(str(order.with_name(f"{what}.store")), world_size)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size)
+    fixtures = [Fixture(**given) for given in json.loads(order.read_text())]
+    for fixture in fixtures if what == "write" else ():
         save(fixture, order.parent / fixture.name)
+    parallel_state.initialize_model_parallel()
+    for fixture in fixtures[rank::world_size]:
+        (_logits if what == "write" else _load)(fixture, order.parent / fixture.name)
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -276,16 +336,15 @@ def main() -> None:
     """Forks the ranks, with everything imported, and waits for them."""
     patch_for_cpu()
 
-    order = Path(sys.argv[1])
+    what, order = sys.argv[1], Path(sys.argv[2])
+    world_size = RANKS if what == "write" else 1
     children = []
-    for rank in range(RANKS):
+    for rank in range(world_size):
         child = os.fork()
         if child == 0:
             try:
-                _rank(rank, order)
+                _rank(rank, what, order, world_size)
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
                 os._exit(1)
             os._exit(0)

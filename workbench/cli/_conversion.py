@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -14,9 +15,19 @@ from workbench.errors import ConfigError
 if TYPE_CHECKING:
     from converters.format import Format, OpenedCheckpoint
     from converters.job import Job, JobOptions
+    from converters.logits import LogitsReport
+    from workbench.checkpoint.source import TensorSource
     from workbench.spec.layout import ParallelLayout
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+VERIFY = ("none", "crc", "full", "logits")
+VERIFY_HELP = (
+    "none, crc (checksums of both sides), full (crc, and each tensor of both sides assembled by other code), "
+    "logits (crc, and forward passes compared)."
+)
+DROP_HELP = "Leave out tensors that have no place and match this regular expression, whole; may be repeated."
+Proof = Callable[[Path, "TensorSource"], "LogitsReport"]
+"""Gets the unfinished result, as a folder and as a source; raises when it must not appear."""
 
 
 def parse_size(text: str, option: str) -> int:
@@ -86,7 +97,14 @@ def parse_stages(text: str) -> tuple[int, ...] | None:
 
 
 def job_options(
-    layout: ParallelLayout, *, dtype: str, optimizer: str, mem: str, workers: int, max_shard_size: str = "5GB"
+    layout: ParallelLayout,
+    *,
+    dtype: str,
+    optimizer: str,
+    mem: str,
+    workers: int,
+    max_shard_size: str = "5GB",
+    allow_drop: Sequence[str] = (),
 ) -> JobOptions:
     """The options of a conversion from the words of the command line."""
     from converters.cast import FLOATS
@@ -101,42 +119,88 @@ def job_options(
         workers=workers,
         budget_bytes=parse_size(mem, "--mem"),
         max_shard_bytes=parse_size(max_shard_size, "--max-shard-size"),
+        allow_drop=tuple(allow_drop),
     )
 
 
-def convert(
-    out: Output,
-    opened: OpenedCheckpoint,
-    target: Format,
-    destination: Path,
-    options: JobOptions,
-    *,
-    operation: str,
-    verify: str = "crc",
-    dry_run: bool = False,
-) -> None:
-    """Plans, shows the plan, runs it unless `dry_run`, and gives the command's result."""
-    from converters.copy import Verify
+@dataclass(frozen=True)
+class Conversion:
+    """A conversion as a command asks for it. proof: what --verify logits means, if not the engine run on both sides."""
+
+    opened: OpenedCheckpoint
+    target: Format
+    destination: Path
+    options: JobOptions
+    operation: str
+    verify: str = "crc"
+    proof: Proof | None = None
+    dry_run: bool = False
+
+
+def convert(out: Output, asked: Conversion) -> None:
+    """Plans, shows the plan, runs it unless it is a dry run, and gives the command's result.
+
+    Whatever fails, and when what was written does not pass the verification, nothing is left at the destination.
+    """
+    from converters.checked import CheckedFormat
     from converters.job import make_job
 
-    checked: Verify = choice(verify, get_args(Verify), "--verify")
+    verify = choice(asked.verify, VERIFY, "--verify")
+    reports: list[LogitsReport] = []
+
+    def check(folder: Path, written: TensorSource) -> None:
+        out.say("comparing logits")
+        reports.append(proof(folder, written))
+
     started = time.monotonic()
-    options = replace(options, read_back=checked != "none")
-    job = make_job(opened, target, destination, options, operation=operation)
-    plan = {"source": str(opened.path), "destination": str(destination), **job.plan.describe()}
-    plan["layout"] = options.layout.model_dump(mode="json")
+    proof = asked.proof or _engine_proof(asked)
+    options = replace(asked.options, read_back=verify != "none")
+    target = CheckedFormat(asked.target, check) if verify == "logits" else asked.target
+    job = make_job(asked.opened, target, asked.destination, options, operation=asked.operation)
+    result: dict[str, Any] = {
+        "source": str(asked.opened.path),
+        "destination": str(asked.destination),
+        "format": target.name,
+        **job.describe(),
+        "layout": options.layout.model_dump(mode="json"),
+        "dry_run": asked.dry_run,
+    }
     out.say(plan_text(job, target))
-    if dry_run:
-        out.result({**plan, "dry_run": True}, text="The plan covers every element exactly once; nothing was written.")
+    if asked.dry_run:
+        out.result(result, text="The plan covers every element exactly once; nothing was written.")
         return
-    seconds = run_job(out, job, verify=checked, label=operation)
+    seconds = run_job(out, job, verify="crc" if verify == "logits" else verify, label=asked.operation)
     total = time.monotonic() - started
     rate = job.plan.num_bytes / max(seconds, 1e-9)
-    out.result(
-        {**plan, "dry_run": False, "verify": checked, "seconds": total, "bytes_per_second": rate},
-        text=f"{destination}: {size_text(job.plan.num_bytes)} in {time_text(total)} ({size_text(rate)}/s), "
-        f"verified: {checked}.",
+    result |= {"verify": verify, "seconds": total, "bytes_per_second": rate}
+    text = (
+        f"{asked.destination}: {size_text(job.plan.num_bytes)} in {time_text(total)} ({size_text(rate)}/s), "
+        f"verified: {verify}."
     )
+    if verify == "full":
+        result["full"] = readers = job.readers()
+        text += f"\nevery tensor is equal, bit for bit, as read by: {readers['source']} and {readers['destination']}"
+    for report in reports:
+        result["logits"] = report.describe()
+        text += f"\n{report.text()}"
+    out.result(result, text=text)
+
+
+def _engine_proof(asked: Conversion) -> Proof:
+    """The logits of the source, cast as it is written, against those of what was written, both by the engine."""
+
+    def proof(folder: Path, written: TensorSource) -> LogitsReport:
+        from converters.cast import CastSource
+        from converters.logits import compare_sources
+
+        opened, dtype = asked.opened, asked.options.dtype
+        if opened.adapter is not None:
+            raise ConfigError(f"{opened.path}: an adapter alone has no logits; use --verify full")
+        return compare_sources(
+            opened.model, CastSource(opened.source, dtype) if dtype else opened.source, written, folder
+        )
+
+    return proof
 
 
 def run_job(out: Output, job: Job, *, verify: Any, label: str) -> float:
@@ -152,6 +216,8 @@ def run_job(out: Output, job: Job, *, verify: Any, label: str) -> float:
 
 def plan_text(job: Job, target: Format) -> str:
     """The plan for people."""
+    from converters.drops import reasons
+
     plan, opened = job.plan, job.opened
     lines = [
         f"from  {opened.path} ({describe_layout(opened)})",
@@ -159,8 +225,8 @@ def plan_text(job: Job, target: Format) -> str:
         f"      {len(plan.tensors)} tensors, {size_text(plan.num_bytes)}, {len(plan.units)} pieces in "
         f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory",
     ]
-    if plan.drops:
-        lines.append(f"      drops {len(plan.drops)} tensors: {plan.drops[0]} ...")
+    lines += [f"edit  {edit}" for edit in opened.edits]
+    lines += [f"drops {', '.join(names)}: {why}" for why, names in reasons(job.dropped).items()]
     return "\n".join(lines)
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
+from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, Vpp
 from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
@@ -15,32 +17,33 @@ def reshard(
     out: Output,
     source: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder (its latest checkpoint).")],
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; the source's by default.")] = None,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages; the source's by default.")] = None,
-    vpp: Annotated[int | None, typer.Option(help="Chunks of layers in each stage; the source's by default.")] = None,
-    ep: Annotated[int | None, typer.Option(help="Replicas that share the experts; the source's by default.")] = None,
-    pp_layout: Annotated[
-        str, typer.Option(help="Layers per stage, or per chunk in the order of the network, when not even: 6,8,8,6.")
-    ] = "",
-    vocab_multiple: Annotated[int | None, typer.Option(help="Pad each rank's vocabulary to this multiple.")] = None,
+    tp: Tp = None,
+    pp: Pp = None,
+    vpp: Vpp = None,
+    ep: Ep = None,
+    pp_layout: PpLayout = "",
+    vocab_multiple: VocabMultiple = None,
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
     optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
     mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    verify: Annotated[str, typer.Option(help="none, crc (checksums both sides) or full (fingerprints too).")] = "crc",
+    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
+    verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "crc",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint at another tensor, pipeline and expert layout, optimizer state included, without a GPU."""
     with quick_imports():
         import converters.job  # noqa: F401 (wanted later, and quicker here)
         from converters.open import get_format, open_checkpoint
-        from workbench.cli._conversion import convert, job_options, new_layout
+        from workbench.cli._conversion import Conversion, convert, job_options, new_layout
 
-    opened = open_checkpoint(source)
+    opened = open_checkpoint(source, allow_drop=allow_drop or ())
     target = get_format("native")
     layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, ep=ep, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
-    options = job_options(layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers)
-    convert(out, opened, target, destination, options, operation="reshard", verify=verify, dry_run=dry_run)
+    options = job_options(
+        layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers, allow_drop=allow_drop or ()
+    )
+    convert(out, Conversion(opened, target, destination, options, "reshard", verify, dry_run=dry_run))
 
 
 COMMAND = Command(
