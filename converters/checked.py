@@ -29,8 +29,8 @@ class CheckedFormat:
     def recognises(self, path: Path) -> bool:
         return self._format.recognises(path)
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
-        return self._format.open(path, family=family)
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
+        return self._format.open(path, family=family, vocab_size=vocab_size)
 
     def destination(self, request: WriteRequest) -> Destination:
         return _CheckedDestination(self._format.destination(request), self._check)

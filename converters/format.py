@@ -42,6 +42,7 @@ class OpenedCheckpoint:
     edits: what was done to the tensors at `path` to make those of `source`, if anything.
     check: reads everything and raises CheckpointError when the checkpoint contradicts itself (its own checksums,
         sizes, index); None when the format carries nothing to check.
+    optimizer_fault: why the state of an optimizer that is there cannot be read; the weights can be taken without it.
     """
 
     format: str
@@ -57,6 +58,7 @@ class OpenedCheckpoint:
     info: Mapping[str, str] = field(default_factory=dict)
     check: Callable[[Progress], None] | None = None
     adapter: AdapterRecord | None = None
+    optimizer_fault: str | None = None
     unplaced: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     edits: tuple[str, ...] = ()
@@ -155,8 +157,12 @@ class Format(Protocol):
         """Whether `path` looks like this format; reads little, never raises for a foreign path."""
         ...
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
-        """Opens for reading. CheckpointError when damaged, ConversionError when it cannot be represented."""
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
+        """Opens for reading. CheckpointError when damaged, ConversionError when it cannot be represented.
+
+        vocab_size: of a checkpoint that keeps its vocabulary padded and may not tell the size without; a format that
+        always tells ignores it.
+        """
         ...
 
     def destination(self, request: WriteRequest) -> Destination:

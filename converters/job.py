@@ -112,8 +112,10 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
 def _choose(source: TensorSource, opened: OpenedCheckpoint, options: JobOptions) -> dict[str, str]:
     """The tensors of `source` to drop, and why: moments as asked, and of unknown ones those that are allowed."""
     moments = [name for name in source.schema if name.startswith(OPTIMIZER_PREFIX)]
-    if options.optimizer == "require" and not moments:
+    if options.optimizer == "require" and not moments and opened.optimizer_fault is None:
         raise ConversionError(f"{opened.path}: holds no optimizer state; use --optimizer keep to go on without")
+    if opened.optimizer_fault is not None and options.optimizer != "drop":
+        raise ConversionError(f"{opened.optimizer_fault}; use --optimizer drop to go on without the optimizer's state")
     known = _expected(opened)
     allowed = allowed_drops([name for name in source.schema if weight_of(name) not in known], options.allow_drop)
     return allowed | (dict.fromkeys(moments, "optimizer state, not asked for") if options.optimizer == "drop" else {})

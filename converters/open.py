@@ -34,13 +34,21 @@ def get_format(name: str) -> Format:
     return by_name[name]
 
 
-def open_checkpoint(path: Path, *, family: str | None = None, allow_drop: Sequence[str] = ()) -> OpenedCheckpoint:
+def open_checkpoint(
+    path: Path, *, family: str | None = None, vocab_size: int | None = None, allow_drop: Sequence[str] = ()
+) -> OpenedCheckpoint:
     """The checkpoint at `path`: a native one, a run folder (its latest), or a folder of another format.
 
-    CheckpointError when there is none, or when it is unfinished or damaged; ConversionError when it holds tensors that
-    have no place and that no pattern of `allow_drop` matches.
+    vocab_size: of a checkpoint that does not tell it. CheckpointError when there is none, or when it is unfinished or
+    damaged; ConversionError when it tells another vocab_size, or holds tensors that have no place and that no pattern
+    of `allow_drop` matches.
     """
-    opened = _open(resolve(path), family)
+    path = resolve(path)
+    opened = _find(path).open(path, family=family, vocab_size=vocab_size)
+    if vocab_size not in (None, opened.model.vocab_size):
+        raise ConversionError(
+            f"{path}: its vocabulary has {opened.model.vocab_size} words, not --vocab-size {vocab_size}; leave it out"
+        )
     dropped = allowed_drops(opened.unplaced, allow_drop)
     if homeless := [name for name in opened.unplaced if name not in dropped]:
         from converters.matching import without_place
@@ -50,13 +58,14 @@ def open_checkpoint(path: Path, *, family: str | None = None, allow_drop: Sequen
     return replace(opened, unplaced=(), dropped=dropped) if dropped else opened
 
 
-def _open(path: Path, family: str | None) -> OpenedCheckpoint:
+def _find(path: Path) -> Format:
+    """The format of what is at `path`."""
     if is_native(path):  # the common case needs no other format's module
-        return get_format(_NATIVE).open(path, family=family)
+        return get_format(_NATIVE)
     known = formats()
     for found in known.values():
         if path.exists() and found.recognises(path):
-            return found.open(path, family=family)
+            return found
     if not path.is_dir() or path.name.endswith(".partial") or (path / MANIFEST).exists():
         read_manifest(path)  # says which it is: missing, a file, unfinished, foreign
     names = ", ".join(known)

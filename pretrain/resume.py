@@ -31,7 +31,8 @@ def require_same_run(
     """The training state of a checkpoint; ConfigError with every value in which it and the configuration differ.
 
     Layout, batch size, length and learning rate may change between two parts of a run. The model, the seed, the kind of
-    optimizer and the order of the data may not.
+    optimizer and the order of the data may not. A run of another program has no order of data that could be kept: it
+    goes on with the sample after those that it had consumed.
     """
     state = manifest.training
     if state is None:
@@ -47,7 +48,7 @@ def require_same_run(
     identity = objective.identity
     faults += [
         f"the data's {key} is {identity.get(key)}, was {state.data.get(key)}"
-        for key in sorted(identity.keys() | state.data.keys())
+        for key in sorted(identity.keys() | state.data.keys() if state.data else ())
         if identity.get(key) != state.data.get(key)
     ]
     if faults:

@@ -9,8 +9,10 @@ from typing import Any
 
 from converters.family import Family, detect_family, family_for, family_named
 from converters.format import OpenedCheckpoint, WriteRequest
-from converters.formats._huggingface_destination import HuggingFaceDestination
-from converters.formats._huggingface_source import CONFIG, HuggingFaceSource, read_json
+from converters.formats._folder import FolderDestination
+from converters.formats._huggingface_destination import huggingface_destination
+from converters.formats._huggingface_files import CONFIG, read_json
+from converters.formats._huggingface_source import HuggingFaceSource
 from workbench.errors import ConversionError
 from workbench.tokenizer import TOKENIZER_FILES
 
@@ -28,7 +30,7 @@ class HuggingFaceFormat:
         """Whether `path` is a folder with a model's config.json."""
         return path.is_dir() and (path / CONFIG).is_file() and not (path / "adapter_config.json").is_file()
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The folder as logical tensors.
 
         CheckpointError when it is damaged, ConversionError when the family has no place for a key or a tensor.
@@ -50,12 +52,12 @@ class HuggingFaceFormat:
             model=model,
             tokenizer=path if any((path / name).is_file() for name in TOKENIZER_FILES) else None,
             family=found.name,
-            lineage=(_birth(path, found, config),),
+            lineage=(birth(path, found, config),),
             info=info,
             unplaced=source.match.over,
         )
 
-    def destination(self, request: WriteRequest) -> HuggingFaceDestination:
+    def destination(self, request: WriteRequest) -> FolderDestination:
         """A folder to be written. ConversionError when no family, or not the asked one, can hold the model."""
         birth = birth_of(request.lineage)
         known = birth.get("family") if birth else None
@@ -65,7 +67,7 @@ class HuggingFaceFormat:
             family = family_named(known)
         else:
             family = family_for(request.model)
-        return HuggingFaceDestination(request, family, birth if birth and known == family.name else {})
+        return huggingface_destination(request, family, birth if birth and known == family.name else {})
 
 
 def _can_hold(family: Family, request: WriteRequest) -> bool:
@@ -76,7 +78,7 @@ def _can_hold(family: Family, request: WriteRequest) -> bool:
     return True
 
 
-def _birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+def birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """The line of the lineage that says where the model came from, with the words of its configuration."""
     generation = path / GENERATION_CONFIG
     return {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
 
+from converters.claim import claim
 from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
 from converters.threads import in_threads
 from workbench.checkpoint.early_sync import EarlySync
@@ -22,10 +22,8 @@ from workbench.checkpoint.writer import (
     discard,
     file_of,
     partial_folder,
-    prepare,
     rank_tag,
 )
-from workbench.errors import ConfigError
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.lora import adapter_specs
 from workbench.spec.schema import stored_shards, weight_of
@@ -40,7 +38,7 @@ class NativeFormat:
         """Whether there is a manifest of ours."""
         return is_native(path)
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The checkpoint at `path`; CheckpointError when it is missing, unfinished, truncated, newer or foreign."""
         source = open_native(path)
         manifest = source.manifest
@@ -133,9 +131,7 @@ class NativeDestination:
 
     def begin(self) -> None:
         """Makes the `.partial` folder and its files; ConfigError when the path exists or is being written."""
-        _refuse_busy(self._partial)
-        prepare(self.path)
-        self._lock = _hold(self._partial)
+        self._lock = claim(self.path)
         for writer in self._writers.values():
             writer.open()
         if self._request.tokenizer is not None:
@@ -209,23 +205,6 @@ class NativeDestination:
 
 def _by_offset(stored: StoredBox) -> tuple[int, ...]:
     return stored.box.offset
-
-
-def _hold(folder: Path) -> int:
-    """Marks a folder as being written by this process, for as long as the returned descriptor is open."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _refuse_busy(partial: Path) -> None:
-    """ConfigError when another process is writing `partial` now."""
-    if not partial.is_dir():
-        return
-    try:
-        os.close(_hold(partial))
-    except BlockingIOError:
-        raise ConfigError(f"{partial} is being written by another process; wait for it, or name another one") from None
 
 
 FORMAT = NativeFormat()

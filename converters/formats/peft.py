@@ -13,7 +13,7 @@ import numpy as np
 
 from converters.family import Family, family_for, family_named
 from converters.format import OpenedCheckpoint, Progress, WriteRequest
-from converters.formats._huggingface_source import read_json
+from converters.formats._huggingface_files import read_json
 from converters.formats._peft_card import adapter_card
 from converters.formats._peft_source import SCORE, Arrays, ArraySource, file_targets, read_file, to_file, to_logical
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, lora_of, peft_modules
@@ -44,7 +44,7 @@ class PeftFormat:
         """Whether `path` is a folder with an adapter's configuration."""
         return (path / CONFIG).is_file()
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The adapter, when the model that it belongs to lies where its configuration says."""
         from converters.open import open_checkpoint
 
@@ -55,7 +55,7 @@ class PeftFormat:
                 f"{path}: is an adapter to {named!r}, which is not on this machine under that name; say where it is "
                 "with --base"
             )
-        return open_peft(path, open_checkpoint(base, family=family))
+        return open_peft(path, open_checkpoint(base, family=family, vocab_size=vocab_size))
 
     def destination(self, request: WriteRequest) -> PeftDestination:
         """A folder to be written; ConversionError when the request is no adapter or no family can hold its model."""

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from converters.formats._huggingface_source import INDEX, WEIGHTS, HuggingFaceSource
+from converters.formats._huggingface_files import INDEX, WEIGHTS
+from converters.formats._huggingface_source import HuggingFaceSource
 from converters.rules import Halve, Merge, Operation, Permute, Slice, Split
 from workbench.checkpoint.source import TensorSource
 from workbench.spec.geometry import LogicalTensor

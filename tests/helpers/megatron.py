@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 
@@ -23,6 +24,7 @@ def patch_for_cpu() -> None:
     """Lets megatron-core's local layers run without CUDA; once, before anything of it is built."""
     torch.cuda.synchronize = lambda *_, **__: None
     torch.cuda.current_device = lambda: "cpu"
+    torch.Tensor.cuda = lambda self, *_, **__: self
     from megatron.core.tensor_parallel import random
 
     random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
@@ -45,50 +47,120 @@ def single_rank() -> Iterator[None]:
             dist.destroy_process_group()
 
 
-def gpt_model(model: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.nn.Module:
-    """megatron-core's GPTModel, local layer spec, with parameters of `dtype`; for gated models with rope and RMSNorm.
+def gpt_model(
+    model: ModelConfig,
+    dtype: torch.dtype = torch.float32,
+    *,
+    layout: ParallelLayout | None = None,
+    padded_vocab: int | None = None,
+    chunk: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> torch.nn.Module:
+    """What this rank has of megatron-core's GPTModel, local layer spec, with parameters of `dtype`.
 
-    Its model-parallel groups must exist.
+    Its model-parallel groups must exist. padded_vocab: rows of the embedding, with padding. chunk: of a stage of
+    several. overrides: more fields of its configuration.
     """
-    assert model.norm == "rmsnorm" and model.gated_mlp and model.position_embedding == "rope"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from megatron.core import parallel_state
         from megatron.core.models.gpt import GPTModel
-        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-        from megatron.core.transformer.transformer_config import TransformerConfig
+        from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 
-        config = TransformerConfig(
-            num_layers=model.num_hidden_layers,
-            hidden_size=model.hidden_size,
-            ffn_hidden_size=model.intermediate_size,
-            num_attention_heads=model.num_attention_heads,
-            num_query_groups=model.num_key_value_heads,
-            kv_channels=model.head_dim,
-            normalization="RMSNorm",
-            layernorm_epsilon=model.norm_eps,
-            gated_linear_unit=True,
-            activation_func=F.silu,
-            add_bias_linear=False,
-            hidden_dropout=0.0,
-            attention_dropout=0.0,
-            use_cpu_initialization=True,
-            params_dtype=dtype,
-            bf16=dtype == torch.bfloat16,
-            bias_activation_fusion=False,
-            masked_softmax_fusion=False,
-            gradient_accumulation_fusion=False,
-            persist_layer_norm=False,
-            bias_dropout_fusion=False,
+        config = transformer_config(model, dtype, layout or ParallelLayout(), overrides or {})
+        spec = get_gpt_decoder_block_spec(
+            config, use_transformer_engine=False, normalization=config.normalization, vp_stage=chunk
         )
+        scaling = model.rope_scaling
         return GPTModel(
             config,
-            get_gpt_layer_local_spec(normalization="RMSNorm"),
-            vocab_size=model.vocab_size,
+            spec,
+            vocab_size=padded_vocab or model.vocab_size,
             max_sequence_length=model.max_position_embeddings,
-            position_embedding_type="rope",
+            pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=chunk is None, vp_stage=chunk),
+            post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=chunk is None, vp_stage=chunk),
+            position_embedding_type="rope" if model.position_embedding == "rope" else "learned_absolute",
             rotary_base=int(model.rope_theta),
+            rotary_percent=model.partial_rotary_factor,
+            rope_scaling=scaling is not None and scaling.kind == "by_parts",
+            rope_scaling_factor=scaling.factor if scaling else 8.0,
             share_embeddings_and_output_weights=model.tie_word_embeddings,
+            vp_stage=chunk,
         ).to(dtype)
+
+
+def transformer_config(
+    model: ModelConfig, dtype: torch.dtype, layout: ParallelLayout, overrides: Mapping[str, Any]
+) -> Any:
+    """megatron-core's configuration of a model at a layout, nothing fused and nothing dropped."""
+    from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
+
+    act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[model.hidden_act]
+    fields: dict[str, Any] = {
+        "num_layers": model.num_hidden_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.intermediate_size,
+        "num_attention_heads": model.num_attention_heads,
+        "num_query_groups": model.num_key_value_heads,
+        "kv_channels": model.head_dim,
+        "normalization": "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
+        "layernorm_epsilon": model.norm_eps,
+        "gated_linear_unit": model.gated_mlp,
+        "activation_func": act,
+        "add_bias_linear": model.mlp_bias,
+        "add_qkv_bias": model.attention_bias,
+        "qk_layernorm": model.qk_norm == "head" or model.latent is not None,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "tensor_model_parallel_size": layout.tp,
+        "pipeline_model_parallel_size": layout.pp,
+        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
+        "expert_model_parallel_size": layout.ep,
+        "expert_tensor_parallel_size": layout.expert_tp,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "use_cpu_initialization": True,
+        **dict.fromkeys(_FUSIONS, False),
+    }
+    if (moe := model.moe) is not None:
+        fields |= {
+            "num_moe_experts": moe.num_experts,
+            "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_hidden_layers)],
+            "moe_ffn_hidden_size": moe.moe_intermediate_size,
+            "moe_router_topk": moe.num_experts_per_tok,
+            "moe_router_pre_softmax": moe.scoring == "softmax" and not moe.norm_topk_prob,
+            "moe_router_score_function": moe.scoring,
+            "moe_router_enable_expert_bias": moe.e_score_correction_bias,
+            "moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size or None,
+            "moe_shared_expert_gate": moe.shared_expert_gate,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "allgather",
+        }
+        if all(fields["moe_layer_freq"]):
+            fields["moe_layer_freq"] = 1
+    if (latent := model.latent) is not None:
+        fields |= {
+            "q_lora_rank": latent.q_lora_rank,
+            "kv_lora_rank": latent.kv_lora_rank,
+            "qk_head_dim": latent.qk_nope_head_dim,
+            "qk_pos_emb_head_dim": latent.qk_rope_head_dim,
+            "v_head_dim": latent.v_head_dim,
+            "rope_type": "rope",
+            "rotary_base": model.rope_theta,
+        }
+    kind = TransformerConfig if model.latent is None else MLATransformerConfig
+    return kind(**{**fields, **overrides})
+
+
+_FUSIONS = (
+    "bias_activation_fusion",
+    "masked_softmax_fusion",
+    "gradient_accumulation_fusion",
+    "persist_layer_norm",
+    "bias_dropout_fusion",
+)
 
 
 def fill(gpt: torch.nn.Module, model: ModelConfig, logical: Mapping[str, torch.Tensor]) -> None:

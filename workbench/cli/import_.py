@@ -20,6 +20,10 @@ def import_(
     source: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a folder of another known format.")],
     destination: Annotated[Path, typer.Argument(help="The checkpoint folder to make; it must not exist.")],
     family: Annotated[str, typer.Option(help="The model family, when the source does not say it rightly.")] = "",
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(help="Words of the vocabulary, when the source keeps it padded and does not say.", min=1),
+    ] = None,
     tp: Annotated[int, typer.Option(help="Tensor-parallel ranks.", min=1)] = 1,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages; 1, or as many as --pp-layout has.", min=1)] = None,
     pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
@@ -36,7 +40,7 @@ def import_(
     from workbench.cli._conversion import Conversion, convert, job_options, new_layout
     from workbench.errors import ConfigError
 
-    opened = open_checkpoint(source, family=family or None, allow_drop=allow_drop or ())
+    opened = open_checkpoint(source, family=family or None, vocab_size=vocab_size, allow_drop=allow_drop or ())
     if opened.format == "native":
         raise ConfigError(f"{source} is a native checkpoint already; use wb reshard to change its layout or dtype")
     if verify == "logits" and opened.format != "huggingface":

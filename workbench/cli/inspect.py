@@ -17,6 +17,10 @@ def inspect(
     out: Output,
     path: Annotated[Path, typer.Argument(help="A checkpoint, a run folder or a folder of another format.")],
     tensors: Annotated[str, typer.Option(help="List the tensors whose names match this pattern.")] = "",
+    vocab_size: Annotated[
+        int | None,
+        typer.Option(help="Words of the vocabulary, when the source keeps it padded and does not say.", min=1),
+    ] = None,
 ) -> None:
     """Show what a checkpoint holds: format, layout, step, sizes. Reads headers only; safe on untrusted files."""
     from fnmatch import fnmatchcase
@@ -24,7 +28,7 @@ def inspect(
     from converters.open import open_checkpoint
     from workbench.errors import ConfigError
 
-    opened = open_checkpoint(path)
+    opened = open_checkpoint(path, vocab_size=vocab_size)
     result = _summary(opened)
     text = as_lines(_shown(result))
     if tensors:
@@ -63,6 +67,7 @@ def _summary(opened: OpenedCheckpoint) -> dict[str, Any]:
         "tokenizer": str(opened.tokenizer) if opened.tokenizer else None,
         "model": opened.model.model_dump(mode="json", exclude_defaults=True),
         "parents": [f"{p.get('operation')} of {p.get('path')}" for p in opened.lineage if "operation" in p],
+        "optimizer_fault": opened.optimizer_fault,
         **opened.info,
     }
 

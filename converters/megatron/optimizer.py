@@ -1,0 +1,158 @@
+"""A run of Megatron as one source: weights, the moments of Adam beside them, and where the run stood. No torch.
+
+Moments become tensors of the same names as the weights, so that one rule leads from either to the logical tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from converters.cast import cast_array
+from converters.megatron.buffers import MASTER, MOMENTS
+from converters.megatron.modules import BUFFERS
+from converters.megatron.pieces import ForeignTensor, PieceSource, match_pieces
+from converters.megatron.training import left_out, param_groups, training_state
+from converters.rules import Rule
+from workbench.checkpoint.manifest import TrainingState
+from workbench.errors import CheckpointError, ConversionError
+from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.model import ModelConfig
+from workbench.spec.schema import OPTIMIZER_PREFIX, logical_tensors
+
+
+@dataclass(frozen=True)
+class Run:
+    """What Megatron saves of a run beside its tensors: `args`, all that is not sharded, the state of the optimizer."""
+
+    arguments: Mapping[str, Any]
+    common: Mapping[str, Any]
+    optimizer: Any
+
+
+@dataclass(frozen=True)
+class Ruled:
+    """Foreign tensors, and the rule of each logical tensor that lies in one of them."""
+
+    rules: Mapping[str, Rule]
+    tensors: Mapping[str, ForeignTensor]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A run as one source. fault: why the state of the optimizer cannot be read, if it cannot."""
+
+    source: PieceSource
+    training: TrainingState
+    info: Mapping[str, str]
+    fault: str | None
+
+
+def open_run(
+    model: ModelConfig, weights: Ruled, run: Run, read: Callable[[], Mapping[str, Ruled]], where: str
+) -> Opened:
+    """Weights, and the state of the optimizer, which `read` returns by kind, with the rules of weights.
+
+    Where the optimizer keeps 32-bit masters of weights, they are the weights: rounded, they are what the model has.
+    ConversionError when a weight has no place.
+    """
+    shapes = {name: tensor.shape for name, tensor in logical_tensors(model, "F32").items()}
+    parts = [_Part(match_pieces(shapes, weights.rules, weights.tensors, where), weights)]
+    state, fault = _read_state(read, shapes, parts[0], where)
+    info = {f"left out: {name}": reason for name, reason in left_out(run.common, param_groups(run.optimizer)).items()}
+    if masters := state.pop(MASTER, None):
+        rounded = {name: t for name, t in parts[0].schema.items() if name in masters.schema and t.dtype != "F32"}
+        parts.append(masters.only(rounded).renamed(f"{MASTER}/"))
+        if rounded:
+            dtypes = ", ".join(sorted({tensor.dtype for tensor in rounded.values()}))
+            info["weights"] = f"the 32-bit masters of the optimizer; the model has them rounded to {dtypes}"
+    parts += [part.renamed(f"{kind}/", logical=f"{OPTIMIZER_PREFIX}{kind}/") for kind, part in state.items()]
+    return Opened(
+        source=_source(parts),
+        training=training_state(run.arguments, run.common, param_groups(run.optimizer), where),
+        info=info,
+        fault=fault,
+    )
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Logical tensors that were found in foreign ones."""
+
+    schema: Mapping[str, LogicalTensor]
+    ruled: Ruled
+
+    def only(self, names: Collection[str]) -> _Part:
+        """Those of `names`."""
+        rules = {name: rule for name, rule in self.ruled.rules.items() if name in names}
+        return _Part({name: self.schema[name] for name in rules}, Ruled(rules, self.ruled.tensors))
+
+    def renamed(self, foreign: str, *, logical: str = "") -> _Part:
+        """With these prefixes before foreign and logical names."""
+        rules = {name: self.ruled.rules[name] for name in self.schema}
+        return _Part(
+            {f"{logical}{n}": LogicalTensor(f"{logical}{n}", t.shape, t.dtype) for n, t in self.schema.items()},
+            Ruled(
+                {f"{logical}{n}": Rule(f"{logical}{n}", f"{foreign}{r.foreign}", r.view) for n, r in rules.items()},
+                {f"{foreign}{name}": tensor for name, tensor in self.ruled.tensors.items()},
+            ),
+        )
+
+
+def _source(parts: Sequence[_Part]) -> PieceSource:
+    """All parts as one source; of tensors of one name, that of the last part."""
+    schema: dict[str, LogicalTensor] = {}
+    rules: dict[str, Rule] = {}
+    tensors: dict[str, ForeignTensor] = {}
+    for part in parts:
+        schema |= part.schema
+        rules |= part.ruled.rules
+        tensors |= part.ruled.tensors
+    return PieceSource(schema, rules, tensors)
+
+
+def _read_state(
+    read: Callable[[], Mapping[str, Ruled]], shapes: Mapping[str, tuple[int, ...]], weights: _Part, where: str
+) -> tuple[dict[str, _Part], str | None]:
+    """By kind, what `read` returns; or nothing, and why it cannot be read or does not belong to these weights."""
+    found = {}
+    try:
+        for kind, ruled in read().items():
+            rules = {
+                name: rule
+                for name, rule in ruled.rules.items()
+                if not rule.foreign.endswith(BUFFERS) and (kind != MASTER or rule.foreign in ruled.tensors)
+            }
+            schema = match_pieces(shapes, rules, ruled.tensors, f"{where}: {kind} of the optimizer")
+            found[kind] = _Part(schema, Ruled(rules, ruled.tensors))
+        if found and (lacking := [kind for kind in MOMENTS if kind not in found]):
+            return {}, f"{where}: the state of the optimizer has no {' and no '.join(lacking)}, as Adam's has"
+        if MASTER in found and (name := _contradiction(weights, found[MASTER])):
+            return {}, (
+                f"{where}: {name} is not its 32-bit master in the optimizer's state, rounded; the state is of other "
+                "weights, or was damaged when it was saved (megatron-core 0.16, fully_reshardable, several buckets)"
+            )
+    except (CheckpointError, ConversionError) as error:
+        return {}, str(error)
+    return found, None
+
+
+def _contradiction(weights: _Part, masters: _Part) -> str | None:
+    """A weight that is not its master, rounded: looked for in one row of each, at its begin and at its end.
+
+    Any other order of parameters in the buffers, and any shift of them, shows there.
+    """
+    sources = _source([weights]), _source([masters])
+    try:
+        for name, tensor in masters.schema.items():
+            row = (*(1 for _ in tensor.shape[:-1]), *tensor.shape[-1:])
+            last = tuple(n - size for n, size in zip(tensor.shape, row, strict=True))
+            for box in {Box((0,) * len(row), row), Box(last, row)}:
+                used, kept = (source.read(name, box) for source in sources)
+                if cast_array(kept, tensor.dtype, weights.schema[name].dtype).tobytes() != used.tobytes():
+                    return name
+    finally:
+        for source in sources:
+            source.close()
+    return None

@@ -1,0 +1,160 @@
+"""Moments and master weights of Megatron's checkpoints are bit for bit those of the optimizer that saved them."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from converters.format import OpenedCheckpoint
+from converters.job import JobOptions, make_job
+from converters.open import get_format, open_checkpoint
+from tests.helpers.megatron_trained import BATCH, SIZES, STEPS, TOKENS, VOCAB, Trained, expected, train
+from workbench.errors import ConversionError
+from workbench.spec.geometry import Box
+from workbench.spec.layout import ParallelLayout
+from workbench.spec.schema import OPTIMIZER_PREFIX
+
+pytest.importorskip("megatron.core")
+
+MODES = ("dp_reshardable", "fully_reshardable", "legacy", "plain", "plain_legacy")
+QUICK: dict[str, dict[str, Any]] = {
+    "buckets": {"tp": 2, "pp": 2, "tied": True, "bucket_size": 2000, "modes": MODES[:3]},
+    "experts": {"dp": 2, "ep": 2, "experts": 4, "modes": MODES},
+}
+SLOW: dict[str, dict[str, Any]] = {
+    "chunks": {"pp": 2, "vpp": 2, "dtype": "float32", "modes": MODES},
+    "replicas": {"tp": 2, "dp": 2, "modes": MODES},
+    "cut experts": {"tp": 2, "dp": 2, "ep": 2, "experts": 4, "modes": MODES[:3]},
+}
+DAMAGED = ("buckets", "fully_reshardable")
+"""megatron-core 0.16.1 itself warns that it corrupts this one."""
+
+
+@pytest.fixture(scope="session")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _trained(tmp_path_factory.mktemp("megatron"), QUICK)
+
+
+@pytest.fixture(scope="session")
+def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _trained(tmp_path_factory.mktemp("megatron"), SLOW)
+
+
+def _trained(root: Path, cases: dict[str, dict[str, Any]]) -> Path:
+    train({str(root / name): what for name, what in cases.items()})
+    return root
+
+
+def _cases(cases: dict[str, dict[str, Any]]) -> Iterator[Any]:
+    for name, what in cases.items():
+        for mode in what["modes"]:
+            if (name, mode) != DAMAGED:
+                yield pytest.param(name, mode, id=f"{name}-{mode}")
+
+
+def arrays(opened: OpenedCheckpoint) -> dict[str, np.ndarray]:
+    source = opened.source
+    return {name: source.read(name, Box.whole(tensor.shape)) for name, tensor in source.schema.items()}
+
+
+def require_equal(opened: OpenedCheckpoint, out: Path, what: Trained, mode: str) -> None:
+    """All of the optimizer's state, to the bit."""
+    found = arrays(opened)
+    wanted = expected(out, what, distributed=not mode.startswith("plain"))
+    names = {f"{OPTIMIZER_PREFIX}{kind}/{name}" for kind in ("exp_avg", "exp_avg_sq") for name in wanted[kind]}
+    assert found.keys() == names | wanted["param"].keys()
+    for kind, tensors in wanted.items():
+        for name, tensor in tensors.items():
+            key = name if kind == "param" else f"{OPTIMIZER_PREFIX}{kind}/{name}"
+            assert found[key].dtype == np.float32
+            assert found[key].tobytes() == tensor.float().contiguous().numpy().tobytes(), key
+    assert opened.optimizer_fault is None
+
+
+@pytest.mark.parametrize(("case", "mode"), list(_cases(QUICK)))
+def test_moments_and_masters_are_those_of_the_live_optimizer(quick: Path, case: str, mode: str) -> None:
+    opened = open_checkpoint(quick / case / mode)
+    require_equal(opened, quick / case, Trained(sizes=SIZES, **QUICK[case]), mode)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("case", "mode"), list(_cases(SLOW)))
+def test_moments_and_masters_of_further_layouts_are_those_of_the_live_optimizer(
+    slow: Path, case: str, mode: str
+) -> None:
+    opened = open_checkpoint(slow / case / mode)
+    require_equal(opened, slow / case, Trained(sizes=SIZES, **SLOW[case]), mode)
+
+
+def test_a_run_goes_on_where_megatron_stood(quick: Path) -> None:
+    training = open_checkpoint(quick / "buckets" / "legacy").training
+    assert training is not None
+    assert (training.step, training.samples, training.tokens) == (STEPS, STEPS * BATCH, STEPS * BATCH * TOKENS)
+    assert training.seed == 1234
+    assert training.optimizer == {
+        "name": "adamw",
+        "step": STEPS,
+        "betas": [0.9, 0.99],
+        "eps": 1e-8,
+        "weight_decay": 0.1,
+    }
+    assert training.scheduler == {"schedule": "cosine", "horizon": 100, "warmup": 1, "lr": 0.01, "min_lr": 0.001}
+
+
+def test_weights_rounded_are_those_of_the_model(quick: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(quick / "buckets" / "legacy")
+    options = JobOptions(ParallelLayout(), dtype="BF16", optimizer="drop")
+    make_job(opened, get_format("native"), tmp_path / "bf16", options, operation="import").run()
+    rows = open_checkpoint(tmp_path / "bf16").source.read("embed_tokens.weight", Box.whole((VOCAB, 24)))
+    files = sorted((quick / "buckets" / "legacy").glob("iter_*/mp_rank_*_000/model_optim_rng.pt"))
+    model = [torch.load(file, weights_only=False)["model"]["embedding.word_embeddings.weight"] for file in files]
+    assert rows.tobytes() == torch.cat(model)[:VOCAB].view(torch.int16).numpy().tobytes()
+
+
+def test_moments_stay_equal_through_native_layouts(quick: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(quick / "buckets" / "legacy")
+    before = arrays(opened)
+    path = tmp_path / "one"
+    make_job(opened, get_format("native"), path, JobOptions(ParallelLayout()), operation="import").run()
+    for number, layout in enumerate((ParallelLayout(tp=2, pp=4), ParallelLayout(tp=1, pp=2))):
+        after = tmp_path / str(number)
+        make_job(open_checkpoint(path), get_format("native"), after, JobOptions(layout), operation="reshard").run()
+        path = after
+    found = arrays(open_checkpoint(path))
+    assert {name: array.tobytes() for name, array in found.items()} == {n: a.tobytes() for n, a in before.items()}
+
+
+def test_a_buffer_of_another_size_is_refused_with_its_number_and_both_sizes(quick: Path, tmp_path: Path) -> None:
+    shutil.copytree(quick / "buckets" / "legacy", tmp_path / "cut")
+    (path,) = (tmp_path / "cut").glob("iter_*/mp_rank_01_001/distrib_optim.pt")
+    state = torch.load(path, weights_only=False)
+    (tensors,) = state[0].values()
+    tensors["exp_avg"] = tensors["exp_avg"][:-64].clone()
+    torch.save(state, path)
+    opened = open_checkpoint(tmp_path / "cut")
+    held = len(tensors["exp_avg"])
+    assert opened.optimizer_fault is not None
+    assert f"{path}: buffer 0 holds exp_avg of shape [{held}]" in opened.optimizer_fault
+    assert f"fill [{held + 64}]" in opened.optimizer_fault
+    with pytest.raises(ConversionError, match=r"buffer 0 holds exp_avg.*use --optimizer drop"):
+        make_job(opened, get_format("native"), tmp_path / "out", JobOptions(ParallelLayout()), operation="import")
+    options = JobOptions(ParallelLayout(), optimizer="drop")
+    make_job(opened, get_format("native"), tmp_path / "out", options, operation="import").run()
+    assert {t.dtype for t in open_checkpoint(tmp_path / "out").source.schema.values()} == {"BF16"}
+
+
+def test_state_of_other_weights_is_refused(quick: Path, tmp_path: Path) -> None:
+    shutil.copytree(quick / "buckets" / "legacy", tmp_path / "mixed")
+    (path,) = (tmp_path / "mixed").glob("iter_*/mp_rank_00_000/distrib_optim.pt")
+    state = torch.load(path, weights_only=False)
+    (tensors,) = state[0].values()
+    tensors["param"] = tensors["param"].roll(64)
+    torch.save(state, path)
+    fault = open_checkpoint(tmp_path / "mixed").optimizer_fault
+    assert fault is not None and "is not its 32-bit master" in fault
