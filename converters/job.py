@@ -87,8 +87,9 @@ def _choose(
     moments = tuple(name for name in source.schema if name.startswith(OPTIMIZER_PREFIX))
     if optimizer == "require" and not moments:
         raise ConversionError(f"{opened.path}: holds no optimizer state; use --optimizer keep to go on without")
-    drops = moments if optimizer == "drop" else ()
-    return {name: tensor for name, tensor in source.schema.items() if name not in set(drops)}, drops
+    if optimizer != "drop":
+        return dict(source.schema), ()
+    return {name: t for name, t in source.schema.items() if not name.startswith(OPTIMIZER_PREFIX)}, moments
 
 
 def _check_complete(opened: OpenedCheckpoint, schema: dict[str, LogicalTensor]) -> None:

@@ -156,8 +156,8 @@ def plan_text(job: Job, target: Format) -> str:
     lines = [
         f"from  {opened.path} ({describe_layout(opened)})",
         f"to    {job.destination.path} ({target.name})",
-        f"      {len(plan.tensors)} tensors, {size_text(plan.num_bytes)}, {len(plan.units)} pieces in "
-        f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory",
+        f"      {len(plan.tensors)} tensors, {size_text(plan.num_bytes)}, {plan.num_pieces} pieces in "
+        f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory, about {time_text(plan.seconds)}",
     ]
     if plan.drops:
         lines.append(f"      drops {len(plan.drops)} tensors: {plan.drops[0]} ...")
