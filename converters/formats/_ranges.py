@@ -1,9 +1,8 @@
-"""Boxes of one tensor in a safetensors file, read and written without touching the rest of it."""
+"""Boxes of one tensor in a safetensors file, read without touching the rest of it."""
 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -37,23 +36,6 @@ class TensorReader:
         """Gives the files back."""
         for file in self._files.values():
             file.close()
-
-
-def write_box(path: Path, descriptor: int, entry: FileEntry, box: Box, array: np.ndarray) -> None:
-    """Puts the elements of a box into their place in a file of full size."""
-    dtype = np.dtype(NUMPY_NAMES[entry.dtype])
-    assert array.dtype == dtype, (entry.key, array.dtype, dtype)
-    if not array.size:
-        return
-    if (first := first_element(entry.shape, box)) is not None:
-        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        start = entry.start + first * dtype.itemsize
-        done = 0
-        while done < len(data):
-            done += os.pwrite(descriptor, data[done:], start + done)
-        return
-    mapped = np.memmap(path, dtype, "r+", entry.start, entry.shape)
-    mapped[box.slices] = array
 
 
 def first_element(shape: tuple[int, ...], box: Box) -> int | None:

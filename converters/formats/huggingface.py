@@ -9,7 +9,8 @@ from typing import Any
 
 from converters.family import Family, detect_family, family_for, family_named
 from converters.format import OpenedCheckpoint, WriteRequest
-from converters.formats._huggingface_destination import HuggingFaceDestination
+from converters.formats._folder import FolderDestination
+from converters.formats._huggingface_destination import huggingface_destination
 from converters.formats._huggingface_source import CONFIG, HuggingFaceSource, read_json
 from workbench.errors import ConversionError
 from workbench.tokenizer import TOKENIZER_FILES
@@ -54,7 +55,7 @@ class HuggingFaceFormat:
             info=info,
         )
 
-    def destination(self, request: WriteRequest) -> HuggingFaceDestination:
+    def destination(self, request: WriteRequest) -> FolderDestination:
         """A folder to be written. ConversionError when no family, or not the asked one, can hold the model."""
         birth = birth_of(request.lineage)
         known = birth.get("family") if birth else None
@@ -64,7 +65,7 @@ class HuggingFaceFormat:
             family = family_named(known)
         else:
             family = family_for(request.model)
-        return HuggingFaceDestination(request, family, birth if birth and known == family.name else {})
+        return huggingface_destination(request, family, birth if birth and known == family.name else {})
 
 
 def _can_hold(family: Family, request: WriteRequest) -> bool:

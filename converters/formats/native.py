@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from converters.claim import claim
 from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._native_boxes import NativeBoxes
 from converters.threads import in_threads
@@ -23,9 +23,7 @@ from workbench.checkpoint.writer import (
     copy_tokenizer,
     discard,
     partial_folder,
-    prepare,
 )
-from workbench.errors import ConfigError
 from workbench.spec.geometry import Box, LogicalTensor
 
 
@@ -101,9 +99,7 @@ class NativeDestination:
 
     def begin(self) -> None:
         """Makes the `.partial` folder and its files; ConfigError when the path exists or is being written."""
-        _refuse_busy(self._partial)
-        prepare(self.path)
-        self._lock = _hold(self._partial)
+        self._lock = claim(self.path)
         for file, boxes in self._boxes.files():
             self._writers[file] = ShardFileWriter(self._partial / file, boxes, read_back=self._request.read_back)
             self._writers[file].open()
@@ -178,23 +174,6 @@ class NativeDestination:
 
 def _by_offset(stored: StoredBox) -> tuple[int, ...]:
     return stored.box.offset
-
-
-def _hold(folder: Path) -> int:
-    """Marks a folder as being written by this process, for as long as the returned descriptor is open."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_CLOEXEC)
-    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    return descriptor
-
-
-def _refuse_busy(partial: Path) -> None:
-    """ConfigError when another process is writing `partial` now."""
-    if not partial.is_dir():
-        return
-    try:
-        os.close(_hold(partial))
-    except BlockingIOError:
-        raise ConfigError(f"{partial} is being written by another process; wait for it, or name another one") from None
 
 
 FORMAT = NativeFormat()

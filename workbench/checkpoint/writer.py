@@ -24,7 +24,7 @@ from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, StoredBox, StoredTensor, TrainingState
 from workbench.checkpoint.reader import box_key
 from workbench.checkpoint.safetensors_io import lay_out
-from workbench.errors import CheckpointError, ConfigError, ResourceError, VerificationError
+from workbench.errors import ConfigError, ResourceError, VerificationError
 from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 from workbench.spec.layout import ParallelLayout
@@ -73,7 +73,7 @@ class ShardFileWriter:
 
     def open(self) -> None:
         """Creates the file at its full size, with its header."""
-        with _space_faults(self.path):
+        with write_faults(self.path):
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
             os.truncate(self._descriptor, self.file_bytes)
             _write_all(self._descriptor, memoryview(self._prefix), 0)
@@ -84,7 +84,7 @@ class ShardFileWriter:
         assert array.dtype == NUMPY_NAMES[writer.tensor.dtype], (name, array.dtype, writer.tensor.dtype)
         data = aligned_contiguous(array).reshape(-1).view(np.uint8).data
         assert writer.done + len(data) <= writer.num_bytes, f"{name}: more elements than the box holds"
-        with _space_faults(self.path):
+        with write_faults(self.path):
             for start in range(0, len(data), _WRITE_BYTES):
                 block = data[start : start + _WRITE_BYTES]
                 writer.hasher.update(block)
@@ -125,7 +125,7 @@ class ShardFileWriter:
 
     def sync(self) -> None:
         """Returns when the bytes are on the disk."""
-        with _space_faults(self.path):
+        with write_faults(self.path):
             os.fsync(self._descriptor)
 
     def close(self) -> None:
@@ -135,8 +135,8 @@ class ShardFileWriter:
             self._descriptor = -1
 
 
-class _space_faults:
-    """Turns a full disk into a ResourceError and any other failed write into a CheckpointError."""
+class write_faults:
+    """Turns a failed write into a ResourceError that says whether the disk is full."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -148,7 +148,7 @@ class _space_faults:
         if isinstance(error, OSError):
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise ResourceError(f"{self.path}: no space left on the device; free some and try again") from error
-            raise CheckpointError(f"{self.path}: cannot be written: {error.strerror}") from error
+            raise ResourceError(f"{self.path}: cannot be written: {error.strerror}") from error
 
 
 def _write_all(descriptor: int, data: memoryview, start: int) -> None:
@@ -270,7 +270,7 @@ def commit(partial: Path, final: Path, manifest: Manifest) -> None:
         found = (partial / name).stat().st_size
         assert found == size, f"{name}: {found} bytes, expected {size}"
     path = partial / MANIFEST
-    with _space_faults(path):
+    with write_faults(path):
         with path.open("xb") as file:
             file.write(manifest.to_bytes())
             file.flush()

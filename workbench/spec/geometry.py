@@ -228,8 +228,8 @@ def cut_rows(shards: Iterable[Shard], start: int, stop: int) -> tuple[Shard, ...
     return tuple(kept)
 
 
-def coverage_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
-    """Why `boxes` do not cover a tensor of `shape` exactly once, or None when they do.
+def coverage_fault(shape: Sequence[int], boxes: Sequence[Box], padding: int = 0) -> str | None:
+    """Why `boxes` do not cover a tensor of `shape`, but for `padding` elements, exactly once, or None when they do.
 
     The boxes are disjoint if no two meet; disjoint boxes cover the tensor when their elements add up. Boxes are
     compared only with those whose range on the most divided dimension meets theirs.
@@ -250,6 +250,6 @@ def coverage_fault(shape: Sequence[int], boxes: Sequence[Box]) -> str | None:
     elif len(boxes) > 1:
         return "more than one box for a scalar"
     total = sum(box.numel for box in boxes)
-    if total != math.prod(shape):
-        return f"boxes hold {total} of {math.prod(shape)} elements"
+    if total != math.prod(shape) - padding:
+        return f"boxes hold {total} of {math.prod(shape) - padding} elements"
     return None

@@ -1,0 +1,277 @@
+"""A foreign checkpoint being written: a folder of files of known size, filled by ranges, then renamed into place.
+
+A format that writes says with data where everything lies (`FolderContents`): the files, the tensors as the foreign
+program names them, the pieces in which these lie in files, and the rules that lead to the logical tensors. A logical
+box that arrives is taken through its rules and scattered into all pieces that it meets.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import numpy as np
+from xxhash import xxh3_128_hexdigest
+
+from converters.claim import claim
+from converters.format import Progress, WriteRequest
+from converters.formats._files import FileContent, Place, RangedWriter
+from converters.rules import Rule, assemble, origins, pull, push_pieces
+from converters.threads import in_threads
+from workbench.checkpoint.early_sync import EarlySync
+from workbench.checkpoint.writer import discard, partial_folder, write_faults
+from workbench.errors import CheckpointError, ConversionError, VerificationError
+from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
+from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
+
+if TYPE_CHECKING:
+    from workbench.checkpoint.source import TensorSource
+
+_WORKERS: Final = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A box of a foreign tensor and where it lies; at several places when the format stores it several times."""
+
+    box: Box
+    places: tuple[Place, ...]
+
+
+@dataclass(frozen=True)
+class ForeignTensor:
+    """A tensor as the foreign program names it.
+
+    pieces: their boxes cover it exactly once. padding: number of its elements that no logical tensor has and that
+    stay zero (a padded vocabulary).
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    padding: int = 0
+
+
+@dataclass(frozen=True)
+class FolderContents:
+    """Everything of a foreign checkpoint but the numbers in its tensors.
+
+    files: by path inside the folder. tensors: those that logical tensors fill. rules: for each logical tensor, the one
+    or several places in `tensors` that it fills (`foreign` names them). copies: files taken over from elsewhere.
+    """
+
+    files: Mapping[str, FileContent]
+    tensors: Mapping[str, ForeignTensor]
+    rules: Mapping[str, tuple[Rule, ...]]
+    copies: Mapping[str, Path] = field(default_factory=dict)
+
+    def check(self, schema: Mapping[str, LogicalTensor]) -> None:
+        """Asserts that the logical tensors of `schema` fill every foreign tensor exactly once, in its dtype."""
+        filled: dict[str, list[Box]] = {name: [] for name in self.tensors}
+        for name, tensor in schema.items():
+            assert self.rules[name], f"{name} has no place"
+            for rule in self.rules[name]:
+                foreign = self.tensors[rule.foreign]
+                found = (foreign.dtype, rule.foreign_shape(tensor.shape))
+                assert found == (tensor.dtype, foreign.shape), (name, tensor, foreign.dtype, foreign.shape)
+                filled[rule.foreign] += origins(rule.view, Box.whole(tensor.shape))
+        for name, foreign in self.tensors.items():
+            fault = coverage_fault(foreign.shape, [piece.box for piece in foreign.pieces])
+            assert fault is None, f"the pieces of {name}: {fault}"
+            fault = coverage_fault(foreign.shape, filled[name], foreign.padding)
+            assert fault is None, f"the rules do not fill {name}: {fault}"
+
+
+class FolderDestination:
+    """See `converters.format.Destination`. `reopen` opens the unfinished folder with the format's own reader."""
+
+    def __init__(self, request: WriteRequest, contents: FolderContents, reopen: Callable[[Path], TensorSource]) -> None:
+        contents.check(request.schema)
+        self._request, self._contents, self._reopen = request, contents, reopen
+        self._partial = partial_folder(request.path)
+        self._targets = {name: _targets(contents, tensor) for name, tensor in request.schema.items()}
+        self._writers = {file: RangedWriter(self._partial / file, content) for file, content in contents.files.items()}
+        self._written: list[tuple[str, Box, str]] = []
+        self._mutex = threading.Lock()
+        self._claim: int | None = None
+        self._sealed = False
+        self._flusher = EarlySync()
+
+    @property
+    def path(self) -> Path:
+        """Where the folder will be."""
+        return self._request.path
+
+    @property
+    def schema(self) -> Mapping[str, LogicalTensor]:
+        """The logical tensors that will be written."""
+        return self._request.schema
+
+    @property
+    def files(self) -> Mapping[str, int]:
+        """Size of each file, by its path inside the folder."""
+        sizes = {file: content.num_bytes for file, content in self._contents.files.items()}
+        return sizes | {file: source.stat().st_size for file, source in self._contents.copies.items()}
+
+    def boxes(self, name: str) -> tuple[tuple[str, Box], ...]:
+        """The whole tensor at once: it is cut and scattered when it is written."""
+        _, pieces = self._targets[name][0]
+        file = pieces[0].places[0].file if pieces else ""
+        return ((file, Box.whole(self.schema[name].shape)),)
+
+    def sweep(self, name: str) -> int:
+        """The first dimension. Files are filled at any place, so the order is the one that suits the source."""
+        return 0
+
+    def begin(self) -> None:
+        """Makes the unfinished folder with files of full size. ConfigError when it exists or is being written."""
+        self._claim = claim(self.path)
+        for writer in self._writers.values():
+            writer.create()
+        for file, source in self._contents.copies.items():
+            with write_faults(self._partial / file):
+                shutil.copyfile(source, self._partial / file)
+
+    def write(self, name: str, box: Box, array: np.ndarray) -> None:
+        """Puts a logical box into every place where it lies."""
+        for rule, pieces in self._targets[name]:
+            for origin in origins(rule.view, box):
+                for part, values in push_pieces(
+                    rule.view, origin, lambda wanted: array[wanted.relative_to(box).slices]
+                ):
+                    self._scatter(pieces, part, values)
+        with self._mutex:
+            self._written.append((name, box, _digest(array)))
+
+    def _scatter(self, pieces: Iterable[Piece], part: Box, values: np.ndarray) -> None:
+        for piece, common in _meeting(pieces, part):
+            for place in piece.places:
+                writer = self._writers[place.file]
+                array = values[common.relative_to(part).slices]
+                writer.write(place, piece.box.size, common.relative_to(piece.box), array)
+                self._flusher.written(writer, array.nbytes)
+
+    def check(self, progress: Progress) -> None:
+        """Reads back every box from all of its places and compares it with what `write` was given."""
+
+        def compare(written: tuple[str, Box, str], stop: threading.Event) -> None:
+            name, box, digest = written
+            for array in () if stop.is_set() else self._read_back(name, box):
+                if _digest(array) != digest:
+                    raise VerificationError(
+                        f"{self._partial}: {name!r} at {list(box.offset)} reads back other than written"
+                    )
+            progress(box.numel * ITEM_BYTES[self.schema[name].dtype])
+
+        self._finish()
+        in_threads(self._written, compare, _WORKERS)
+
+    def _read_back(self, name: str, box: Box) -> Iterator[np.ndarray]:
+        """The elements of a logical box, once from each set of copies of its pieces."""
+        dtype = np.dtype(NUMPY_NAMES[self.schema[name].dtype])
+        for rule, pieces in self._targets[name]:
+            for copy in range(max((len(piece.places) for piece in pieces), default=0)):
+                yield pull(rule.view, box, partial(self._gather, pieces, copy, dtype))
+
+    def _gather(self, pieces: Iterable[Piece], copy: int, dtype: np.dtype, part: Box) -> np.ndarray:
+        def read(piece: Piece, common: Box) -> np.ndarray:
+            place = piece.places[min(copy, len(piece.places) - 1)]
+            return self._writers[place.file].read(place, piece.box.size, common.relative_to(piece.box), dtype)
+
+        return assemble(part, ((common, read(piece, common)) for piece, common in _meeting(pieces, part)))
+
+    def _finish(self) -> None:
+        """Returns when the checksums are stored and everything is on the disk."""
+        self._flusher.finish()
+        if not self._sealed:
+            in_threads(self._writers.values(), lambda writer, _: writer.seal(), _WORKERS)
+            self._sealed = True
+        in_threads(self._writers.values(), lambda writer, _: writer.sync(), _WORKERS)
+
+    def reopen(self) -> TensorSource:
+        """The unfinished folder as a source."""
+        self._finish()
+        return self._reopen(self._partial)
+
+    def commit(self, fingerprints: Mapping[str, str]) -> Path:
+        """Makes the folder appear at `path`, once everything is on the disk."""
+        self._finish()
+        with write_faults(self._partial):
+            for file in self._contents.copies:
+                _sync(self._partial / file)
+            for folder, _, _ in os.walk(self._partial):
+                _sync(Path(folder))
+            if self.path.exists():
+                raise CheckpointError(
+                    f"{self.path} appeared while it was being written; the result is in {self._partial}"
+                )
+            self._partial.rename(self.path)
+            _sync(self.path.parent)
+        self._close()
+        return self.path
+
+    def abort(self) -> None:
+        """Removes what was written, if it was this writer's."""
+        claimed = self._claim is not None
+        self._close()
+        if claimed:
+            discard(self._partial)
+
+    def _close(self) -> None:
+        self._flusher.cancel()
+        for writer in self._writers.values():
+            writer.close()
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+
+def foreign_tensors(
+    schema: Mapping[str, LogicalTensor], rules: Mapping[str, tuple[Rule, ...]]
+) -> dict[str, LogicalTensor]:
+    """Every foreign tensor that the rules fill, by its foreign name, in the order of `rules`."""
+    found: dict[str, LogicalTensor] = {}
+    for name, places in rules.items():
+        for rule in places:
+            tensor = LogicalTensor(rule.foreign, rule.foreign_shape(schema[name].shape), schema[name].dtype)
+            other = found.setdefault(rule.foreign, tensor)
+            if other != tensor:
+                raise ConversionError(
+                    f"{name!r} is {tensor.dtype} {list(tensor.shape)} as part of {rule.foreign!r}, which is "
+                    f"{other.dtype} {list(other.shape)}; give all weights one type with --dtype"
+                )
+    return found
+
+
+def _targets(contents: FolderContents, tensor: LogicalTensor) -> list[tuple[Rule, tuple[Piece, ...]]]:
+    """The rules of a logical tensor, each with the pieces that hold some of it."""
+    found = []
+    for rule in contents.rules[tensor.name]:
+        parts = origins(rule.view, Box.whole(tensor.shape))
+        pieces = contents.tensors[rule.foreign].pieces
+        found.append((rule, tuple(p for p in pieces if any(p.box.intersect(part) for part in parts))))
+    return found
+
+
+def _meeting(pieces: Iterable[Piece], part: Box) -> Iterator[tuple[Piece, Box]]:
+    for piece in pieces:
+        if (common := piece.box.intersect(part)) is not None:
+            yield piece, common
+
+
+def _digest(array: np.ndarray) -> str:
+    return xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
