@@ -110,20 +110,19 @@ class _Copier:
 
     def __init__(self, plan: Plan, source: TensorSource, destination: Destination, progress: Progress) -> None:
         self._plan, self._source, self._destination, self._progress = plan, source, destination, progress
-        self._boxes: dict[str, list[Box]] = {}
-        for unit in plan.units:
-            self._boxes.setdefault(unit.name, []).append(unit.box)
 
     def run(self, sweep: Sweep, stop: threading.Event, *, fingerprint: bool) -> PartialFingerprint:
         """Copies one sweep, in order; the fingerprint's part of it if asked."""
         tensor = self._plan.tensors[sweep.name]
-        chunks = self._source.chunks(sweep.name)
+        whole = sweep.box(tensor.shape)
+        chunks = [chunk for chunk in self._source.chunks(sweep.name) if whole.intersect(chunk)]
+        pieces = [piece for _, piece in self._destination.boxes(sweep.name) if whole.intersect(piece)]
         total = PartialFingerprint()
         for slab in sweep.slabs(tensor.shape):
             if stop.is_set():
                 break
             held = [(box, self._source.read(sweep.name, box)) for chunk in chunks if (box := chunk.intersect(slab))]
-            for piece in self._boxes[sweep.name]:
+            for piece in pieces:
                 box = piece.intersect(slab)
                 if box is None:
                     continue

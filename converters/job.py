@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -85,11 +85,12 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
     if path.exists():
         raise ConfigError(f"{path} exists already; remove it or name another destination")
     source = CastSource(opened.source, options.dtype) if options.dtype else opened.source
-    cut = _choose(source, opened, options)
+    known = _expected(opened)
+    cut = _choose(source, opened, options, known)
     dropped = {**opened.dropped, **cut}
     require_used(options.allow_drop, dropped)
     schema = {name: tensor for name, tensor in source.schema.items() if name not in cut}
-    _check_complete(opened, schema)
+    _check_complete(opened, schema, known)
     request = WriteRequest(
         path=path,
         schema=schema,
@@ -109,27 +110,31 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
     return Job(opened, source, destination, plan, target.name, dropped)
 
 
-def _choose(source: TensorSource, opened: OpenedCheckpoint, options: JobOptions) -> dict[str, str]:
+def _choose(
+    source: TensorSource, opened: OpenedCheckpoint, options: JobOptions, known: Collection[str]
+) -> dict[str, str]:
     """The tensors of `source` to drop, and why: moments as asked, and of unknown ones those that are allowed."""
     moments = [name for name in source.schema if name.startswith(OPTIMIZER_PREFIX)]
     if options.optimizer == "require" and not moments and opened.optimizer_fault is None:
         raise ConversionError(f"{opened.path}: holds no optimizer state; use --optimizer keep to go on without")
     if opened.optimizer_fault is not None and options.optimizer != "drop":
         raise ConversionError(f"{opened.optimizer_fault}; use --optimizer drop to go on without the optimizer's state")
-    known = _expected(opened)
-    allowed = allowed_drops([name for name in source.schema if weight_of(name) not in known], options.allow_drop)
+    unknown = [name for name in source.schema if weight_of(name) not in known] if options.allow_drop else []
+    allowed = allowed_drops(unknown, options.allow_drop)
     return allowed | (dict.fromkeys(moments, "optimizer state, not asked for") if options.optimizer == "drop" else {})
 
 
 def _expected(opened: OpenedCheckpoint) -> dict[str, LogicalTensor]:
+    """What the model, or the adapter, consists of."""
     if opened.adapter is not None:
         return adapter_tensors(opened.model, opened.adapter.lora, "F32")
     return logical_tensors(opened.model, "F32")
 
 
-def _check_complete(opened: OpenedCheckpoint, schema: dict[str, LogicalTensor]) -> None:
+def _check_complete(
+    opened: OpenedCheckpoint, schema: Mapping[str, LogicalTensor], expected: Mapping[str, LogicalTensor]
+) -> None:
     """ConversionError when weights of the model are missing or have another shape than the model says."""
-    expected = _expected(opened)
     held = [name for name in expected if name in schema]
     faults = [f"{name} is missing" for name in expected if name not in schema]
     faults += [

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from converters.claim import claim
 from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
+from converters.formats._native_boxes import NativeBoxes
 from converters.threads import in_threads
 from workbench.checkpoint.early_sync import EarlySync
 from workbench.checkpoint.manifest import TOKENIZER, Manifest, StoredBox, StoredTensor, is_native
@@ -20,13 +22,9 @@ from workbench.checkpoint.writer import (
     commit,
     copy_tokenizer,
     discard,
-    file_of,
     partial_folder,
-    rank_tag,
 )
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import adapter_specs
-from workbench.spec.schema import stored_shards, weight_of
 
 
 class NativeFormat:
@@ -69,44 +67,14 @@ def _family(manifest: Manifest) -> str | None:
     return found[-1] if found else None
 
 
-def stored_boxes(request: WriteRequest) -> dict[str, tuple[tuple[str, Box], ...]]:
-    """File and box of every piece of every tensor of a request, from the model's one table of geometry.
-
-    Moments are cut like their weights. A tensor that the model does not know is stored whole by the first rank: nothing
-    is left out for want of a place.
-    """
-    found: dict[str, list[tuple[str, Box]]] = {name: [] for name in request.schema}
-    cut_like: dict[str, list[str]] = {}
-    for name in request.schema:
-        cut_like.setdefault(weight_of(name), []).append(name)
-    adapter = request.adapter
-    specs = None if adapter is None else adapter_specs(request.model, adapter.lora, request.layout)
-    for (stage, tp_rank, ep_rank), shards in stored_shards(request.model, request.layout, specs).items():
-        tag = rank_tag(tp_rank, stage, ep_rank if request.layout.ep > 1 else None)
-        for shard in shards:
-            for name in cut_like.get(shard.name, ()):
-                found[name].append((file_of(name, tag), shard.box))
-    return {
-        name: tuple(pieces) or ((file_of(name, rank_tag(0, 0)), Box.whole(request.schema[name].shape)),)
-        for name, pieces in found.items()
-    }
-
-
 class NativeDestination:
     """A native checkpoint being written."""
 
     def __init__(self, request: WriteRequest) -> None:
         self._request = request
-        self._pieces = stored_boxes(request)
+        self._boxes = NativeBoxes(request)
         self._partial = partial_folder(request.path)
-        by_file: dict[str, list[tuple[LogicalTensor, Box]]] = {}
-        for name, pieces in self._pieces.items():
-            for file, box in pieces:
-                by_file.setdefault(file, []).append((request.schema[name], box))
-        self._writers = {
-            f: ShardFileWriter(self._partial / f, boxes, read_back=request.read_back)
-            for f, boxes in sorted(by_file.items())
-        }
+        self._writers: dict[str, ShardFileWriter] = {}
         self._tokenizer: dict[str, str] = {}
         self._lock: int | None = None
         self._flusher = EarlySync()
@@ -119,12 +87,12 @@ class NativeDestination:
     def schema(self) -> Mapping[str, LogicalTensor]:
         return self._request.schema
 
-    @property
+    @cached_property
     def files(self) -> Mapping[str, int]:
-        return {name: writer.file_bytes for name, writer in self._writers.items()}
+        return self._boxes.file_sizes()
 
     def boxes(self, name: str) -> tuple[tuple[str, Box], ...]:
-        return self._pieces[name]
+        return self._boxes.pieces(name)
 
     def sweep(self, name: str) -> int:
         return 0
@@ -132,14 +100,15 @@ class NativeDestination:
     def begin(self) -> None:
         """Makes the `.partial` folder and its files; ConfigError when the path exists or is being written."""
         self._lock = claim(self.path)
-        for writer in self._writers.values():
-            writer.open()
+        for file, boxes in self._boxes.files():
+            self._writers[file] = ShardFileWriter(self._partial / file, boxes, read_back=self._request.read_back)
+            self._writers[file].open()
         if self._request.tokenizer is not None:
             self._tokenizer = copy_tokenizer(self._request.tokenizer, self._partial)
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         """Appends to the stored box that contains `box`."""
-        file, piece = next((f, p) for f, p in self._pieces[name] if p.contains(box))
+        file, piece = next((f, p) for f, p in self.boxes(name) if p.contains(box))
         self._writers[file].append(name, piece, array)
         self._flusher.written(self._writers[file], array.nbytes)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -154,7 +155,7 @@ class NativeSource:
             for name, stored in manifest.tensors.items()
         }
 
-    @property
+    @cached_property
     def schema(self) -> Mapping[str, LogicalTensor]:
         """Every logical tensor by name."""
         return {name: stored.tensor for name, stored in self.manifest.tensors.items()}

@@ -10,8 +10,9 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -160,6 +161,25 @@ def _placing(tensor: tuple[str, str, Sequence[int]]) -> tuple[int, bool, bool]:
     item_bytes = ITEM_BYTES[tensor[1]]
     num_bytes = math.prod(tensor[2]) * item_bytes
     return -item_bytes, num_bytes % PAGE_BYTES != 0, num_bytes % 64 != 0
+
+
+def file_bytes(tensors: Iterable[tuple[int, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> int:
+    """`lay_out(...).file_bytes` without making the header, for (bytes of the key as JSON text, dtype, shape)."""
+    known = [(_header_entry(dtype, shape), key_bytes) for key_bytes, dtype, shape in tensors]
+    known.sort(key=lambda entry: entry[0][0])
+    position, length = 0, 8 + len(json.dumps({"__metadata__": metadata} if metadata else {}, separators=(",", ":")))
+    for (_, num_bytes, text_bytes), key_bytes in known:
+        length += key_bytes + text_bytes + len(str(position)) + len(str(position + num_bytes))
+        position += num_bytes
+    length -= bool(known and not metadata)  # no comma before the first entry
+    return length + -length % PAGE_BYTES + position
+
+
+@lru_cache(maxsize=4096)
+def _header_entry(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[int, bool, bool], int, int]:
+    """Where a tensor is placed, its bytes, and those of its header entry without key and offsets."""
+    text = json.dumps({"dtype": dtype, "shape": shape, "data_offsets": []}, separators=(",", ":"))
+    return _placing(("", dtype, shape)), math.prod(shape) * ITEM_BYTES[dtype], len(text) + len(":,,")
 
 
 @dataclass

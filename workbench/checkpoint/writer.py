@@ -32,6 +32,7 @@ from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import OPTIMIZER_PREFIX
 
+FILE_METADATA: Final = {"format": "pt"}
 _WRITE_BYTES: Final = 1 << 20  # hashed, then written while still in the cache
 
 
@@ -61,7 +62,7 @@ class ShardFileWriter:
     def __init__(self, path: Path, boxes: Sequence[tuple[LogicalTensor, Box]], *, read_back: bool = False) -> None:
         self.path = path
         self._read_back = read_back
-        layout = lay_out([(box_key(t, box), t.dtype, box.size) for t, box in boxes], {"format": "pt"})
+        layout = lay_out([(box_key(t, box), t.dtype, box.size) for t, box in boxes], FILE_METADATA)
         self.file_bytes = layout.file_bytes
         self._boxes: dict[tuple[str, Box], _BoxWriter] = {}
         for tensor, box in boxes:

@@ -222,8 +222,8 @@ def plan_text(job: Job, target: Format) -> str:
     lines = [
         f"from  {opened.path} ({describe_layout(opened)})",
         f"to    {job.destination.path} ({target.name})",
-        f"      {len(plan.tensors)} tensors, {size_text(plan.num_bytes)}, {len(plan.units)} pieces in "
-        f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory",
+        f"      {len(plan.tensors)} tensors, {size_text(plan.num_bytes)}, {plan.num_pieces} pieces in "
+        f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory, about {time_text(plan.seconds)}",
     ]
     lines += [f"edit  {edit}" for edit in opened.edits]
     lines += [f"drops {', '.join(names)}: {why}" for why, names in reasons(job.dropped).items()]
