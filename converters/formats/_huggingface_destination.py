@@ -50,7 +50,7 @@ def _texts(
     request: WriteRequest, family: Family, birth: Mapping[str, Any], tensors: Mapping[str, LogicalTensor]
 ) -> dict[str, bytes]:
     """The contents of the small files, by name."""
-    dtype = TORCH_NAMES[_main_dtype(tensors)]
+    dtype = TORCH_NAMES[main_dtype(tensors)]
     texts = {CONFIG: json_text(family.dump_config(request.model, dtype, birth.get("config")))}
     if not request.model.num_labels:
         texts["generation_config.json"] = json_text(birth.get("generation_config") or _generation_config(request))
@@ -105,7 +105,7 @@ def _deal_out(tensors: Mapping[str, LogicalTensor], max_bytes: int) -> dict[str,
     }
 
 
-def _main_dtype(tensors: Mapping[str, LogicalTensor]) -> str:
+def main_dtype(tensors: Mapping[str, LogicalTensor]) -> str:
     """The element type of most elements."""
     counts: dict[str, int] = {}
     for tensor in tensors.values():

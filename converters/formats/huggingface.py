@@ -28,7 +28,8 @@ class HuggingFaceFormat:
 
     def recognises(self, path: Path) -> bool:
         """Whether `path` is a folder with a model's config.json."""
-        return path.is_dir() and (path / CONFIG).is_file() and not (path / "adapter_config.json").is_file()
+        others = ("adapter_config.json", ".metadata")  # of an adapter; of a folder of torch.distributed.checkpoint
+        return (path / CONFIG).is_file() and not any((path / name).is_file() for name in others)
 
     def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The folder as logical tensors.
@@ -59,15 +60,23 @@ class HuggingFaceFormat:
 
     def destination(self, request: WriteRequest) -> FolderDestination:
         """A folder to be written. ConversionError when no family, or not the asked one, can hold the model."""
-        birth = birth_of(request.lineage)
-        known = birth.get("family") if birth else None
-        if request.family:
-            family = family_named(request.family)
-        elif isinstance(known, str) and _can_hold(family_named(known), request):
-            family = family_named(known)
-        else:
-            family = family_for(request.model)
-        return huggingface_destination(request, family, birth if birth and known == family.name else {})
+        return huggingface_destination(request, *family_of(request))
+
+
+def family_of(request: WriteRequest) -> tuple[Family, Mapping[str, Any]]:
+    """The family to write a model as: the one asked for, the one that it was read as, or one that can hold it.
+
+    With it the line of the lineage that records the folder of this family that it came from, or an empty one.
+    """
+    birth = birth_of(request.lineage)
+    known = birth.get("family") if birth else None
+    if request.family:
+        family = family_named(request.family)
+    elif isinstance(known, str) and _can_hold(family_named(known), request):
+        family = family_named(known)
+    else:
+        family = family_for(request.model)
+    return family, birth if birth and known == family.name else {}
 
 
 def _can_hold(family: Family, request: WriteRequest) -> bool:

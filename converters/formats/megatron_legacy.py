@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from converters.format import OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._folder import FolderDestination

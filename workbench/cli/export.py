@@ -4,43 +4,73 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
+from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, Vpp
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
     from converters.format import OpenedCheckpoint
     from converters.logits import LogitsReport
     from workbench.checkpoint.source import TensorSource
+    from workbench.spec.layout import ParallelLayout
 
-_FORMATS = {"hf": "huggingface", "huggingface": "huggingface", "peft": "peft"}
+_FORMATS = {
+    "hf": "huggingface",
+    "huggingface": "huggingface",
+    "peft": "peft",
+    "megatron": "megatron",
+    "megatron-dist": "megatron_dist",
+    "dcp": "dcp",
+    "torchtitan": "torchtitan",
+}
+_FOR_INFERENCE = ("huggingface", "peft")
+_WITH_LAYOUT = ("megatron", "megatron_dist")
+_WITHOUT_OPTIMIZER = (*_FOR_INFERENCE, "megatron")
+_MEGATRON_MULTIPLE = 128  # --make-vocab-size-divisible-by, unless a run says otherwise
 
 
 def export(
     out: Output,
     source: Annotated[Path, typer.Argument(help="A checkpoint at any layout, or a run folder (its latest).")],
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
-    to: Annotated[str, typer.Option(help="hf (a folder for transformers) or peft (an adapter).")] = "hf",
+    to: Annotated[
+        str,
+        typer.Option(
+            help="hf (a folder for transformers), peft (an adapter), megatron (a folder a rank), megatron-dist, dcp or "
+            "torchtitan."
+        ),
+    ] = "hf",
+    tp: Tp = None,
+    pp: Pp = None,
+    vpp: Vpp = None,
+    ep: Ep = None,
+    pp_layout: PpLayout = "",
+    vocab_multiple: VocabMultiple = None,
     base: Annotated[
         Path | None, typer.Option(help="Where the base of an adapter is, if not where it was in training.")
     ] = None,
     family: Annotated[str, typer.Option(help="The model family; found by the model's features by default.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
+    optimizer: Annotated[
+        str, typer.Option(help="keep, drop or require its state; dropped for hf, peft and megatron, else kept.")
+    ] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
     mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "512MiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
-    verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "logits",
+    verify: Annotated[
+        str, typer.Option(help=f"{VERIFY_HELP} By default logits with transformers or peft, else full.")
+    ] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, run it with plain transformers, and keep it only if logits agree."""
+    """Write a checkpoint in another program's format; a Hugging Face folder is kept only if its logits agree."""
     from converters.open import get_format, open_checkpoint
     from workbench.cli._conversion import Conversion, choice, convert, job_options
     from workbench.errors import ConversionError
-    from workbench.spec.layout import ParallelLayout
 
     target = get_format(_FORMATS[choice(to, tuple(_FORMATS), "--to")])
     opened = open_checkpoint(source, family=family or None, allow_drop=allow_drop or ())
@@ -48,10 +78,11 @@ def export(
         raise ConversionError(f"{opened.path}: holds a whole model and no adapter; export it with --to hf")
     if target.name != "peft":
         opened = _merged(opened, base)
+    asked = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "pp_layout": pp_layout, "vocab_multiple": vocab_multiple}
     options = job_options(
-        ParallelLayout(),
+        _layout(opened, target.name, asked),
         dtype=dtype,
-        optimizer="drop",
+        optimizer=optimizer or ("drop" if target.name in _WITHOUT_OPTIMIZER else "keep"),
         mem=mem,
         workers=workers,
         max_shard_size=max_shard_size,
@@ -61,7 +92,25 @@ def export(
     def proof(folder: Path, _: TensorSource) -> LogitsReport:
         return _prove(opened, options.dtype, base, folder)
 
-    convert(out, Conversion(opened, target, destination, options, "export", verify, proof, dry_run))
+    for_inference = target.name in _FOR_INFERENCE
+    verify = verify or ("logits" if for_inference else "full")
+    with_proof = proof if for_inference else None
+    convert(out, Conversion(opened, target, destination, options, "export", verify, with_proof, dry_run))
+
+
+def _layout(opened: OpenedCheckpoint, target: str, asked: dict[str, Any]) -> ParallelLayout:
+    """The layout to write: what is not asked for is the source's; ConfigError when the target has none."""
+    from workbench.cli._conversion import new_layout
+    from workbench.errors import ConfigError
+    from workbench.spec.layout import ParallelLayout
+
+    if target in _WITH_LAYOUT:
+        return new_layout(opened, **asked | {"vocab_multiple": asked["vocab_multiple"] or _MEGATRON_MULTIPLE})
+    if given := [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]:
+        raise ConfigError(
+            f"{', '.join(given)}: only folders of Megatron have a layout; use --to megatron, or leave it out"
+        )
+    return ParallelLayout()
 
 
 def _merged(opened: OpenedCheckpoint, base: Path | None) -> OpenedCheckpoint:
@@ -97,5 +146,6 @@ COMMAND = Command(
     panel="Core",
     order=40,
     example="wb export runs/tiny out/tiny-hf\nwb export runs/tiny out/tiny-bf16 --dtype bf16 --max-shard-size 2GB\n"
-    "wb export runs/my-lora out/adapter --to peft",
+    "wb export runs/my-lora out/adapter --to peft\nwb export runs/tiny out/megatron --to megatron --tp 2 --pp 2\n"
+    "wb export runs/tiny out/tiny-dcp --to dcp",
 )

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
+from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, Vpp
 from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
@@ -16,14 +17,12 @@ def reshard(
     out: Output,
     source: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder (its latest checkpoint).")],
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; the source's by default.")] = None,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages; the source's by default.")] = None,
-    vpp: Annotated[int | None, typer.Option(help="Chunks of layers in each stage; the source's by default.")] = None,
-    ep: Annotated[int | None, typer.Option(help="Replicas that share the experts; the source's by default.")] = None,
-    pp_layout: Annotated[
-        str, typer.Option(help="Layers per stage, or per chunk in the order of the network, when not even: 6,8,8,6.")
-    ] = "",
-    vocab_multiple: Annotated[int | None, typer.Option(help="Pad each rank's vocabulary to this multiple.")] = None,
+    tp: Tp = None,
+    pp: Pp = None,
+    vpp: Vpp = None,
+    ep: Ep = None,
+    pp_layout: PpLayout = "",
+    vocab_multiple: VocabMultiple = None,
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
     optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
     mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
