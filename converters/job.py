@@ -10,7 +10,9 @@ from typing import Any, Literal
 from converters.cast import CastSource
 from converters.copy import Verify, copy_checkpoint, require_space
 from converters.format import Destination, Format, OpenedCheckpoint, Progress, WriteRequest, no_progress
+from converters.formats.native import NativeDestination
 from converters.plan import DEFAULT_BUDGET_BYTES, Plan, make_plan
+from workbench.checkpoint.reader import NativeSource
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConfigError, ConversionError
 from workbench.spec.geometry import LogicalTensor
@@ -25,7 +27,8 @@ Optimizer = Literal["keep", "drop", "require"]
 class JobOptions:
     """What the user may choose. dtype: for weights, None to keep them; max_shard_bytes: for formats with shards.
 
-    read_back: read each piece back as it is written; needed for every kind of verification."""
+    read_back: read each piece back as it is written; needed for every kind of verification. lazy: nothing will be
+    copied, only `Job.link` called."""
 
     layout: ParallelLayout
     dtype: str | None = None
@@ -34,6 +37,7 @@ class JobOptions:
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     max_shard_bytes: int = 5_000_000_000
     read_back: bool = True
+    lazy: bool = False
 
 
 @dataclass(frozen=True)
@@ -45,9 +49,20 @@ class Job:
     destination: Destination
     plan: Plan
 
-    def run(self, *, verify: Verify = "crc", progress: Progress = no_progress) -> dict[str, str]:
+    def run(self, *, verify: Verify = "crc", resume: bool = False, progress: Progress = no_progress) -> dict[str, str]:
         """Writes and commits the destination; the fingerprints of what it holds."""
-        return copy_checkpoint(self.opened, self.source, self.destination, self.plan, verify=verify, progress=progress)
+        return copy_checkpoint(
+            self.opened, self.source, self.destination, self.plan, verify=verify, resume=resume, progress=progress
+        )
+
+    def link(self) -> None:
+        """Makes the destination of hard links to the files of the source, without reading or writing a tensor.
+
+        ConversionError when that is no native checkpoint at either end, or its tensors must be cut or cast.
+        """
+        if not (isinstance(self.source, NativeSource) and isinstance(self.destination, NativeDestination)):
+            raise ConversionError(f"--lazy: the files of {self.opened.path} would have to change; leave it out to copy")
+        self.destination.link(self.source)
 
 
 def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobOptions, *, operation: str) -> Job:
@@ -76,7 +91,8 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
     )
     destination = target.destination(request)
     plan = make_plan(source, destination, drops=drops, workers=options.workers, budget_bytes=options.budget_bytes)
-    require_space(path, sum(plan.files.values()))
+    if not options.lazy:
+        require_space(path, sum(plan.files.values()))
     return Job(opened, source, destination, plan)
 
 

@@ -133,6 +133,7 @@ def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool 
         fingerprints={},
         info={**base.info, "adapter": str(opened.path)},
         path=opened.path,
+        others=(base.path, *base.others),
     )
 
 

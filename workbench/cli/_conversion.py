@@ -114,8 +114,9 @@ def convert(
     operation: str,
     verify: str = "crc",
     dry_run: bool = False,
+    resume: bool = False,
 ) -> None:
-    """Plans, shows the plan, runs it unless `dry_run`, and gives the command's result."""
+    """Plans, shows the plan, runs it (or links files) unless `dry_run`, and gives the command's result."""
     from converters.copy import Verify
     from converters.job import make_job
 
@@ -129,7 +130,14 @@ def convert(
     if dry_run:
         out.result({**plan, "dry_run": True}, text="The plan covers every element exactly once; nothing was written.")
         return
-    seconds = run_job(out, job, verify=checked, label=operation)
+    if options.lazy:
+        job.link()
+        out.result(
+            {**plan, "dry_run": False, "lazy": True, "seconds": time.monotonic() - started},
+            text=f"{destination}: shares its files with {opened.path}; nothing was copied or read, `wb verify` does.",
+        )
+        return
+    seconds = run_job(out, job, verify=checked, label=operation, resume=resume)
     total = time.monotonic() - started
     rate = job.plan.num_bytes / max(seconds, 1e-9)
     out.result(
@@ -139,14 +147,18 @@ def convert(
     )
 
 
-def run_job(out: Output, job: Job, *, verify: Any, label: str) -> float:
+def run_job(out: Output, job: Job, *, verify: Any, label: str, resume: bool) -> float:
     """Runs a planned conversion with a progress bar; the seconds that it took."""
     from converters.copy import work_bytes
 
-    out.interrupt_hint = f"nothing is left at {job.destination.path}; run the same command to start again"
+    path = job.destination.path
+    out.interrupt_hint = (
+        f"nothing is at {path}, what was written is in {path.name}.partial; run the same command with --resume to go "
+        "on, or without to start again"
+    )
     started = time.monotonic()
     with out.progress(label, total=work_bytes(job.plan, verify), unit="B") as bar:
-        job.run(verify=verify, progress=bar.advance)
+        job.run(verify=verify, resume=resume, progress=bar.advance)
     return time.monotonic() - started
 
 

@@ -31,6 +31,7 @@ def convert_with_proof(
     words: tuple[str, str],
     proof: Proof,
     dry_run: bool,
+    resume: bool,
 ) -> None:
     """Plans, runs unless `dry_run`, proves if --verify says logits, and gives the command's result.
 
@@ -66,7 +67,7 @@ def convert_with_proof(
     if dry_run:
         out.result(result, text="The plan covers every element exactly once; nothing was written.")
         return
-    run_job(out, job, verify="crc" if verify == "logits" else verify, label=operation)
+    run_job(out, job, verify="crc" if verify == "logits" else verify, label=operation, resume=resume)
     seconds = time.monotonic() - started
     result |= {"verify": verify, "seconds": seconds}
     text = f"{destination}: {size_text(job.plan.num_bytes)} in {time_text(seconds)}, verified: {verify}"

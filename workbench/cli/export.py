@@ -29,7 +29,7 @@ def export(
     family: Annotated[str, typer.Option(help="The model family; found by the model's features by default.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
-    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     verify: Annotated[
         str,
@@ -37,6 +37,7 @@ def export(
             help="none, crc (read back), full (fingerprints), logits (crc, and the result run by transformers)."
         ),
     ] = "logits",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint as a Hugging Face folder, run it with plain transformers, and keep it only if logits agree."""
@@ -60,7 +61,7 @@ def export(
         return _prove(opened, options.dtype, base, folder)
 
     convert_with_proof(
-        out, opened, target, destination, options, words=("export", verify), proof=proof, dry_run=dry_run
+        out, opened, target, destination, options, words=("export", verify), proof=proof, dry_run=dry_run, resume=resume
     )
 
 

@@ -24,11 +24,12 @@ def import_(
     pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
     vocab_multiple: Annotated[int | None, typer.Option(help="Pad each rank's vocabulary to this multiple.")] = None,
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
-    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     verify: Annotated[
         str, typer.Option(help="none, crc (read back), full (fingerprints), logits (crc, and against transformers).")
     ] = "logits",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Turn a checkpoint of another format into a native one at any layout, proven before it appears."""
@@ -62,6 +63,7 @@ def import_(
         words=("import", verify),
         proof=proof,
         dry_run=dry_run,
+        resume=resume,
     )
 
 

@@ -20,9 +20,10 @@ def merge(
     pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; the base's by default.")] = "",
     family: Annotated[str, typer.Option(help="The base's model family, when it is not found by itself.")] = "",
-    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     verify: Annotated[str, typer.Option(help="none, crc (read back) or full (fingerprints too).")] = "crc",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write base + adapter as one native checkpoint: added in fp32, rounded once, streamed, without a GPU."""
@@ -36,7 +37,8 @@ def merge(
         raise ConversionError(f"{source}: is a whole model, so there is nothing to merge; copy it with wb reshard")
     layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout)
     options = job_options(layout, dtype=dtype, optimizer="drop", mem=mem, workers=workers)
-    convert(out, opened, get_format("native"), destination, options, operation="merge", verify=verify, dry_run=dry_run)
+    target = get_format("native")
+    convert(out, opened, target, destination, options, operation="merge", verify=verify, dry_run=dry_run, resume=resume)
 
 
 COMMAND = Command(

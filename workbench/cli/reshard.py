@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -25,9 +26,13 @@ def reshard(
     vocab_multiple: Annotated[int | None, typer.Option(help="Pad each rank's vocabulary to this multiple.")] = None,
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
     optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
-    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     verify: Annotated[str, typer.Option(help="none, crc (checksums both sides) or full (fingerprints too).")] = "crc",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")] = False,
+    lazy: Annotated[
+        bool, typer.Option("--lazy", help="Share the source's files (hard links): for changes of PP, VPP, EP and DP.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint at another tensor, pipeline and expert layout, optimizer state included, without a GPU."""
@@ -40,7 +45,17 @@ def reshard(
     target = get_format("native")
     layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, ep=ep, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
     options = job_options(layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers)
-    convert(out, opened, target, destination, options, operation="reshard", verify=verify, dry_run=dry_run)
+    convert(
+        out,
+        opened,
+        target,
+        destination,
+        replace(options, lazy=lazy),
+        operation="reshard",
+        verify=verify,
+        dry_run=dry_run,
+        resume=resume,
+    )
 
 
 COMMAND = Command(
