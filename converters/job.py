@@ -12,7 +12,9 @@ from converters.cast import CastSource
 from converters.copy import Verify, copy_checkpoint, require_space
 from converters.drops import allowed_drops, reasons, require_used
 from converters.format import Destination, Format, OpenedCheckpoint, Progress, WriteRequest, no_progress
+from converters.formats.native import NativeDestination
 from converters.plan import DEFAULT_BUDGET_BYTES, Plan, make_plan
+from workbench.checkpoint.reader import NativeSource
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConfigError, ConversionError
 from workbench.spec.geometry import LogicalTensor
@@ -27,8 +29,8 @@ Optimizer = Literal["keep", "drop", "require"]
 class JobOptions:
     """What the user may choose. dtype: for weights, None to keep them; max_shard_bytes: for formats with shards.
 
-    read_back: read each piece back as it is written; needed for every kind of verification.
-    allow_drop: patterns of tensors, unknown to the model, that may be left out."""
+    read_back: read each piece back as it is written; needed for every kind of verification. lazy: nothing will be
+    copied, only `Job.link` called. allow_drop: patterns of tensors, unknown to the model, that may be left out."""
 
     layout: ParallelLayout
     dtype: str | None = None
@@ -37,6 +39,7 @@ class JobOptions:
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     max_shard_bytes: int = 5_000_000_000
     read_back: bool = True
+    lazy: bool = False
     allow_drop: tuple[str, ...] = ()
 
 
@@ -63,7 +66,7 @@ class Job:
         here = "the edits" if self.opened.edits else reader_name(self.opened.format, self.opened.path)
         return {"source": here, "destination": reader_name(self.format, self.destination.path)}
 
-    def run(self, *, verify: Verify = "crc", progress: Progress = no_progress) -> dict[str, str]:
+    def run(self, *, verify: Verify = "crc", resume: bool = False, progress: Progress = no_progress) -> dict[str, str]:
         """Writes and commits the destination; the fingerprints of what it holds."""
         return copy_checkpoint(
             self.opened,
@@ -72,8 +75,18 @@ class Job:
             self.plan,
             format=self.format,
             verify=verify,
+            resume=resume,
             progress=progress,
         )
+
+    def link(self) -> None:
+        """Makes the destination of hard links to the files of the source, without reading or writing a tensor.
+
+        ConversionError when that is no native checkpoint at either end, or its tensors must be cut or cast.
+        """
+        if not (isinstance(self.source, NativeSource) and isinstance(self.destination, NativeDestination)):
+            raise ConversionError(f"--lazy: the files of {self.opened.path} would have to change; leave it out to copy")
+        self.destination.link(self.source)
 
 
 def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobOptions, *, operation: str) -> Job:
@@ -106,7 +119,8 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
     )
     destination = target.destination(request)
     plan = make_plan(source, destination, drops=cut, workers=options.workers, budget_bytes=options.budget_bytes)
-    require_space(path, sum(plan.files.values()))
+    if not options.lazy:
+        require_space(path, sum(plan.files.values()))
     return Job(opened, source, destination, plan, target.name, dropped)
 
 

@@ -118,30 +118,26 @@ def make_plan(
     """
     tensors = destination.schema
     _check_names(source.schema, tensors, drops)
-    slab_bytes = min(_SLAB_BYTES, _slab_budget(budget_bytes, workers))
+    pieces = {name: tuple(box for _, box in destination.boxes(name)) for name in tensors}
+    num_pieces = sum(map(len, pieces.values()))
+    fixed_bytes = _INTERPRETER_BYTES + num_pieces * _PIECE_BYTES
+    slab_bytes = min(_SLAB_BYTES, _slab_budget(budget_bytes, fixed_bytes, workers))
     cuts: dict[tuple[object, ...], _Cut] = {}
     sweeps: list[Sweep] = []
     faults: list[str] = []
-    num_pieces = 0
     for name, tensor in tensors.items():
-        here, dim = source.chunks(name), destination.sweep(name)
-        there = tuple(box for _, box in destination.boxes(name))
+        here, there, dim = source.chunks(name), pieces[name], destination.sweep(name)
         key = (tensor.shape, tensor.dtype, dim, here, there)
         cut = cuts.get(key)
         if cut is None:
             cut = cuts[key] = _cut(tensor, dim, here, there, slab_bytes)
         faults += [f"{name}: {fault}" for fault in cut.faults]
         sweeps += [Sweep(name, dim, start, stop, cut.step, (stop - start) * cut.row_bytes) for start, stop in cut.spans]
-        num_pieces += len(there)
     if faults:
         raise ConversionError("the plan does not cover each element once: " + _some(faults))
     sweeps.sort(key=attrgetter("num_bytes"), reverse=True)
     largest = max((cut.slab_bytes for cut in cuts.values()), default=0)
-    peak = _INTERPRETER_BYTES + workers * _SLAB_COPIES * largest + num_pieces * _PIECE_BYTES
-    if peak > budget_bytes:
-        raise ResourceError(
-            f"a memory budget of {budget_bytes} bytes is too small for {num_pieces} pieces; give at least {peak}"
-        )
+    peak = fixed_bytes + workers * _SLAB_COPIES * largest
     return Plan(tensors, tuple(sweeps), num_pieces, tuple(drops), destination.files, workers, peak)
 
 
@@ -169,10 +165,10 @@ def _some(texts: Sequence[str], most: int = 4) -> str:
     return ", ".join(texts[:most]) + more
 
 
-def _slab_budget(budget_bytes: int, workers: int) -> int:
-    slab = (budget_bytes - _INTERPRETER_BYTES) // (workers * _SLAB_COPIES)
+def _slab_budget(budget_bytes: int, fixed_bytes: int, workers: int) -> int:
+    slab = (budget_bytes - fixed_bytes) // (workers * _SLAB_COPIES)
     if slab < 64 << 10:
-        least = _INTERPRETER_BYTES + workers * _SLAB_COPIES * (64 << 10)
+        least = fixed_bytes + workers * _SLAB_COPIES * (64 << 10)
         raise ResourceError(
             f"a memory budget of {budget_bytes} bytes is too small for {workers} workers; give at least {least}"
         )

@@ -264,7 +264,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(source, tmp_path, capsys):
     assert sizes == plan["files"]
 
 
-def test_ctrl_c_leaves_no_destination(tmp_path):
+def test_ctrl_c_leaves_no_destination_and_tells_how_to_go_on(tmp_path):
     random_native(tmp_path / "big", tiny_model(hidden_size=512, intermediate_size=2048, vocab_size=20011))
     code = (
         "import sys, time\n"
@@ -284,8 +284,14 @@ def test_ctrl_c_leaves_no_destination(tmp_path):
     os.kill(child.pid, signal.SIGINT)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert f"nothing is left at {tmp_path / 'x'}" in errors
-    assert not list(tmp_path.glob("x*"))
+    assert (
+        f"nothing is at {tmp_path / 'x'}, what was written is in x.partial; run the same command with --resume"
+        in errors
+    )
+    assert not (tmp_path / "x").exists()
+    assert main(["reshard", str(tmp_path / "big"), str(tmp_path / "x"), "--resume", "-q"]) == 0
+    assert not (tmp_path / "x.partial").exists()
+    assert same_files(tmp_path / "x", tmp_path / "big")
 
 
 def test_what_a_killed_reshard_has_left_is_replaced_by_the_next(source, tmp_path):

@@ -11,11 +11,12 @@ import math
 import os
 import struct
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.errors import CheckpointError
 from workbench.spec.dtypes import ITEM_BYTES
 
@@ -182,30 +183,33 @@ def _header_entry(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[int, bool, 
     return _placing(("", dtype, shape)), math.prod(shape) * ITEM_BYTES[dtype], len(text) + len(":,,")
 
 
-@dataclass
 class RangedFile:
-    """A file open for reading by ranges, from any thread."""
+    """A file that is read by ranges, from any thread; through `descriptors` when it is one of many."""
 
-    path: Path
-    _descriptor: int = field(init=False, default=-1)
-
-    def __post_init__(self) -> None:
-        try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+    def __init__(self, path: Path, descriptors: Descriptors | None = None) -> None:
+        self.path = path
+        self._descriptors = descriptors or Descriptors(os.O_RDONLY)
 
     def read_into(self, array: np.ndarray, start: int) -> None:
         """Fills a contiguous array with the bytes from `start` on; CheckpointError when the file ends before."""
+        self.read_ranges([(array, start)])
+
+    def read_ranges(self, ranges: Iterable[tuple[np.ndarray, int]]) -> None:
+        """`read_into` for many arrays."""
+        try:
+            with self._descriptors.use(self.path) as descriptor:
+                for array, start in ranges:
+                    self._read(descriptor, array, start)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def _read(self, descriptor: int, array: np.ndarray, start: int) -> None:
         if not array.nbytes:
             return
         view = array.data.cast("B")
         done = 0
         while done < len(view):
-            try:
-                count = os.preadv(self._descriptor, [view[done:]], start + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+            count = os.preadv(descriptor, [view[done:]], start + done)
             if count == 0:
                 raise CheckpointError(
                     f"{self.path}: ends at byte {start + done} of {start + len(view)}; it is truncated"
@@ -214,9 +218,4 @@ class RangedFile:
 
     def close(self) -> None:
         """Gives the descriptor back."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        self.close()
+        self._descriptors.close()
