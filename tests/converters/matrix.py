@@ -141,8 +141,14 @@ def recorded() -> str:
 
 def recorded_states() -> dict[tuple[str, str], str]:
     """The states of each cell of the page."""
-    rows = [[word.strip() for word in line.strip("|").split("|")] for line in recorded().splitlines() if line[:1] == "|"]
-    return {(row[0], name): "" if cell == "–" else cell for row in rows[2:] for name, cell in zip(rows[0][1:], row[1:], strict=True)}
+    rows = [
+        [word.strip() for word in line.strip("|").split("|")] for line in recorded().splitlines() if line[:1] == "|"
+    ]
+    return {
+        (row[0], name): "" if cell == "–" else cell
+        for row in rows[2:]
+        for name, cell in zip(rows[0][1:], row[1:], strict=True)
+    }
 
 
 if __name__ == "__main__":

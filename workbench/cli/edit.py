@@ -60,7 +60,10 @@ def edit(
         raise ConfigError("nothing to edit; give --layers, --vocab-size or --upcycle-experts")
     layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout)
     options = job_options(layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers, allow_drop=drops)
-    convert(out, Conversion(opened, get_format("native"), destination, options, "edit", verify, dry_run=dry_run, resume=resume))
+    convert(
+        out,
+        Conversion(opened, get_format("native"), destination, options, "edit", verify, dry_run=dry_run, resume=resume),
+    )
 
 
 COMMAND = Command(

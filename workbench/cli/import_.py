@@ -60,7 +60,9 @@ def import_(
 
     layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, ep=ep, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
     options = job_options(layout, dtype=dtype, optimizer="keep", mem=mem, workers=workers, allow_drop=allow_drop or ())
-    convert(out, Conversion(opened, get_format("native"), destination, options, "import", verify, proof, dry_run, resume))
+    convert(
+        out, Conversion(opened, get_format("native"), destination, options, "import", verify, proof, dry_run, resume)
+    )
 
 
 COMMAND = Command(

@@ -53,7 +53,10 @@ def merge(
         )
     layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout)
     options = job_options(layout, dtype=dtype, optimizer="drop", mem=mem, workers=workers, allow_drop=drops)
-    convert(out, Conversion(opened, get_format("native"), destination, options, "merge", verify, dry_run=dry_run, resume=resume))
+    convert(
+        out,
+        Conversion(opened, get_format("native"), destination, options, "merge", verify, dry_run=dry_run, resume=resume),
+    )
 
 
 def parse_weights(text: str) -> tuple[float, ...]:
