@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from converters.format import OpenedCheckpoint, Progress
+from converters.format import OpenedCheckpoint, Progress, WriteRequest
+from converters.formats._folder import FolderDestination
 from converters.formats._huggingface_files import read_json
+from converters.formats._megatron_dist_contents import BACKEND, COMMON, METADATA, dist_folder
 from converters.megatron.arguments import Arguments, load_arguments, with_vocabulary
 from converters.megatron.buffers import State
-from converters.megatron.dist_optimizer import flat_state, is_optimizer_key, require_known_keys, whole_tensors
+from converters.megatron.dist_optimizer import (
+    flat_state,
+    is_optimizer_key,
+    plain_state,
+    require_known_keys,
+    whole_tensors,
+)
 from converters.megatron.distributed import one_by_one, whole_model
 from converters.megatron.modules import Modules
 from converters.megatron.optimizer import Run, open_run
@@ -27,13 +35,11 @@ from converters.untrusted.dcp import DcpFolder, read_dcp
 from converters.untrusted.paths import file_inside
 from converters.untrusted.plain import PlainObject
 from converters.untrusted.torch_file import read_torch
+from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.layout import ParallelLayout
 
 NAME: Final = "megatron_dist"
-METADATA: Final = "metadata.json"
-BACKEND: Final = "torch_dist"
-COMMON: Final = "common.pt"
 COMMON_OBJECT: Final = "common_state/shard_0_1"
 INTEGRITY: Final = "integrity.json"
 _BLOCK_BYTES: Final = 1 << 24
@@ -79,7 +85,7 @@ class MegatronDistFormat:
         def state() -> State:
             return _optimizer(found, said, layout, table, foreign)
 
-        run = Run(said.given, common, common.get("optimizer"))
+        run = Run(said.given, common, plain_state(found, common))
         opened = open_run(said.model, table, foreign, run, state, where)
         return OpenedCheckpoint(
             format=NAME,
@@ -94,6 +100,14 @@ class MegatronDistFormat:
             check=_checker(folder),
             optimizer_fault=opened.fault,
         )
+
+    def destination(self, request: WriteRequest) -> FolderDestination:
+        """A release to be written, in chunks of any layout."""
+
+        def reopen(folder: Path) -> TensorSource:
+            return self.open(folder).source
+
+        return FolderDestination(request, dist_folder(request), reopen)
 
 
 def _iteration(path: Path) -> Path:
@@ -152,6 +166,7 @@ def _optimizer(
         layout.chunks(said.model.num_hidden_layers),
         grouped=bool(said.given.get("moe_grouped_gemm")),
         tied=said.model.tie_word_embeddings,
+        renamed=said.given.get("transformer_impl") == "local",
     )
     return flat_state(found, modules)
 

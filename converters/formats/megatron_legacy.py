@@ -12,7 +12,7 @@ from converters.formats._folder import FolderDestination
 from converters.formats._megatron_legacy_contents import rank_folders
 from converters.megatron.arguments import load_arguments, with_vocabulary
 from converters.megatron.modules import Modules
-from converters.megatron.optimizer import Ruled, Run, open_run
+from converters.megatron.optimizer import Run, open_run
 from converters.megatron.pieces import ForeignTensor, PlacedPiece, gather
 from converters.megatron.rank_files import RELEASE, Held, RankFile, Whole, find_iteration, read_rank_files
 from converters.megatron.rank_optimizer import rank_file_state
@@ -62,12 +62,9 @@ class MegatronFormat:
             tied=said.model.tie_word_embeddings,
         )
         run = Run(said.given, files[0].state, files[0].state.get("optimizer"))
-
-        def read() -> dict[str, Ruled]:
-            state = rank_file_state(files, modules, said.given)
-            return {kind: Ruled(found.table.rules, tensors) for kind, tensors in state.items()}
-
-        opened = open_run(said.model, Ruled(found.table.rules, found.foreign), run, read, where)
+        opened = open_run(
+            said.model, found.table, found.foreign, run, lambda: rank_file_state(files, modules, said.given), where
+        )
         return OpenedCheckpoint(
             format=NAME,
             path=path,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from converters.megatron.buckets import Bucket, fit_buckets
 from converters.megatron.buffers import KINDS, MASTER, BufferId, Found, State, buffers, line
@@ -20,7 +21,8 @@ _FLAT = re.compile(
     r"\.gbuf_idx_(\d+)\.dtype_\((.+)\)\.bucket_idx_(\d+)\.(param|exp_avg|exp_avg_sq)"
 )
 _OBJECT = re.compile(
-    r"(?:chained_\d+\.)?optimizer\.distributed\.dp_group_idx_\d+\.(?:optimizer|per_bucket_numel(?:_unpadded)?)/shard_0_1"
+    r"(?:chained_(\d+)\.)?optimizer\.distributed\.dp_group_idx_\d+"
+    r"\.(optimizer|grad_scaler|per_bucket_numel(?:_unpadded)?)/shard_0_1"
 )
 
 
@@ -50,6 +52,16 @@ def require_known_keys(folder: DcpFolder) -> None:
             f"{folder.path}: {summarise(strange, 'is', 'are')} of an optimizer, and not Adam's in a mode that is read "
             "(dp_reshardable, fully_reshardable, without a distributed optimizer); save it in one of them"
         )
+
+
+def plain_state(folder: DcpFolder, common: Mapping[str, Any]) -> list[Any]:
+    """What the optimizers say of themselves beside their tensors; `dp_reshardable` has each rank's own."""
+    objects: dict[tuple[str | None, str], str] = {}
+    for key in folder.objects:
+        if (match := _OBJECT.fullmatch(key)) and match[2] in ("optimizer", "grad_scaler"):
+            objects.setdefault((match[1], match[2]), key)
+    found = [{kind: folder.read_object(key)} for (_, kind), key in objects.items()]
+    return [common.get("optimizer"), *found]
 
 
 def flat_state(folder: DcpFolder, modules: Modules) -> State:

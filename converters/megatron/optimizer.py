@@ -10,16 +10,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from converters.cast import cast_array
-from converters.megatron.buffers import MASTER, MOMENTS
+from converters.megatron.buffers import MASTER, MOMENTS, State
 from converters.megatron.modules import BUFFERS
 from converters.megatron.pieces import ForeignTensor, PieceSource, match_pieces
-from converters.megatron.training import left_out, param_groups, training_state
+from converters.megatron.table import Table
+from converters.megatron.training import left_out, training_state
 from converters.rules import Rule
 from workbench.checkpoint.manifest import TrainingState
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import OPTIMIZER_PREFIX, logical_tensors
+
+Tensors = Mapping[str, ForeignTensor]
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,6 @@ class Run:
     arguments: Mapping[str, Any]
     common: Mapping[str, Any]
     optimizer: Any
-
-
-@dataclass(frozen=True)
-class Ruled:
-    """Foreign tensors, and the rule of each logical tensor that lies in one of them."""
-
-    rules: Mapping[str, Rule]
-    tensors: Mapping[str, ForeignTensor]
 
 
 @dataclass(frozen=True)
@@ -50,54 +45,49 @@ class Opened:
 
 
 def open_run(
-    model: ModelConfig, weights: Ruled, run: Run, read: Callable[[], Mapping[str, Ruled]], where: str
+    model: ModelConfig, table: Table, foreign: Tensors, run: Run, read: Callable[[], State], where: str
 ) -> Opened:
-    """Weights, and the state of the optimizer, which `read` returns by kind, with the rules of weights.
+    """Weights, which are `foreign`, and the state of the optimizer, which `read` returns.
 
     Where the optimizer keeps 32-bit masters of weights, they are the weights: rounded, they are what the model has.
     ConversionError when a weight has no place.
     """
     shapes = {name: tensor.shape for name, tensor in logical_tensors(model, "F32").items()}
-    parts = [_Part(match_pieces(shapes, weights.rules, weights.tensors, where), weights)]
-    state, fault = _read_state(read, shapes, parts[0], where)
-    info = {f"left out: {name}": reason for name, reason in left_out(run.common, param_groups(run.optimizer)).items()}
+    weights = _Part(match_pieces(shapes, table.rules, foreign, where), table.rules, foreign)
+    state, fault = _read_state(read, shapes, weights, where)
+    info = {f"left out: {name}": reason for name, reason in left_out(run.common, run.optimizer).items()}
+    parts = [weights]
     if masters := state.pop(MASTER, None):
-        rounded = {name: t for name, t in parts[0].schema.items() if name in masters.schema and t.dtype != "F32"}
+        rounded = {name for name in masters.schema if weights.schema[name].dtype != masters.schema[name].dtype}
         parts.append(masters.only(rounded).renamed(f"{MASTER}/"))
         if rounded:
-            dtypes = ", ".join(sorted({tensor.dtype for tensor in rounded.values()}))
+            dtypes = ", ".join(sorted({weights.schema[name].dtype for name in rounded}))
             info["weights"] = f"the 32-bit masters of the optimizer; the model has them rounded to {dtypes}"
     parts += [part.renamed(f"{kind}/", logical=f"{OPTIMIZER_PREFIX}{kind}/") for kind, part in state.items()]
-    return Opened(
-        source=_source(parts),
-        training=training_state(run.arguments, run.common, param_groups(run.optimizer), where),
-        info=info,
-        fault=fault,
-    )
+    training = training_state(run.arguments, run.common, run.optimizer, where)
+    return Opened(_source(parts), training, info, fault)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """Logical tensors that were found in foreign ones."""
+    """Logical tensors, the rule of each, and the foreign tensors that they lie in."""
 
     schema: Mapping[str, LogicalTensor]
-    ruled: Ruled
+    rules: Mapping[str, Rule]
+    tensors: Tensors
 
     def only(self, names: Collection[str]) -> _Part:
         """Those of `names`."""
-        rules = {name: rule for name, rule in self.ruled.rules.items() if name in names}
-        return _Part({name: self.schema[name] for name in rules}, Ruled(rules, self.ruled.tensors))
+        return _Part({name: self.schema[name] for name in names}, self.rules, self.tensors)
 
     def renamed(self, foreign: str, *, logical: str = "") -> _Part:
         """With these prefixes before foreign and logical names."""
-        rules = {name: self.ruled.rules[name] for name in self.schema}
-        return _Part(
-            {f"{logical}{n}": LogicalTensor(f"{logical}{n}", t.shape, t.dtype) for n, t in self.schema.items()},
-            Ruled(
-                {f"{logical}{n}": Rule(f"{logical}{n}", f"{foreign}{r.foreign}", r.view) for n, r in rules.items()},
-                {f"{foreign}{name}": tensor for name, tensor in self.ruled.tensors.items()},
-            ),
-        )
+        schema, rules = {}, {}
+        for name, tensor in self.schema.items():
+            rule, new = self.rules[name], f"{logical}{name}"
+            schema[new] = LogicalTensor(new, tensor.shape, tensor.dtype)
+            rules[new] = Rule(new, f"{foreign}{rule.foreign}", rule.view)
+        return _Part(schema, rules, {f"{foreign}{name}": tensor for name, tensor in self.tensors.items()})
 
 
 def _source(parts: Sequence[_Part]) -> PieceSource:
@@ -107,25 +97,24 @@ def _source(parts: Sequence[_Part]) -> PieceSource:
     tensors: dict[str, ForeignTensor] = {}
     for part in parts:
         schema |= part.schema
-        rules |= part.ruled.rules
-        tensors |= part.ruled.tensors
+        rules |= {name: part.rules[name] for name in part.schema}
+        tensors |= part.tensors
     return PieceSource(schema, rules, tensors)
 
 
 def _read_state(
-    read: Callable[[], Mapping[str, Ruled]], shapes: Mapping[str, tuple[int, ...]], weights: _Part, where: str
+    read: Callable[[], State], shapes: Mapping[str, tuple[int, ...]], weights: _Part, where: str
 ) -> tuple[dict[str, _Part], str | None]:
     """By kind, what `read` returns; or nothing, and why it cannot be read or does not belong to these weights."""
-    found = {}
+    found: dict[str, _Part] = {}
     try:
-        for kind, ruled in read().items():
+        for kind, tensors in read().items():
             rules = {
                 name: rule
-                for name, rule in ruled.rules.items()
-                if not rule.foreign.endswith(BUFFERS) and (kind != MASTER or rule.foreign in ruled.tensors)
+                for name, rule in weights.rules.items()
+                if not rule.foreign.endswith(BUFFERS) and (kind != MASTER or rule.foreign in tensors)
             }
-            schema = match_pieces(shapes, rules, ruled.tensors, f"{where}: {kind} of the optimizer")
-            found[kind] = _Part(schema, Ruled(rules, ruled.tensors))
+            found[kind] = _Part(match_pieces(shapes, rules, tensors, f"{where}: {kind}"), rules, tensors)
         if found and (lacking := [kind for kind in MOMENTS if kind not in found]):
             return {}, f"{where}: the state of the optimizer has no {' and no '.join(lacking)}, as Adam's has"
         if MASTER in found and (name := _contradiction(weights, found[MASTER])):

@@ -31,12 +31,13 @@ _PLAIN: Final = {"wd_mult": (0.0, 1.0), "lr_mult": (1.0,), "is_decoupled_lr": (F
 
 
 def training_state(
-    arguments: Mapping[str, Any], common: Mapping[str, Any], groups: list[dict[str, Any]], where: str
+    arguments: Mapping[str, Any], common: Mapping[str, Any], optimizer: Any, where: str
 ) -> TrainingState:
-    """The state of a run from its arguments, what is saved beside its tensors, and the optimizer's `groups`.
+    """The state of a run from its arguments, what is saved beside its tensors, and what the optimizer says.
 
-    optimizer and scheduler hold what the configuration that goes on with the run should say.
+    In the state, optimizer and scheduler hold what the configuration that goes on with the run should say.
     """
+    groups = param_groups(optimizer)
     step = _count(common.get("iteration", 0), "iteration", where)
     samples = _count(arguments.get("consumed_train_samples") or 0, "consumed_train_samples", where)
     length = _count(arguments.get("seq_length") or 0, "seq_length", where)
@@ -47,7 +48,7 @@ def training_state(
         tokens=samples * length,
         seed=_count(arguments.get("seed") or 0, "seed", where),
         scheduler=_schedule(arguments, scheduler),
-        optimizer=_optimizer(scheduler, groups, step) if groups else {},
+        optimizer={**_optimizer(scheduler, groups, step), **_loss_scale(optimizer)} if groups else {},
     )
 
 
@@ -90,7 +91,7 @@ def param_groups(state: Any) -> list[dict[str, Any]]:
     The step of a group is its own, or else that of all parameters, which are told apart nowhere.
     """
     found: list[dict[str, Any]] = []
-    for inner in _with_groups(state):
+    for inner in _holding("param_groups", state):
         parameters = inner.get("state") or {}
         common = parameters.get("common_step")
         each = [held.get("step") for held in parameters.values() if isinstance(held, dict)]
@@ -99,22 +100,34 @@ def param_groups(state: Any) -> list[dict[str, Any]]:
     return found
 
 
-def _with_groups(state: Any) -> Iterator[Mapping[str, Any]]:
-    """The dictionaries with `param_groups` in a tree of dictionaries and lists."""
-    if isinstance(state, Mapping) and isinstance(state.get("param_groups"), list):
-        yield state
-    elif isinstance(state, (Mapping, list, tuple)):
-        for inner in state.values() if isinstance(state, Mapping) else state:
-            yield from _with_groups(inner)
+def _loss_scale(state: Any) -> dict[str, Any]:
+    """The dynamic loss scale of a run in fp16, as pretrain's LossScale keeps it; empty when there is none."""
+    for held in _holding("grad_scaler", state):
+        scaler = held["grad_scaler"]
+        for inner in _holding("scale", scaler):
+            steps = inner.get("growth_tracker", 0)
+            value = {"value": float(_scalar(inner["scale"])), "finite_steps": int(steps), "skipped_steps": 0}
+            return {"loss_scale": value}
+    return {}
+
+
+def _holding(key: str, tree: Any) -> Iterator[Mapping[str, Any]]:
+    """The dictionaries with `key` in a tree of dictionaries and lists."""
+    if isinstance(tree, Mapping) and key in tree:
+        yield tree
+    elif isinstance(tree, (Mapping, list, tuple)):
+        for inner in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from _holding(key, inner)
 
 
 def _scalar(value: Any) -> Any:
-    """A number that may have been stored as a tensor of no dimensions."""
-    return value.read(Box((), ())).item() if isinstance(value, StridedTensor) else value
+    """A number that may have been stored as a tensor of one element."""
+    return value.read(Box.whole(value.shape)).item() if isinstance(value, StridedTensor) else value
 
 
-def left_out(common: Mapping[str, Any], groups: list[dict[str, Any]]) -> dict[str, str]:
+def left_out(common: Mapping[str, Any], optimizer: Any) -> dict[str, str]:
     """What a checkpoint says of its run and has no place here: name -> reason."""
+    groups = param_groups(optimizer)
     found = {name: reason for name, reason in DROPPED.items() if common.get(name) is not None}
     for name, usual in _PLAIN.items():
         other = sorted({group[name] for group in groups if name in group and group[name] not in usual})

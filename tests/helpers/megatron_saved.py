@@ -1,4 +1,4 @@
-"""Megatron's rank folders without megatron-core: what its own layers save of a case, cut by hand from logical tensors."""
+"""Megatron's rank folders without megatron-core: what its own layers save, cut by hand from logical tensors."""
 
 from __future__ import annotations
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ import pytest
 import torch
 
 from converters.format import OpenedCheckpoint
+from converters.formats import megatron_dist
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
+from converters.untrusted.dcp import read_dcp
 from tests.helpers.megatron_trained import BATCH, SIZES, STEPS, TOKENS, VOCAB, Trained, expected, train
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box
@@ -92,8 +95,9 @@ def test_moments_and_masters_of_further_layouts_are_those_of_the_live_optimizer(
     require_equal(opened, slow / case, Trained(sizes=SIZES, **SLOW[case]), mode)
 
 
-def test_a_run_goes_on_where_megatron_stood(quick: Path) -> None:
-    training = open_checkpoint(quick / "buckets" / "legacy").training
+@pytest.mark.parametrize("mode", ["dp_reshardable", "fully_reshardable", "plain", "plain_legacy"])
+def test_a_run_goes_on_where_megatron_stood(mode: str, quick: Path) -> None:
+    training = open_checkpoint(quick / "experts" / mode).training
     assert training is not None
     assert (training.step, training.samples, training.tokens) == (STEPS, STEPS * BATCH, STEPS * BATCH * TOKENS)
     assert training.seed == 1234
@@ -117,12 +121,13 @@ def test_weights_rounded_are_those_of_the_model(quick: Path, tmp_path: Path) -> 
     assert rows.tobytes() == torch.cat(model)[:VOCAB].view(torch.int16).numpy().tobytes()
 
 
-def test_moments_stay_equal_through_native_layouts(quick: Path, tmp_path: Path) -> None:
-    opened = open_checkpoint(quick / "buckets" / "legacy")
+@pytest.mark.parametrize("mode", ["dp_reshardable", "legacy"])
+def test_moments_stay_equal_through_native_layouts(mode: str, quick: Path, tmp_path: Path) -> None:
+    opened = open_checkpoint(quick / "buckets" / mode)
     before = arrays(opened)
     path = tmp_path / "one"
     make_job(opened, get_format("native"), path, JobOptions(ParallelLayout()), operation="import").run()
-    for number, layout in enumerate((ParallelLayout(tp=2, pp=4), ParallelLayout(tp=1, pp=2))):
+    for number, layout in enumerate((ParallelLayout(tp=4), ParallelLayout(tp=1, pp=4))):
         after = tmp_path / str(number)
         make_job(open_checkpoint(path), get_format("native"), after, JobOptions(layout), operation="reshard").run()
         path = after
@@ -158,3 +163,36 @@ def test_state_of_other_weights_is_refused(quick: Path, tmp_path: Path) -> None:
     torch.save(state, path)
     fault = open_checkpoint(tmp_path / "mixed").optimizer_fault
     assert fault is not None and "is not its 32-bit master" in fault
+
+
+def test_a_bucket_of_another_size_is_refused_with_its_number_and_both_sizes(
+    quick: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = read_dcp(next((quick / "buckets" / "dp_reshardable").glob("iter_*")))
+    name = next(key for key in found.tensors if "dp_group_idx_1." in key and key.endswith("bucket_idx_2.exp_avg"))
+    size = found.tensors[name].shape[0]
+    wrong = replace(found, tensors={**found.tensors, name: replace(found.tensors[name], shape=(size + 8,))})
+    monkeypatch.setattr(megatron_dist, "read_dcp", lambda _: wrong)
+    fault = open_checkpoint(quick / "buckets" / "dp_reshardable").optimizer_fault
+    assert fault is not None
+    assert f"dp_group_idx_1.gbuf_idx_0: bucket 2 holds {size + 8} elements" in fault
+    assert f"the parameters left for it fill {size};" in fault
+
+
+def test_state_that_megatron_damaged_as_it_saved_it_is_refused(quick: Path) -> None:
+    opened = open_checkpoint(quick / DAMAGED[0] / DAMAGED[1])
+    assert opened.optimizer_fault is not None
+    assert "is not its 32-bit master in the optimizer's state, rounded" in opened.optimizer_fault
+    assert {tensor.dtype for tensor in opened.source.schema.values()} == {"BF16"}
+
+
+def test_modules_in_another_order_are_refused(quick: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = megatron_dist.load_arguments
+
+    def others(arguments: Any, where: str) -> Any:
+        said = given(arguments, where)
+        return replace(said, given={**said.given, "transformer_impl": "transformer_engine"})
+
+    monkeypatch.setattr(megatron_dist, "load_arguments", others)
+    fault = open_checkpoint(quick / "experts" / "dp_reshardable").optimizer_fault
+    assert fault is not None and "where no piece begins; the modules of this model were in another order" in fault

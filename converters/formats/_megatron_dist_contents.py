@@ -1,0 +1,136 @@
+"""What a torch_dist folder is made of when it is written: layers and experts stacked, in Transformer Engine's names."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from converters.containers.dcp import GlobalTensor, lay_out_dcp
+from converters.containers.torch_zip import lay_out_torch
+from converters.format import WriteRequest
+from converters.formats._files import FileContent, Place, whole_file
+from converters.formats._folder import FolderContents, ForeignTensor, Piece, foreign_tensors
+from converters.megatron.distributed import Stored, stored_now
+from converters.megatron.rank_files import RELEASE, TRACKER
+from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
+from converters.megatron.stages import padded_vocab
+from converters.megatron.table import HEAD, LAYERS, TE, McoreTensor, make_table
+from converters.names import summarise
+from workbench.errors import ConversionError
+from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.layout import ParallelLayout
+
+METADATA: Final = "metadata.json"
+COMMON: Final = "common.pt"
+BACKEND: Final = "torch_dist"
+_BACKENDS: Final = {
+    "sharded_backend": BACKEND,
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+
+
+def dist_folder(request: WriteRequest) -> FolderContents:
+    """A release for Megatron-Core: the weights in chunks of the request's layout, without optimizer and random numbers.
+
+    ConversionError or LayoutError when Megatron cannot have this model at this layout.
+    """
+    model, layout = request.model, request.layout
+    layout.validate_for(model)
+    table = make_table(model, TE, padded_vocab=padded_vocab(model, layout))
+    if over := sorted(request.schema.keys() - table.rules.keys()):
+        raise ConversionError(
+            f"{request.path}: {summarise(over, 'has', 'have')} no place in a release of Megatron; leave the optimizer "
+            "out (--optimizer drop)"
+        )
+    rules = {name: (table.rules[name],) for name in request.schema}
+    wholes = foreign_tensors(request.schema, rules)
+    places = {name: stored_now(table.tensors[name], model) for name in wholes}
+    padding = Counter({name: whole.numel for name, whole in wholes.items()})
+    for name, logical in request.schema.items():
+        padding[table.rules[name].foreign] -= logical.numel
+    stages = {layer: s for s in range(layout.pp) for layer in layout.layers(model.num_hidden_layers, s)}
+    chunks = {name: list(_chunks(table.tensors[name], stages, layout)) for name in wholes}
+    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), {})
+    args = saved_args(model, layout, request.schema["embed_tokens.weight"].dtype, None, ckpt_format=BACKEND)
+    common = lay_out_torch(_common(args), root=COMMON.removesuffix(".pt"))
+    files = {
+        **laid.files,
+        COMMON: FileContent(common.num_bytes, common.known, common.checksums),
+        METADATA: whole_file(json.dumps(_BACKENDS).encode()),
+    }
+    depths = {place.name: len(place.at) for place in places.values()}
+    pieces = {stack: _by_index(tensor.pieces, depths[stack]) for stack, tensor in laid.tensors.items()}
+    tensors = {
+        name: ForeignTensor(whole.dtype, whole.shape, pieces[places[name].name][places[name].at], padding[name])
+        for name, whole in wholes.items()
+    }
+    inside = {f"{RELEASE}/{file}": content for file, content in files.items()}
+    return FolderContents({TRACKER: whole_file(RELEASE.encode()), **inside}, tensors, rules)
+
+
+def _common(args: Any) -> dict[str, Any]:
+    return {
+        "args": args,
+        "checkpoint_version": CHECKPOINT_VERSION,
+        "iteration": 0,
+        "content_metadata": {"singleton_local_shards": False},
+    }
+
+
+def _chunks(tensor: McoreTensor, stages: Mapping[int, int], layout: ParallelLayout) -> Iterator[tuple[Box, str]]:
+    """The boxes of a tensor that ranks of `layout` write, each with the file of the rank."""
+    stage = layout.last_stage if tensor.name.startswith(("decoder.final", HEAD)) else 0
+    if tensor.name.startswith(LAYERS):
+        stage = stages[int(tensor.name.split(".")[2])]
+    tp, ep = (layout.expert_tp, layout.ep) if tensor.num_experts else (layout.tp, 1)
+    for ep_rank in range(ep):
+        for tp_rank in range(1 if tensor.dim is None else tp):
+            rank = (stage * layout.ep + ep_rank) * layout.tp + tp_rank
+            for box, _ in tensor.share(tp, tp_rank, ep, ep_rank):
+                yield box, f"__{rank}_0.distcp"
+
+
+def _stacks(
+    wholes: Mapping[str, LogicalTensor],
+    places: Mapping[str, Stored],
+    chunks: Mapping[str, list[tuple[Box, str]]],
+    padding: Mapping[str, int],
+) -> dict[str, GlobalTensor]:
+    """The tensors of the folder; ConversionError when those to be stacked are of several types."""
+    members: dict[str, list[str]] = {}
+    for name in wholes:
+        members.setdefault(places[name].name, []).append(name)
+    found = {}
+    for stack, names in members.items():
+        first = wholes[names[0]]
+        if other := next((name for name in names if wholes[name].dtype != first.dtype), None):
+            raise ConversionError(
+                f"{other!r} is {wholes[other].dtype}, but {names[0]!r} is {first.dtype}; Megatron stacks all layers in "
+                "one tensor: give all weights one type with --dtype"
+            )
+        found[stack] = GlobalTensor(
+            first.dtype,
+            (*places[names[0]].outer, *first.shape),
+            tuple((_at(box, places[name]), file) for name in names for box, file in chunks[name]),
+            padding=sum(padding[name] for name in names),
+        )
+    return found
+
+
+def _at(box: Box, place: Stored) -> Box:
+    """A box of a tensor as one of the stack that it lies in."""
+    return Box((*place.at, *box.offset), (*(1 for _ in place.at), *box.size))
+
+
+def _by_index(pieces: Iterable[Piece], depth: int) -> dict[tuple[int, ...], tuple[Piece, ...]]:
+    """The pieces of a stack, by index in its `depth` leading dimensions, as pieces of what is stacked."""
+    found: dict[tuple[int, ...], list[Piece]] = {}
+    for piece in pieces:
+        offset, size = piece.box.offset, piece.box.size
+        places = tuple(Place(f"{RELEASE}/{place.file}", place.start) for place in piece.places)
+        found.setdefault(offset[:depth], []).append(Piece(Box(offset[depth:], size[depth:]), places))
+    return {index: tuple(own) for index, own in found.items()}
