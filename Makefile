@@ -40,6 +40,7 @@ test: install
 parity: install
 	@$(BIN)/python -m tests.parity.capabilities
 	@$(BIN)/python -m tests.parity.matrix
+	@$(BIN)/python -m tests.converters.matrix
 	@$(BIN)/python -m pytest -q -m exhaustive
 
 lint: install

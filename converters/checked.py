@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from converters.format import Destination, Format, OpenedCheckpoint, Progress, WriteRequest
 from workbench.checkpoint.writer import partial_folder
@@ -60,11 +60,17 @@ class _CheckedDestination:
     def sweep(self, name: str) -> int:
         return self._inner.sweep(name)
 
-    def begin(self) -> None:
-        self._inner.begin()
+    def begin(self, *, resume: bool = False) -> None:
+        self._inner.begin(resume=resume)
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         self._inner.write(name, box, array)
+
+    def receipt(self, name: str, part: Box) -> Any:
+        return self._inner.receipt(name, part)
+
+    def restore(self, name: str, part: Box, receipt: Any) -> bool:
+        return self._inner.restore(name, part, receipt)
 
     def check(self, progress: Progress) -> None:
         self._inner.check(progress)
@@ -76,5 +82,5 @@ class _CheckedDestination:
         self._check(partial_folder(self.path), self._inner.reopen())
         return self._inner.commit(fingerprints)
 
-    def abort(self) -> None:
-        self._inner.abort()
+    def abort(self, *, keep: bool = False) -> None:
+        self._inner.abort(keep=keep)

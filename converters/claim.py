@@ -10,13 +10,16 @@ from workbench.checkpoint.writer import partial_folder, prepare, write_faults
 from workbench.errors import ConfigError
 
 
-def claim(final: Path) -> int:
+def claim(final: Path, *, resume: bool = False) -> int:
     """Makes an empty `.partial` folder for `final`: ours, for as long as the returned descriptor is open.
 
-    What a dead process has left there is removed. ConfigError when `final` exists, or another process writes it now.
+    What a dead process has left there is removed, or with `resume` taken over. ConfigError when `final` exists, or
+    another process writes it now.
     """
     partial = partial_folder(final)
     stale = _hold(partial) if partial.is_dir() else None
+    if stale is not None and resume and not final.exists():
+        return stale
     try:
         with write_faults(partial):
             return _made(final)

@@ -12,15 +12,18 @@ import numpy as np
 
 from converters.format import Destination, OpenedCheckpoint, Progress, no_progress
 from converters.full import check_whole
+from converters.journal import Done, Journal, refuse_changes, source_files
 from converters.plan import Plan, Sweep
 from converters.threads import in_threads
 from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
+from workbench.checkpoint.writer import partial_folder
 from workbench.errors import ResourceError
 from workbench.spec.geometry import Box
 
 Verify = Literal["none", "crc", "full"]
+_BLOCK_BYTES: Final = 512  # of st_blocks
 _SPARE_BYTES: Final = 16 << 20  # for manifests, configuration and tokenizers
 
 
@@ -32,33 +35,42 @@ def copy_checkpoint(
     *,
     format: str,
     verify: Verify = "crc",
+    resume: bool = False,
     progress: Progress = no_progress,
 ) -> dict[str, str]:
     """Fills and commits `destination` and returns the fingerprints of what it holds.
 
     `source` is that of `opened`, perhaps wrapped (a cast); `format` is the destination's. With "crc" the source's own
     checksums are verified and what is written is read back, piece by piece; "full" also assembles each tensor of both
-    sides by other code, once it is on the disk, and compares them (`converters.full`). Whatever fails, and on Ctrl-C,
-    nothing is left at the destination.
+    sides by other code, once it is on the disk, and compares them (`converters.full`). Whatever fails, nothing is left
+    at the destination; what a kill or Ctrl-C has left in its unfinished folder is taken up again with `resume`.
+    CheckpointError when the source has changed meanwhile.
     """
     require_space(destination.path, sum(plan.files.values()))
     known = known_fingerprints(opened, source, plan)
-    destination.begin()
+    before = source_files(opened, destination.path)
+    journal = Journal(destination.path, plan, before, opened.edits)
+    if resume:
+        journal.read()
     try:
-        computed = run_plan(
-            plan, source, destination, fingerprint=plan.tensors.keys() - known.keys(), progress=progress
-        )
+        destination.begin(resume=bool(journal.done))
+        journal.open()
+        wanted = plan.tensors.keys() - known.keys()
+        computed = run_plan(plan, source, destination, fingerprint=wanted, progress=progress, journal=journal)
         fingerprints = {name: known.get(name) or computed[name] for name in plan.tensors}
         if verify != "none":
             if opened.check is not None:
                 opened.check(progress)
             destination.check(progress)
+        refuse_changes(before, source_files(opened, destination.path))
         if verify == "full":
             check_whole(opened, destination, format, fingerprints, progress)
         destination.commit(fingerprints)
-    except BaseException:
-        destination.abort()
+    except BaseException as error:
+        destination.abort(keep=isinstance(error, KeyboardInterrupt))
         raise
+    finally:
+        journal.close()
     return fingerprints
 
 
@@ -75,9 +87,10 @@ def known_fingerprints(opened: OpenedCheckpoint, source: TensorSource, plan: Pla
 
 
 def require_space(path: Path, num_bytes: int) -> None:
-    """ResourceError unless the file system of `path` has room for `num_bytes`."""
+    """ResourceError unless the file system of `path` has room for `num_bytes`; an unfinished folder makes room."""
     parent = next(folder for folder in path.absolute().parents if folder.exists())
-    free = shutil.disk_usage(parent).free
+    held = sum(file.stat().st_blocks * _BLOCK_BYTES for file in partial_folder(path).rglob("*"))
+    free = shutil.disk_usage(parent).free + held
     if num_bytes + _SPARE_BYTES > free:
         raise ResourceError(f"{path}: needs {num_bytes + _SPARE_BYTES} bytes, but only {free} are free in {parent}")
 
@@ -89,19 +102,32 @@ def run_plan(
     *,
     fingerprint: Collection[str] = (),
     progress: Progress = no_progress,
+    journal: Journal | None = None,
 ) -> dict[str, str]:
-    """Copies every slab of the plan; returns the fingerprints of the tensors named in `fingerprint`."""
+    """Copies every slab of the plan but what the journal knows and `destination` still holds, and keeps the journal.
+
+    Returns the fingerprints of the tensors named in `fingerprint`.
+    """
     sums: dict[str, PartialFingerprint] = {name: PartialFingerprint() for name in fingerprint}
+    done = journal.done if journal is not None else {}
     lock = threading.Lock()
     copier = _Copier(plan, source, destination, progress)
 
-    def work(sweep: Sweep, stop: threading.Event) -> None:
-        part = copier.run(sweep, stop, fingerprint=sweep.name in sums)
+    def work(numbered: tuple[int, Sweep], stop: threading.Event) -> None:
+        index, sweep = numbered
+        box = sweep.box(plan.tensors[sweep.name].shape)
+        if index in done and destination.restore(sweep.name, box, done[index].receipt):
+            part = done[index].part
+            progress(sweep.num_bytes)
+        else:
+            part = copier.run(sweep, stop, fingerprint=sweep.name in sums)
+            if journal is not None and not stop.is_set():
+                journal.add(index, Done(part, destination.receipt(sweep.name, box)))
         if sweep.name in sums:
             with lock:
                 sums[sweep.name] += part
 
-    in_threads(plan.sweeps, work, plan.workers)
+    in_threads(enumerate(plan.sweeps), work, plan.workers)
     return {name: part.finish(plan.tensors[name]) for name, part in sums.items()}
 
 
@@ -110,20 +136,19 @@ class _Copier:
 
     def __init__(self, plan: Plan, source: TensorSource, destination: Destination, progress: Progress) -> None:
         self._plan, self._source, self._destination, self._progress = plan, source, destination, progress
-        self._boxes: dict[str, list[Box]] = {}
-        for unit in plan.units:
-            self._boxes.setdefault(unit.name, []).append(unit.box)
 
     def run(self, sweep: Sweep, stop: threading.Event, *, fingerprint: bool) -> PartialFingerprint:
         """Copies one sweep, in order; the fingerprint's part of it if asked."""
         tensor = self._plan.tensors[sweep.name]
-        chunks = self._source.chunks(sweep.name)
+        whole = sweep.box(tensor.shape)
+        chunks = [chunk for chunk in self._source.chunks(sweep.name) if whole.intersect(chunk)]
+        pieces = [piece for _, piece in self._destination.boxes(sweep.name) if whole.intersect(piece)]
         total = PartialFingerprint()
         for slab in sweep.slabs(tensor.shape):
             if stop.is_set():
                 break
             held = [(box, self._source.read(sweep.name, box)) for chunk in chunks if (box := chunk.intersect(slab))]
-            for piece in self._boxes[sweep.name]:
+            for piece in pieces:
                 box = piece.intersect(slab)
                 if box is None:
                     continue

@@ -43,6 +43,7 @@ class OpenedCheckpoint:
     check: reads everything and raises CheckpointError when the checkpoint contradicts itself (its own checksums,
         sizes, index); None when the format carries nothing to check.
     optimizer_fault: why the state of an optimizer that is there cannot be read; the weights can be taken without it.
+    others: paths of other checkpoints that `source` reads as well (the base of an adapter).
     """
 
     format: str
@@ -62,6 +63,7 @@ class OpenedCheckpoint:
     unplaced: tuple[str, ...] = ()
     dropped: Mapping[str, str] = field(default_factory=dict)
     edits: tuple[str, ...] = ()
+    others: tuple[Path, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,8 @@ class Destination(Protocol):
 
     Made by `Format.destination`, which raises (ConversionError, LayoutError) when the format cannot represent the
     request, and touches nothing. The copier calls `begin`, then `write` from several threads, then `check` if asked,
-    then `commit`; or `abort` after any failure.
+    then `commit`; or `abort` after any failure. So that another process can go on where this one is killed, it notes
+    the `receipt` of each part of a tensor that has been written.
     """
 
     @property
@@ -114,8 +117,11 @@ class Destination(Protocol):
         """The dimension along which slabs of the tensor should arrive (that which varies slowest in the files)."""
         ...
 
-    def begin(self) -> None:
-        """Makes the unfinished folder next to `path`. ConfigError when `path` exists."""
+    def begin(self, *, resume: bool = False) -> None:
+        """Makes the unfinished folder next to `path`, or with `resume` takes over the one that a dead process has left.
+
+        ConfigError when `path` exists.
+        """
         ...
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
@@ -124,6 +130,14 @@ class Destination(Protocol):
         For each box of `boxes(name)` the calls come in order along `sweep(name)` and span its other dimensions, from
         one thread at a time; different boxes may be written from different threads. `array` is only lent.
         """
+        ...
+
+    def receipt(self, name: str, part: Box) -> Any:
+        """JSON values by which `restore` recognises what `write` has stored in `part` of a tensor, now complete."""
+        ...
+
+    def restore(self, name: str, part: Box, receipt: Any) -> bool:
+        """Takes what another process wrote in `part` as written, if reading it shows that it is still there."""
         ...
 
     def check(self, progress: Progress) -> None:
@@ -141,9 +155,11 @@ class Destination(Protocol):
         """Makes the destination appear at `path`, complete and durable."""
         ...
 
-    def abort(self) -> None:
-        """Removes what this object has written, and nothing else; safe at any time but after `commit`, also when
-        `begin` refused."""
+    def abort(self, *, keep: bool = False) -> None:
+        """Removes what this object has written, and nothing else, or with `keep` leaves it to be taken over.
+
+        Safe at any time but after `commit`, also when `begin` refused.
+        """
         ...
 
 

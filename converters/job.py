@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +12,9 @@ from converters.cast import CastSource
 from converters.copy import Verify, copy_checkpoint, require_space
 from converters.drops import allowed_drops, reasons, require_used
 from converters.format import Destination, Format, OpenedCheckpoint, Progress, WriteRequest, no_progress
+from converters.formats.native import NativeDestination
 from converters.plan import DEFAULT_BUDGET_BYTES, Plan, make_plan
+from workbench.checkpoint.reader import NativeSource
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConfigError, ConversionError
 from workbench.spec.geometry import LogicalTensor
@@ -27,8 +29,8 @@ Optimizer = Literal["keep", "drop", "require"]
 class JobOptions:
     """What the user may choose. dtype: for weights, None to keep them; max_shard_bytes: for formats with shards.
 
-    read_back: read each piece back as it is written; needed for every kind of verification.
-    allow_drop: patterns of tensors, unknown to the model, that may be left out."""
+    read_back: read each piece back as it is written; needed for every kind of verification. lazy: nothing will be
+    copied, only `Job.link` called. allow_drop: patterns of tensors, unknown to the model, that may be left out."""
 
     layout: ParallelLayout
     dtype: str | None = None
@@ -37,6 +39,7 @@ class JobOptions:
     budget_bytes: int = DEFAULT_BUDGET_BYTES
     max_shard_bytes: int = 5_000_000_000
     read_back: bool = True
+    lazy: bool = False
     allow_drop: tuple[str, ...] = ()
 
 
@@ -63,7 +66,7 @@ class Job:
         here = "the edits" if self.opened.edits else reader_name(self.opened.format, self.opened.path)
         return {"source": here, "destination": reader_name(self.format, self.destination.path)}
 
-    def run(self, *, verify: Verify = "crc", progress: Progress = no_progress) -> dict[str, str]:
+    def run(self, *, verify: Verify = "crc", resume: bool = False, progress: Progress = no_progress) -> dict[str, str]:
         """Writes and commits the destination; the fingerprints of what it holds."""
         return copy_checkpoint(
             self.opened,
@@ -72,8 +75,18 @@ class Job:
             self.plan,
             format=self.format,
             verify=verify,
+            resume=resume,
             progress=progress,
         )
+
+    def link(self) -> None:
+        """Makes the destination of hard links to the files of the source, without reading or writing a tensor.
+
+        ConversionError when that is no native checkpoint at either end, or its tensors must be cut or cast.
+        """
+        if not (isinstance(self.source, NativeSource) and isinstance(self.destination, NativeDestination)):
+            raise ConversionError(f"--lazy: the files of {self.opened.path} would have to change; leave it out to copy")
+        self.destination.link(self.source)
 
 
 def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobOptions, *, operation: str) -> Job:
@@ -85,11 +98,12 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
     if path.exists():
         raise ConfigError(f"{path} exists already; remove it or name another destination")
     source = CastSource(opened.source, options.dtype) if options.dtype else opened.source
-    cut = _choose(source, opened, options)
+    known = _expected(opened)
+    cut = _choose(source, opened, options, known)
     dropped = {**opened.dropped, **cut}
     require_used(options.allow_drop, dropped)
     schema = {name: tensor for name, tensor in source.schema.items() if name not in cut}
-    _check_complete(opened, schema)
+    _check_complete(opened, schema, known)
     request = WriteRequest(
         path=path,
         schema=schema,
@@ -105,31 +119,36 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
     )
     destination = target.destination(request)
     plan = make_plan(source, destination, drops=cut, workers=options.workers, budget_bytes=options.budget_bytes)
-    require_space(path, sum(plan.files.values()))
+    if not options.lazy:
+        require_space(path, sum(plan.files.values()))
     return Job(opened, source, destination, plan, target.name, dropped)
 
 
-def _choose(source: TensorSource, opened: OpenedCheckpoint, options: JobOptions) -> dict[str, str]:
+def _choose(
+    source: TensorSource, opened: OpenedCheckpoint, options: JobOptions, known: Collection[str]
+) -> dict[str, str]:
     """The tensors of `source` to drop, and why: moments as asked, and of unknown ones those that are allowed."""
     moments = [name for name in source.schema if name.startswith(OPTIMIZER_PREFIX)]
     if options.optimizer == "require" and not moments and opened.optimizer_fault is None:
         raise ConversionError(f"{opened.path}: holds no optimizer state; use --optimizer keep to go on without")
     if opened.optimizer_fault is not None and options.optimizer != "drop":
         raise ConversionError(f"{opened.optimizer_fault}; use --optimizer drop to go on without the optimizer's state")
-    known = _expected(opened)
-    allowed = allowed_drops([name for name in source.schema if weight_of(name) not in known], options.allow_drop)
+    unknown = [name for name in source.schema if weight_of(name) not in known] if options.allow_drop else []
+    allowed = allowed_drops(unknown, options.allow_drop)
     return allowed | (dict.fromkeys(moments, "optimizer state, not asked for") if options.optimizer == "drop" else {})
 
 
 def _expected(opened: OpenedCheckpoint) -> dict[str, LogicalTensor]:
+    """What the model, or the adapter, consists of."""
     if opened.adapter is not None:
         return adapter_tensors(opened.model, opened.adapter.lora, "F32")
     return logical_tensors(opened.model, "F32")
 
 
-def _check_complete(opened: OpenedCheckpoint, schema: dict[str, LogicalTensor]) -> None:
+def _check_complete(
+    opened: OpenedCheckpoint, schema: Mapping[str, LogicalTensor], expected: Mapping[str, LogicalTensor]
+) -> None:
     """ConversionError when weights of the model are missing or have another shape than the model says."""
-    expected = _expected(opened)
     held = [name for name in expected if name in schema]
     faults = [f"{name} is missing" for name in expected if name not in schema]
     faults += [

@@ -78,7 +78,7 @@ def compare_sources(model: ModelConfig, source: TensorSource, written: TensorSou
     theirs = engine_logits(model, written, sequences)
     inputs = probe_inputs(model, sequences[-1])
     with _divergence_named(model, source, sequences[-1], lambda: engine_states(model, written, inputs)):
-        return judge(ours, theirs, sequences, folder, against="the result")
+        return judge(ours, theirs, sequences, folder, against="the copy")
 
 
 @contextmanager

@@ -139,6 +139,7 @@ def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool 
         info={**base.info, "adapter": str(opened.path)},
         edits=(*base.edits, f"the adapter at {opened.path.absolute()} added to the weights at {base.path.absolute()}"),
         path=opened.path,
+        others=(base.path, *base.others),
     )
 
 

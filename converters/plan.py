@@ -8,9 +8,9 @@ dimension of a tensor in slabs, so that each byte is read once and written once 
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, Final
 
 from converters.format import Destination
@@ -19,50 +19,56 @@ from workbench.errors import ConversionError, ResourceError
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 
-DEFAULT_BUDGET_BYTES: Final = 512 << 20
+DEFAULT_BUDGET_BYTES: Final = 2 << 30
 _SLAB_BYTES: Final = 2 << 20  # larger ones leave the cache between being read, hashed and written
 _SLAB_COPIES: Final = 4  # a slab as read, as cut or joined for the destination, as cast, and made contiguous
 _INTERPRETER_BYTES: Final = 96 << 20  # Python, NumPy and this program; measured by benchmarks/reshard.py
-_SPLIT_BYTES: Final = 16 << 20  # tensors above this are shared out among workers where the pieces allow it
-
-
-@dataclass(frozen=True, slots=True)
-class Unit:
-    """One piece of the destination: this box of this tensor goes into this file."""
-
-    name: str
-    box: Box
-    file: str
+_PIECE_BYTES: Final = 1 << 10  # what is kept of each piece until the end: place, checksum, line of a manifest
+_SPLIT_BYTES: Final = 16 << 20  # tensors are shared out among workers, where the pieces allow it, in parts of this size
+# Measured by benchmarks/convert.py on two cores, checksums and reading back included; more workers wait for the disk.
+_BYTES_PER_SECOND: Final = 6e8
+_FAST_WORKERS: Final = 4
+_START_SECONDS: Final = 0.3
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """A run of slabs for one worker: positions `start` to `stop` of dimension `dim`, `step` at a time."""
+    """A run of slabs for one worker: positions `start` to `stop` of dimension `dim`, `step` at a time.
+
+    It is the unit of work: each piece of the destination lies in one sweep.
+    """
 
     name: str
     dim: int
     start: int
     stop: int
     step: int
+    num_bytes: int
+
+    def box(self, shape: Sequence[int]) -> Box:
+        """This part of a tensor of `shape`."""
+        return self._slab(shape, self.start, self.stop)
 
     def slabs(self, shape: Sequence[int]) -> Iterator[Box]:
         """The boxes, in order, that together are this part of a tensor of `shape`."""
-        if not shape:
-            yield Box((), ())
-            return
         for at in range(self.start, self.stop, self.step):
-            offset = tuple(at if d == self.dim else 0 for d in range(len(shape)))
-            size = tuple(min(self.step, self.stop - at) if d == self.dim else n for d, n in enumerate(shape))
-            yield Box(offset, size)
+            yield self._slab(shape, at, min(at + self.step, self.stop))
+
+    def _slab(self, shape: Sequence[int], start: int, stop: int) -> Box:
+        offset = tuple(start if d == self.dim else 0 for d in range(len(shape)))
+        return Box(offset, tuple(stop - start if d == self.dim else n for d, n in enumerate(shape)))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A proven copy: every element of every tensor of `tensors` exactly once."""
+    """A proven copy: every element of every tensor of `tensors` exactly once.
+
+    num_pieces: boxes that the files of the destination will hold. `files`: their sizes by name.
+    """
 
     tensors: Mapping[str, LogicalTensor]
-    units: tuple[Unit, ...]
     sweeps: tuple[Sweep, ...]
+    num_pieces: int
     drops: tuple[str, ...]
     files: Mapping[str, int]
     workers: int
@@ -71,18 +77,25 @@ class Plan:
     @property
     def num_bytes(self) -> int:
         """Bytes of tensor data that will be written."""
-        return sum(tensor_bytes(tensor) for tensor in self.tensors.values())
+        return sum(sweep.num_bytes for sweep in self.sweeps)
+
+    @property
+    def seconds(self) -> float:
+        """About how long the copy takes where a disk is no narrower than a worker."""
+        return _START_SECONDS + self.num_bytes / (_BYTES_PER_SECOND * min(self.workers, _FAST_WORKERS))
 
     def describe(self) -> dict[str, Any]:
         """The plan as JSON values."""
         return {
             "tensors": len(self.tensors),
             "bytes": self.num_bytes,
-            "pieces": len(self.units),
+            "pieces": self.num_pieces,
+            "units": len(self.sweeps),
             "dropped": list(self.drops),
             "files": dict(self.files),
             "workers": self.workers,
             "peak_memory_bytes": self.peak_bytes,
+            "estimated_seconds": round(self.seconds, 1),
         }
 
 
@@ -99,29 +112,33 @@ def make_plan(
     workers: int = 2,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
 ) -> Plan:
-    """The plan of copying `source` into `destination`; ConversionError lists what would be lost, or stored twice."""
+    """The plan of copying `source` into `destination`; ConversionError lists what would be lost, or stored twice.
+
+    What it decides for a tensor is decided once for all that lie alike: models of 10^6 pieces have few kinds of them.
+    """
     tensors = destination.schema
     _check_names(source.schema, tensors, drops)
-    units: list[Unit] = []
+    pieces = {name: tuple(box for _, box in destination.boxes(name)) for name in tensors}
+    num_pieces = sum(map(len, pieces.values()))
+    fixed_bytes = _INTERPRETER_BYTES + num_pieces * _PIECE_BYTES
+    slab_bytes = min(_SLAB_BYTES, _slab_budget(budget_bytes, fixed_bytes, workers))
+    cuts: dict[tuple[object, ...], _Cut] = {}
     sweeps: list[Sweep] = []
     faults: list[str] = []
-    slab_bytes = min(_SLAB_BYTES, _slab_budget(budget_bytes, workers))
-    largest = 0
     for name, tensor in tensors.items():
-        pieces = destination.boxes(name)
-        here, there = source.chunks(name), [box for _, box in pieces]
-        for side, boxes in (("source", here), ("destination", there)):
-            if fault := coverage_fault(tensor.shape, boxes):
-                faults.append(f"{name}: in the {side}, {fault}")
-        units += [Unit(name, box, file) for file, box in pieces]
-        found = _sweeps(tensor, destination.sweep(name), (*here, *there), slab_bytes)
-        sweeps += found
-        largest = max(largest, _slab_size(tensor, found[0]))
+        here, there, dim = source.chunks(name), pieces[name], destination.sweep(name)
+        key = (tensor.shape, tensor.dtype, dim, here, there)
+        cut = cuts.get(key)
+        if cut is None:
+            cut = cuts[key] = _cut(tensor, dim, here, there, slab_bytes)
+        faults += [f"{name}: {fault}" for fault in cut.faults]
+        sweeps += [Sweep(name, dim, start, stop, cut.step, (stop - start) * cut.row_bytes) for start, stop in cut.spans]
     if faults:
         raise ConversionError("the plan does not cover each element once: " + _some(faults))
-    sweeps.sort(key=lambda s: -(s.stop - s.start) * _row_bytes(tensors[s.name], s.dim))
-    peak = _INTERPRETER_BYTES + workers * _SLAB_COPIES * largest
-    return Plan(tensors, tuple(units), tuple(sweeps), tuple(drops), destination.files, workers, peak)
+    sweeps.sort(key=attrgetter("num_bytes"), reverse=True)
+    largest = max((cut.slab_bytes for cut in cuts.values()), default=0)
+    peak = fixed_bytes + workers * _SLAB_COPIES * largest
+    return Plan(tensors, tuple(sweeps), num_pieces, tuple(drops), destination.files, workers, peak)
 
 
 def _check_names(
@@ -130,7 +147,8 @@ def _check_names(
     faults = []
     if missing := [name for name in wanted if name not in held]:
         faults.append(f"{len(missing)} tensors are not in the source: {_some(missing)}")
-    if lost := [name for name in held if name not in wanted and name not in drops]:
+    allowed = set(drops)
+    if lost := [name for name in held if name not in wanted and name not in allowed]:
         faults.append(f"{len(lost)} tensors of the source have no place in the destination: {_some(lost)}")
     for name, tensor in wanted.items():
         if name in held and (held[name].shape, held[name].dtype) != (tensor.shape, tensor.dtype):
@@ -147,35 +165,43 @@ def _some(texts: Sequence[str], most: int = 4) -> str:
     return ", ".join(texts[:most]) + more
 
 
-def _slab_budget(budget_bytes: int, workers: int) -> int:
-    slab = (budget_bytes - _INTERPRETER_BYTES) // (workers * _SLAB_COPIES)
+def _slab_budget(budget_bytes: int, fixed_bytes: int, workers: int) -> int:
+    slab = (budget_bytes - fixed_bytes) // (workers * _SLAB_COPIES)
     if slab < 64 << 10:
-        least = _INTERPRETER_BYTES + workers * _SLAB_COPIES * (64 << 10)
+        least = fixed_bytes + workers * _SLAB_COPIES * (64 << 10)
         raise ResourceError(
             f"a memory budget of {budget_bytes} bytes is too small for {workers} workers; give at least {least}"
         )
     return slab
 
 
-def _row_bytes(tensor: LogicalTensor, dim: int) -> int:
-    others = math.prod(n for d, n in enumerate(tensor.shape) if d != dim)
-    return others * ITEM_BYTES[tensor.dtype]
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """How a tensor is shared out: spans along the dimension of its sweep, each for one worker, `step` rows a slab."""
+
+    spans: tuple[tuple[int, int], ...]
+    step: int
+    row_bytes: int
+    faults: tuple[str, ...]
+
+    @property
+    def slab_bytes(self) -> int:
+        return min(self.step, max(stop - start for start, stop in self.spans)) * self.row_bytes
 
 
-def _slab_size(tensor: LogicalTensor, sweep: Sweep) -> int:
-    return min(sweep.step, sweep.stop - sweep.start) * _row_bytes(tensor, sweep.dim)
-
-
-def _sweeps(tensor: LogicalTensor, dim: int, boxes: Collection[Box], slab_bytes: int) -> list[Sweep]:
-    """A sweep over a tensor, split where no piece on either side straddles the cut: then each piece has one worker."""
-    if not tensor.shape:
-        return [Sweep(tensor.name, 0, 0, 1, 1)]
-    row_bytes = max(1, _row_bytes(tensor, dim))
+def _cut(tensor: LogicalTensor, dim: int, here: Sequence[Box], there: Sequence[Box], slab_bytes: int) -> _Cut:
+    """Cuts a tensor where no piece on either side straddles the cut: then each piece has one worker."""
+    sides = (("source", here), ("destination", there))
+    found = [(side, coverage_fault(tensor.shape, boxes)) for side, boxes in sides]
+    faults = tuple(f"in the {side}, {fault}" for side, fault in found if fault)
+    if not tensor.shape or faults:
+        return _Cut(((0, 1),), 1, tensor_bytes(tensor), faults)
     length = tensor.shape[dim]
-    step = max(1, slab_bytes // row_bytes)
-    cuts = [0, length]
-    if length * row_bytes > _SPLIT_BYTES:
-        spans = {(box.offset[dim], box.end[dim]) for box in boxes}
-        starts = {start for start, _ in spans}
-        cuts = sorted({0, length, *(c for c in starts if not any(a < c < b for a, b in spans))})
-    return [Sweep(tensor.name, dim, a, b, step) for a, b in itertools.pairwise(cuts)]
+    row_bytes = tensor_bytes(tensor) // max(1, length)
+    cuts, reach = [0], 0
+    for start, end in sorted({(box.offset[dim], box.end[dim]) for box in (*here, *there)}):
+        if start >= reach and (start - cuts[-1]) * row_bytes >= _SPLIT_BYTES:
+            cuts.append(start)
+        reach = max(reach, end)
+    spans = tuple(itertools.pairwise([*cuts, length]))
+    return _Cut(spans, max(1, slab_bytes // max(1, row_bytes)), row_bytes, ())

@@ -16,6 +16,7 @@ from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box, LogicalTensor
+from workbench.spec.model import ModelConfig
 
 _SLAB_BYTES: Final = 4 << 20
 
@@ -147,6 +148,31 @@ def tensor_difference(first: TensorSource, second: TensorSource, name: str) -> T
 def _bits(array: np.ndarray) -> np.ndarray:
     """The elements as unsigned integers, so that NaN equals itself and zero differs from minus zero."""
     return np.ascontiguousarray(array).view(f"u{array.dtype.itemsize}").reshape(array.shape)
+
+
+_TRAINING_ONLY: Final = (
+    *("embed_dropout", "attention_dropout", "hidden_dropout", "initializer_range", "scale_residual_init"),
+    *("moe.router_aux_loss_coef", "moe.router_z_loss_coef", "moe.bias_update_rate"),
+)
+
+
+def model_differences(first: ModelConfig, second: ModelConfig) -> dict[str, tuple[Any, Any]]:
+    """Fields that two models do not share, those inside others as `moe.num_experts`, with both values."""
+    ours, theirs = _flat(first.model_dump(mode="json")), _flat(second.model_dump(mode="json"))
+    names = dict.fromkeys((*ours, *theirs))
+    return {n: (ours.get(n), theirs.get(n)) for n in names if ours.get(n) != theirs.get(n)}
+
+
+def changes_outputs(field_name: str) -> bool:
+    """Whether a field says what a trained model computes, and not only how it is trained."""
+    return field_name not in _TRAINING_ONLY
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return found
 
 
 def describe(comparison: Comparison) -> dict[str, Any]:

@@ -82,7 +82,7 @@ def average(
                 one.check(progress)
 
     return edited(
-        replace(opened, check=check),
+        replace(opened, check=check, others=(*opened.others, *(one.path for one in others))),
         AverageSource([one.source for one in everyone], shares),
         f"the mean of {names}",
         dropped=moments(opened.source, "the optimizer state of one checkpoint is not that of the mean"),

@@ -16,6 +16,7 @@ import numpy as np
 
 from converters.formats._ranges import first_element
 from workbench.checkpoint.buffers import aligned_empty
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.checkpoint.writer import write_faults
 from workbench.spec.geometry import Box
 
@@ -77,20 +78,20 @@ class _RunningChecksum:
 class RangedWriter:
     """One file being written, of full size from the start."""
 
-    def __init__(self, path: Path, content: FileContent) -> None:
+    def __init__(self, path: Path, content: FileContent, descriptors: Descriptors) -> None:
         self.path = path
+        self._descriptors = descriptors
         self._content = content
         self._sums = [_RunningChecksum(c) for c in sorted(content.checksums, key=lambda c: c.start)]
         self._starts = [running.checksum.start for running in self._sums]
-        self._descriptor = -1
         self._allocated: set[Place] = set()
 
-    def create(self) -> None:
-        """Makes the file at its full size, with all that is known of it."""
+    def create(self, *, resume: bool = False) -> None:
+        """Makes the file at its full size, with all that is known of it; with `resume` it may be there already."""
         with write_faults(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            os.truncate(self._descriptor, self._content.num_bytes)
+            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | (0 if resume else os.O_EXCL) | os.O_CLOEXEC, 0o644))
+            os.truncate(self.path, self._content.num_bytes)
             for start, data in self._content.known:
                 self._put(memoryview(data), start)
 
@@ -134,34 +135,31 @@ class RangedWriter:
 
     def sync(self) -> None:
         """Returns when the bytes are on the disk."""
-        with write_faults(self.path):
-            os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        """Closes the file; it may be incomplete."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with write_faults(self.path), self._descriptors.use(self.path) as descriptor:
+            os.fsync(descriptor)
 
     def _put(self, data: memoryview, start: int) -> None:
         assert start + len(data) <= self._content.num_bytes, f"{self.path}: byte {start + len(data)} is past its end"
         done = 0
-        while done < len(data):
-            done += os.pwrite(self._descriptor, data[done:], start + done)
+        with self._descriptors.use(self.path) as descriptor:
+            while done < len(data):
+                done += os.pwrite(descriptor, data[done:], start + done)
 
     def _get(self, data: memoryview, start: int) -> None:
         done = 0
-        while done < len(data):
-            count = os.preadv(self._descriptor, [data[done:]], start + done)
-            assert count > 0, f"{self.path} has become shorter"
-            done += count
+        with self._descriptors.use(self.path) as descriptor:
+            while done < len(data):
+                count = os.preadv(descriptor, [data[done:]], start + done)
+                assert count > 0, f"{self.path} has become shorter"
+                done += count
 
     def _map(self, place: Place, shape: Sequence[int], dtype: np.dtype, *, writable: bool = False) -> np.ndarray:
         """A mapping of a piece. One to write gets its blocks first: a full disk is an error, not a signal."""
         strides = place.strides or tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
         if writable and place not in self._allocated:
-            os.posix_fallocate(self._descriptor, place.start, extent * dtype.itemsize)
+            with self._descriptors.use(self.path) as descriptor:
+                os.posix_fallocate(descriptor, place.start, extent * dtype.itemsize)
             self._allocated.add(place)
         flat = np.memmap(self.path, dtype, "r+" if writable else "r", place.start, (extent,))
         return np.lib.stride_tricks.as_strided(flat, shape, [stride * dtype.itemsize for stride in strides])

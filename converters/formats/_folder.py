@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 from xxhash import xxh3_128_hexdigest
@@ -24,9 +24,10 @@ from converters.format import Progress, WriteRequest
 from converters.formats._files import FileContent, Place, RangedWriter
 from converters.rules import Rule, assemble, origins, pull, push_pieces
 from converters.threads import in_threads
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.checkpoint.early_sync import EarlySync
-from workbench.checkpoint.writer import discard, partial_folder, write_faults
-from workbench.errors import CheckpointError, ConversionError, VerificationError
+from workbench.checkpoint.writer import discard, partial_folder, publish, sync_path, write_faults
+from workbench.errors import ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 
@@ -96,8 +97,12 @@ class FolderDestination:
         self._request, self._contents, self._reopen = request, contents, reopen
         self._partial = partial_folder(request.path)
         self._targets = {name: _targets(contents, tensor) for name, tensor in request.schema.items()}
-        self._writers = {file: RangedWriter(self._partial / file, content) for file, content in contents.files.items()}
-        self._written: list[tuple[str, Box, str]] = []
+        self._descriptors = Descriptors(os.O_RDWR)
+        self._writers = {
+            file: RangedWriter(self._partial / file, content, self._descriptors)
+            for file, content in contents.files.items()
+        }
+        self._written: dict[str, list[tuple[Box, str]]] = {name: [] for name in request.schema}
         self._mutex = threading.Lock()
         self._claim: int | None = None
         self._sealed = False
@@ -129,11 +134,11 @@ class FolderDestination:
         """The first dimension. Files are filled at any place, so the order is the one that suits the source."""
         return 0
 
-    def begin(self) -> None:
+    def begin(self, *, resume: bool = False) -> None:
         """Makes the unfinished folder with files of full size. ConfigError when it exists or is being written."""
-        self._claim = claim(self.path)
+        self._claim = claim(self.path, resume=resume)
         for writer in self._writers.values():
-            writer.create()
+            writer.create(resume=resume)
         for file, source in self._contents.copies.items():
             with write_faults(self._partial / file):
                 shutil.copyfile(source, self._partial / file)
@@ -147,7 +152,7 @@ class FolderDestination:
                 ):
                     self._scatter(pieces, part, values)
         with self._mutex:
-            self._written.append((name, box, _digest(array)))
+            self._written[name].append((box, _digest(array)))
 
     def _scatter(self, pieces: Iterable[Piece], part: Box, values: np.ndarray) -> None:
         for piece, common in _meeting(pieces, part):
@@ -162,15 +167,33 @@ class FolderDestination:
 
         def compare(written: tuple[str, Box, str], stop: threading.Event) -> None:
             name, box, digest = written
-            for array in () if stop.is_set() else self._read_back(name, box):
-                if _digest(array) != digest:
-                    raise VerificationError(
-                        f"{self._partial}: {name!r} at {list(box.offset)} reads back other than written"
-                    )
+            if not stop.is_set() and not self._holds(name, box, digest):
+                raise VerificationError(
+                    f"{self._partial}: {name!r} at {list(box.offset)} reads back other than written"
+                )
             progress(box.numel * ITEM_BYTES[self.schema[name].dtype])
 
         self._finish()
-        in_threads(self._written, compare, _WORKERS)
+        written = ((name, box, digest) for name, boxes in self._written.items() for box, digest in boxes)
+        in_threads(written, compare, _WORKERS)
+
+    def receipt(self, name: str, part: Box) -> list[Any]:
+        """The boxes that were written in `part`, with their digests."""
+        return [(box.offset, box.size, digest) for box, digest in self._written[name] if part.contains(box)]
+
+    def restore(self, name: str, part: Box, receipt: list[Any]) -> bool:
+        """Compares the boxes in `part` with their digests."""
+        found = [(Box(tuple(offset), tuple(size)), digest) for offset, size, digest in receipt]
+        if coverage_fault(part.size, [box.relative_to(part) for box, _ in found]):
+            return False
+        if not all(self._holds(name, box, digest) for box, digest in found):
+            return False
+        with self._mutex:
+            self._written[name] += found
+        return True
+
+    def _holds(self, name: str, box: Box, digest: str) -> bool:
+        return all(_digest(array) == digest for array in self._read_back(name, box))
 
     def _read_back(self, name: str, box: Box) -> Iterator[np.ndarray]:
         """The elements of a logical box, once from each set of copies of its pieces."""
@@ -204,29 +227,23 @@ class FolderDestination:
         self._finish()
         with write_faults(self._partial):
             for file in self._contents.copies:
-                _sync(self._partial / file)
+                sync_path(self._partial / file)
             for folder, _, _ in os.walk(self._partial):
-                _sync(Path(folder))
-            if self.path.exists():
-                raise CheckpointError(
-                    f"{self.path} appeared while it was being written; the result is in {self._partial}"
-                )
-            self._partial.rename(self.path)
-            _sync(self.path.parent)
+                sync_path(Path(folder))
+        publish(self._partial, self.path)
         self._close()
         return self.path
 
-    def abort(self) -> None:
-        """Removes what was written, if it was this writer's."""
+    def abort(self, *, keep: bool = False) -> None:
+        """Removes what was written, if it was this writer's and is not to be kept."""
         claimed = self._claim is not None
         self._close()
-        if claimed:
+        if claimed and not keep:
             discard(self._partial)
 
     def _close(self) -> None:
         self._flusher.cancel()
-        for writer in self._writers.values():
-            writer.close()
+        self._descriptors.close()
         if self._claim is not None:
             os.close(self._claim)
             self._claim = None
@@ -267,11 +284,3 @@ def _meeting(pieces: Iterable[Piece], part: Box) -> Iterator[tuple[Piece, Box]]:
 
 def _digest(array: np.ndarray) -> str:
     return xxh3_128_hexdigest(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

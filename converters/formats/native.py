@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from converters.claim import claim
 from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
+from converters.formats._native_boxes import NativeBoxes
+from converters.names import summarise
 from converters.threads import in_threads
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.checkpoint.early_sync import EarlySync
 from workbench.checkpoint.manifest import TOKENIZER, Manifest, StoredBox, StoredTensor, is_native
 from workbench.checkpoint.reader import NativeSource, open_native
@@ -20,13 +24,10 @@ from workbench.checkpoint.writer import (
     commit,
     copy_tokenizer,
     discard,
-    file_of,
     partial_folder,
-    rank_tag,
 )
+from workbench.errors import ConfigError, ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import adapter_specs
-from workbench.spec.schema import stored_shards, weight_of
 
 
 class NativeFormat:
@@ -69,44 +70,15 @@ def _family(manifest: Manifest) -> str | None:
     return found[-1] if found else None
 
 
-def stored_boxes(request: WriteRequest) -> dict[str, tuple[tuple[str, Box], ...]]:
-    """File and box of every piece of every tensor of a request, from the model's one table of geometry.
-
-    Moments are cut like their weights. A tensor that the model does not know is stored whole by the first rank: nothing
-    is left out for want of a place.
-    """
-    found: dict[str, list[tuple[str, Box]]] = {name: [] for name in request.schema}
-    cut_like: dict[str, list[str]] = {}
-    for name in request.schema:
-        cut_like.setdefault(weight_of(name), []).append(name)
-    adapter = request.adapter
-    specs = None if adapter is None else adapter_specs(request.model, adapter.lora, request.layout)
-    for (stage, tp_rank, ep_rank), shards in stored_shards(request.model, request.layout, specs).items():
-        tag = rank_tag(tp_rank, stage, ep_rank if request.layout.ep > 1 else None)
-        for shard in shards:
-            for name in cut_like.get(shard.name, ()):
-                found[name].append((file_of(name, tag), shard.box))
-    return {
-        name: tuple(pieces) or ((file_of(name, rank_tag(0, 0)), Box.whole(request.schema[name].shape)),)
-        for name, pieces in found.items()
-    }
-
-
 class NativeDestination:
     """A native checkpoint being written."""
 
     def __init__(self, request: WriteRequest) -> None:
         self._request = request
-        self._pieces = stored_boxes(request)
+        self._boxes = NativeBoxes(request)
         self._partial = partial_folder(request.path)
-        by_file: dict[str, list[tuple[LogicalTensor, Box]]] = {}
-        for name, pieces in self._pieces.items():
-            for file, box in pieces:
-                by_file.setdefault(file, []).append((request.schema[name], box))
-        self._writers = {
-            f: ShardFileWriter(self._partial / f, boxes, read_back=request.read_back)
-            for f, boxes in sorted(by_file.items())
-        }
+        self._writers: dict[str, ShardFileWriter] = {}
+        self._descriptors = Descriptors(os.O_RDWR)
         self._tokenizer: dict[str, str] = {}
         self._lock: int | None = None
         self._flusher = EarlySync()
@@ -119,29 +91,43 @@ class NativeDestination:
     def schema(self) -> Mapping[str, LogicalTensor]:
         return self._request.schema
 
-    @property
+    @cached_property
     def files(self) -> Mapping[str, int]:
-        return {name: writer.file_bytes for name, writer in self._writers.items()}
+        return self._boxes.file_sizes()
 
     def boxes(self, name: str) -> tuple[tuple[str, Box], ...]:
-        return self._pieces[name]
+        return self._boxes.pieces(name)
 
     def sweep(self, name: str) -> int:
         return 0
 
-    def begin(self) -> None:
+    def begin(self, *, resume: bool = False) -> None:
         """Makes the `.partial` folder and its files; ConfigError when the path exists or is being written."""
-        self._lock = claim(self.path)
-        for writer in self._writers.values():
-            writer.open()
+        self._lock = claim(self.path, resume=resume)
+        for file, boxes in self._boxes.files():
+            path, read_back = self._partial / file, self._request.read_back
+            self._writers[file] = ShardFileWriter(path, boxes, self._descriptors, read_back=read_back)
+            self._writers[file].create(resume=resume)
         if self._request.tokenizer is not None:
             self._tokenizer = copy_tokenizer(self._request.tokenizer, self._partial)
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         """Appends to the stored box that contains `box`."""
-        file, piece = next((f, p) for f, p in self._pieces[name] if p.contains(box))
+        file, piece = next((f, p) for f, p in self.boxes(name) if p.contains(box))
         self._writers[file].append(name, piece, array)
         self._flusher.written(self._writers[file], array.nbytes)
+
+    def receipt(self, name: str, part: Box) -> list[str]:
+        """The checksums of the boxes in `part`."""
+        return [self._writers[file].checksum(name, box) for file, box in self._inside(name, part)]
+
+    def restore(self, name: str, part: Box, receipt: list[str]) -> bool:
+        """Compares the boxes in `part` with their checksums."""
+        inside = self._inside(name, part)
+        return all(self._writers[f].restore(name, box, said) for (f, box), said in zip(inside, receipt, strict=True))
+
+    def _inside(self, name: str, part: Box) -> list[tuple[str, Box]]:
+        return [(file, box) for file, box in self.boxes(name) if part.contains(box)]
 
     def check(self, progress: Progress) -> None:
         """Syncs; every box has been read back as it was written, or is read now when that was not asked for."""
@@ -149,7 +135,7 @@ class NativeDestination:
         if self._request.read_back:
             progress(sum(self.files.values()))
         else:
-            NativeSource(self._partial, self._manifest({})).check(progress)
+            NativeSource(self._partial, self._written({})).check(progress)
 
     def _sync(self) -> None:
         self._flusher.finish()
@@ -157,50 +143,93 @@ class NativeDestination:
 
     def reopen(self) -> TensorSource:
         """What has been written, as a source."""
-        return NativeSource(self._partial, self._manifest({}))
+        return NativeSource(self._partial, self._written({}))
 
     def commit(self, fingerprints: Mapping[str, str]) -> Path:
         """Syncs, writes the manifest and renames."""
         self._sync()
-        commit(self._partial, self.path, self._manifest(fingerprints))
+        commit(self._partial, self.path, self._written(fingerprints))
         self._close()
         return self.path
 
-    def abort(self) -> None:
-        """Removes the `.partial` folder if it is this writer's."""
+    def link(self, source: NativeSource) -> Path:
+        """Makes the checkpoint without copying: its files are hard links to those of `source`.
+
+        ConversionError when a stored box would belong to two ranks; ConfigError when the file system refuses links.
+        """
+        self._refuse_straddling(source)
+        tensors = {name: source.manifest.tensors[name] for name in self.schema}
+        used = {stored.file for tensor in tensors.values() for stored in tensor.boxes}
+        files = {file: size for file, size in source.manifest.files.items() if file in used}
+        self._lock = claim(self.path)
+        try:
+            for file in files:
+                _link(source.folder / file, self._partial / file)
+            if self._request.tokenizer is not None:
+                self._tokenizer = copy_tokenizer(self._request.tokenizer, self._partial)
+            commit(self._partial, self.path, self._manifest(tensors, files))
+        except BaseException:
+            self.abort()
+            raise
+        self._close()
+        return self.path
+
+    def _refuse_straddling(self, source: NativeSource) -> None:
+        faults = []
+        for name in self.schema:
+            ours = [box for _, box in self.boxes(name)]
+            if not all(any(box.contains(stored) for box in ours) for stored in source.chunks(name)):
+                faults.append(name)
+        if faults:
+            raise ConversionError(f"--lazy: {summarise(faults, 'is', 'are')} cut anew; leave --lazy out to copy")
+
+    def abort(self, *, keep: bool = False) -> None:
+        """Removes the `.partial` folder if it is this writer's and not to be kept."""
         held = self._lock is not None
         self._close()
-        if held:
+        if held and not keep:
             discard(self._partial)
 
     def _close(self) -> None:
         self._flusher.cancel()
-        for writer in self._writers.values():
-            writer.close()
+        self._descriptors.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
-    def _manifest(self, fingerprints: Mapping[str, str]) -> Manifest:
+    def _written(self, fingerprints: Mapping[str, str]) -> Manifest:
         boxes: dict[str, list[StoredBox]] = {name: [] for name in self.schema}
         for writer in self._writers.values():
             for tensor, stored in writer.entries():
                 boxes[tensor.name].append(stored)
-        request = self._request
         tensors = {
             name: StoredTensor(tensor, fingerprints.get(name, ""), tuple(sorted(boxes[name], key=_by_offset)))
             for name, tensor in self.schema.items()
         }
+        return self._manifest(tensors, self.files)
+
+    def _manifest(self, tensors: Mapping[str, StoredTensor], files: Mapping[str, int]) -> Manifest:
+        request = self._request
         return Manifest(
             model=request.model,
             layout=request.layout,
             tensors=tensors,
-            files=self.files,
+            files=files,
             training=request.training,
             lineage=request.lineage,
             tokenizer=self._tokenizer,
             adapter=request.adapter,
         )
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        raise ConfigError(
+            f"--lazy: {target} cannot be a hard link to {source}: {error.strerror}; name a destination beside the "
+            "source, or leave --lazy out to copy"
+        ) from error
 
 
 def _by_offset(stored: StoredBox) -> tuple[int, ...]:

@@ -19,7 +19,7 @@ from converters.formats._peft_source import SCORE, Arrays, ArraySource, file_tar
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, lora_of, peft_modules
 from workbench.checkpoint.safetensors_io import lay_out
 from workbench.checkpoint.store import CHECKPOINTS
-from workbench.checkpoint.writer import discard, partial_folder, prepare
+from workbench.checkpoint.writer import discard, partial_folder, prepare, publish
 from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
@@ -136,11 +136,18 @@ class PeftDestination:
     def sweep(self, name: str) -> int:
         return 0
 
-    def begin(self) -> None:
+    def begin(self, *, resume: bool = False) -> None:
+        """Makes the unfinished folder. What has been written elsewhere is never there: all is written at the end."""
         prepare(self.path)
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         self._arrays[name][1][box.slices] = array
+
+    def receipt(self, name: str, part: Box) -> None:
+        return None
+
+    def restore(self, name: str, part: Box, receipt: None) -> bool:
+        return False
 
     def check(self, progress: Progress) -> None:
         """Writes the folder, reads it back and compares every element."""
@@ -160,12 +167,10 @@ class PeftDestination:
     def commit(self, fingerprints: Mapping[str, str]) -> Path:
         """Renames the folder into place, once everything is on disk."""
         self._flush()
-        if self.path.exists():
-            raise CheckpointError(f"{self.path} appeared while it was being written; the result is in {self._partial}")
-        self._partial.rename(self.path)
+        publish(self._partial, self.path)
         return self.path
 
-    def abort(self) -> None:
+    def abort(self, *, keep: bool = False) -> None:
         discard(self._partial)
 
     def _flush(self) -> None:

@@ -26,7 +26,7 @@ from workbench.cli.main import main
 from workbench.errors import CheckpointError, ConfigError, VerificationError
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import AdapterRecord, LoraSpec, adapter_tensors
-from workbench.spec.schema import stored_shards
+from workbench.spec.stored import stored_tensors
 
 MODELS = {
     "tied, two KV heads": tiny_model(),
@@ -223,7 +223,7 @@ def test_chunks_of_a_stage_are_laid_out_as_asked_and_kept_until_then(source, tmp
     assert "tp=2 pp=2 vpp=2 pp_layout=1,1,1,1" in capsys.readouterr().out
     found = open_checkpoint(tmp_path / "kept").layout
     assert (found.tp, found.vpp, found.pp_layout) == (1, 2, (1, 1, 1, 1))
-    names = {box.name for box in stored_shards(tiny_model(), found)[0, 0, 0]}
+    names = {name for name, held in stored_tensors(tiny_model(), found).items() if held.stage == 0}
     assert "layers.2.mlp.down_proj.weight" in names and "layers.1.mlp.down_proj.weight" not in names
     assert main(["reshard", str(tmp_path / "kept"), str(tmp_path / "flat"), "--vpp", "1"]) == 0
     assert same_values(tmp_path / "flat", source)
@@ -234,7 +234,11 @@ def test_a_missing_foreign_and_existing_path_have_their_exit_codes(source, tmp_p
     (tmp_path / "foreign" / "weights.bin").write_bytes(b"x")
     for path, code, message in [
         (tmp_path / "nowhere", 5, "nowhere: no such checkpoint"),
-        (tmp_path / "foreign", 5, "foreign: not a checkpoint of any known format (huggingface, native"),
+        (
+            tmp_path / "foreign",
+            5,
+            "foreign: not a checkpoint of any known format (deepspeed_universal, huggingface, megatron",
+        ),
     ]:
         assert main(["reshard", str(path), str(tmp_path / "x")]) == code
         assert message in capsys.readouterr().err
@@ -264,7 +268,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(source, tmp_path, capsys):
     assert sizes == plan["files"]
 
 
-def test_ctrl_c_leaves_no_destination(tmp_path):
+def test_ctrl_c_leaves_no_destination_and_tells_how_to_go_on(tmp_path):
     random_native(tmp_path / "big", tiny_model(hidden_size=512, intermediate_size=2048, vocab_size=20011))
     code = (
         "import sys, time\n"
@@ -284,8 +288,14 @@ def test_ctrl_c_leaves_no_destination(tmp_path):
     os.kill(child.pid, signal.SIGINT)
     _, errors = child.communicate(timeout=60)
     assert child.returncode == 130
-    assert f"nothing is left at {tmp_path / 'x'}" in errors
-    assert not list(tmp_path.glob("x*"))
+    assert (
+        f"nothing is at {tmp_path / 'x'}, what was written is in x.partial; run the same command with --resume"
+        in errors
+    )
+    assert not (tmp_path / "x").exists()
+    assert main(["reshard", str(tmp_path / "big"), str(tmp_path / "x"), "--resume", "-q"]) == 0
+    assert not (tmp_path / "x.partial").exists()
+    assert same_files(tmp_path / "x", tmp_path / "big")
 
 
 def test_what_a_killed_reshard_has_left_is_replaced_by_the_next(source, tmp_path):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import logical_tensors, stored_shards
+from workbench.spec.schema import logical_tensors
+from workbench.spec.stored import stored_tensors
 
 
 class MemorySource:
@@ -99,14 +100,15 @@ def write_native(
     layout = layout or ParallelLayout()
     partial = prepare(path)
     entries = []
-    for (stage, tp_rank, _), shards in stored_shards(model, layout).items():
-        items = [
-            (source.schema[name], shard.box, lambda name=name, box=shard.box: source.read(name, box))
-            for shard in shards
-            for name in (shard.name, *(f"{moment}/{shard.name}" for moment in MOMENTS))
-            if name in source.schema
-        ]
-        entries.append(write_rank_files(partial, rank_tag(tp_rank, stage), items))
+    by_rank: dict[str, list[tuple[LogicalTensor, Box, Callable[[], np.ndarray]]]] = {}
+    for weight, held in stored_tensors(model, layout).items():
+        for name in (weight, *(f"{moment}/{weight}" for moment in MOMENTS)):
+            for tp_rank, box in zip(held.tp_ranks, held.boxes, strict=True) if name in source.schema else ():
+                tag = rank_tag(tp_rank, held.stage, held.ep_rank if layout.ep > 1 else None)
+                item = (source.schema[name], box, lambda name=name, box=box: source.read(name, box))
+                by_rank.setdefault(tag, []).append(item)
+    for tag, items in by_rank.items():
+        entries.append(write_rank_files(partial, tag, items))
     checksums = copy_tokenizer(tokenizer, partial) if tokenizer else None
     manifest = assemble(entries, model=model, layout=layout, training=training, tokenizer=checksums)
     commit(partial, path, manifest)

@@ -12,7 +12,8 @@ from tests.helpers.checkpoints import tiny_model
 from workbench.errors import LayoutError
 from workbench.spec.geometry import Box, Part, coverage_fault, cut_rows
 from workbench.spec.layout import ParallelLayout
-from workbench.spec.schema import logical_tensors, stage_specs, stored_shards
+from workbench.spec.schema import logical_tensors, stage_specs
+from workbench.spec.stored import stored_tensors
 
 
 @st.composite
@@ -115,13 +116,10 @@ LAYOUTS = [
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": False, "mlp_bias": True}, {"num_labels": 3}], ids=str)
 def test_every_layout_stores_each_logical_element_exactly_once(layout, changes):
     model = tiny_model(**changes)
-    found: dict[str, list[Box]] = {}
-    for shards in stored_shards(model, layout).values():
-        for shard in shards:
-            found.setdefault(shard.name, []).append(shard.box)
+    found = stored_tensors(model, layout)
     expected = logical_tensors(model, "F32")
     assert set(found) == set(expected)
-    faults = {name: coverage_fault(tensor.shape, found[name]) for name, tensor in expected.items()}
+    faults = {name: coverage_fault(tensor.shape, found[name].boxes) for name, tensor in expected.items()}
     assert not any(faults.values()), faults
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
 
 import pytest
 import torch
@@ -16,7 +15,8 @@ from workbench.spec.geometry import Box, coverage_fault
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.lora import LoraSpec, adapter_specs, adapter_tensors, factor_names, projections, resolved_targets
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import logical_tensors, parameter_specs, stored_shards
+from workbench.spec.schema import logical_tensors, parameter_specs
+from workbench.spec.stored import stored_tensors
 
 MODELS = [gated_model(num_labels=2), biased_model(), gated_model(num_key_value_heads=1)]
 EVERY = [*MODELS, latent_model(), latent_model(None)]
@@ -33,14 +33,11 @@ def test_what_ranks_store_covers_every_factor_once_at_any_rank_and_layout(
 ) -> None:
     targets = data.draw(st.lists(st.sampled_from(projections(model)), min_size=1, unique=True))
     lora = LoraSpec(r=r, targets=tuple(targets))
-    stored: dict[str, list[Box]] = defaultdict(list)
-    for shards in stored_shards(model, layout, adapter_specs(model, lora, layout)).values():
-        for shard in shards:
-            stored[shard.name].append(shard.box)
+    stored = stored_tensors(model, layout, adapter_specs(model, lora, layout))
     tensors = adapter_tensors(model, lora, "F32")
     assert set(stored) == set(tensors)
-    for name, boxes in stored.items():
-        assert coverage_fault(tensors[name].shape, boxes) is None
+    for name, held in stored.items():
+        assert coverage_fault(tensors[name].shape, held.boxes) is None
 
 
 @pytest.mark.parametrize("model", MODELS, ids=["grouped", "biased", "one key head"])

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
@@ -12,6 +14,7 @@ import numpy as np
 from xxhash import xxh3_64
 
 from workbench.checkpoint.buffers import aligned_empty
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.checkpoint.manifest import TOKENIZER, Manifest, StoredBox, read_manifest
 from workbench.checkpoint.safetensors_io import RangedFile, read_header
 from workbench.errors import CheckpointError
@@ -33,7 +36,7 @@ def box_key(tensor: LogicalTensor, box: Box) -> str:
 class _StoredReader:
     """Reads sub-boxes of one stored box; bytes that pass in order from its start are checked against its checksum."""
 
-    def __init__(self, tensor: LogicalTensor, stored: StoredBox, file: Callable[[str], RangedFile]) -> None:
+    def __init__(self, tensor: LogicalTensor, stored: StoredBox, file: RangedFile) -> None:
         self.stored = stored
         self.verified = False
         self._tensor = tensor
@@ -58,7 +61,7 @@ class _StoredReader:
         return array
 
     def _read_range(self, array: np.ndarray, start: int) -> None:
-        self._file(self.stored.file).read_into(array, self.stored.start + start)
+        self._file.read_into(array, self.stored.start + start)
         self._hash(array, start)
 
     def _hash(self, array: np.ndarray, start: int) -> None:
@@ -78,7 +81,7 @@ class _StoredReader:
         stored = self.stored
         if found != stored.checksum:
             raise CheckpointError(
-                f"{self._file(stored.file).path}: tensor {self._tensor.name!r}, box at {list(stored.box.offset)}: "
+                f"{self._file.path}: tensor {self._tensor.name!r}, box at {list(stored.box.offset)}: "
                 f"checksum {found}, but the manifest says {stored.checksum}; the file is damaged, use another copy"
             )
         self.verified = True
@@ -88,11 +91,15 @@ class _StoredReader:
         runs = array.reshape(-1).view(np.uint8).reshape(-1, run_bytes)
         strides = _strides(self.stored.box.size, self._item_bytes)
         depth = _depth(self.stored.box.size, inside)
-        file = self._file(self.stored.file)
-        for row, index in enumerate(np.ndindex(*inside.size[:depth])):
-            leading = [o + i for o, i in zip(inside.offset[:depth], index, strict=True)]
-            offset = sum(map(math.prod, zip((*leading, *inside.offset[depth:]), strides, strict=True)))
-            file.read_into(runs[row], self.stored.start + offset)
+        file = self._file
+
+        def ranges() -> Iterator[tuple[np.ndarray, int]]:
+            for row, index in enumerate(np.ndindex(*inside.size[:depth])):
+                leading = [o + i for o, i in zip(inside.offset[:depth], index, strict=True)]
+                offset = sum(map(math.prod, zip((*leading, *inside.offset[depth:]), strides, strict=True)))
+                yield runs[row], self.stored.start + offset
+
+        file.read_ranges(ranges())
 
     def _read_slabs(self, array: np.ndarray, inside: Box) -> None:
         """Reads whole rows of the stored box, a few at a time, and keeps the columns that are wanted."""
@@ -111,7 +118,7 @@ class _StoredReader:
         if self.verified:
             return
         hasher, buffer = xxh3_64(), aligned_empty((_CHECK_BYTES,), "uint8")
-        file = self._file(self.stored.file)
+        file = self._file
         for start in range(0, self.stored.num_bytes, _CHECK_BYTES):
             block = buffer[: min(_CHECK_BYTES, self.stored.num_bytes - start)]
             file.read_into(block, self.stored.start + start)
@@ -147,14 +154,14 @@ class NativeSource:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._files: dict[str, RangedFile] = {}
-        self._lock = threading.Lock()
+        self._descriptors = Descriptors(os.O_RDONLY)
+        self._files = {name: RangedFile(folder / name, self._descriptors) for name in manifest.files}
         self._readers = {
-            name: tuple(_StoredReader(stored.tensor, box, self._file) for box in stored.boxes)
+            name: tuple(_StoredReader(stored.tensor, box, self._files[box.file]) for box in stored.boxes)
             for name, stored in manifest.tensors.items()
         }
 
-    @property
+    @cached_property
     def schema(self) -> Mapping[str, LogicalTensor]:
         """Every logical tensor by name."""
         return {name: stored.tensor for name, stored in self.manifest.tensors.items()}
@@ -193,16 +200,7 @@ class NativeSource:
 
     def close(self) -> None:
         """Closes the files."""
-        with self._lock:
-            for file in self._files.values():
-                file.close()
-            self._files.clear()
-
-    def _file(self, name: str) -> RangedFile:
-        with self._lock:
-            if name not in self._files:
-                self._files[name] = RangedFile(self.folder / name)
-            return self._files[name]
+        self._descriptors.close()
 
 
 def open_native(folder: Path) -> NativeSource:

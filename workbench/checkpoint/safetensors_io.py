@@ -10,12 +10,14 @@ import json
 import math
 import os
 import struct
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from workbench.checkpoint.bounded_json import parse_json
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.errors import CheckpointError
 from workbench.spec.dtypes import ITEM_BYTES
 
@@ -173,30 +175,52 @@ def _placing(tensor: tuple[str, str, Sequence[int]]) -> tuple[int, bool, bool]:
     return -item_bytes, num_bytes % PAGE_BYTES != 0, num_bytes % 64 != 0
 
 
-@dataclass
+def file_bytes(tensors: Iterable[tuple[int, str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> int:
+    """`lay_out(...).file_bytes` without making the header, for (bytes of the key as JSON text, dtype, shape)."""
+    known = [(_header_entry(dtype, shape), key_bytes) for key_bytes, dtype, shape in tensors]
+    known.sort(key=lambda entry: entry[0][0])
+    position, length = 0, 8 + len(json.dumps({"__metadata__": metadata} if metadata else {}, separators=(",", ":")))
+    for (_, num_bytes, text_bytes), key_bytes in known:
+        length += key_bytes + text_bytes + len(str(position)) + len(str(position + num_bytes))
+        position += num_bytes
+    length -= bool(known and not metadata)  # no comma before the first entry
+    return length + -length % PAGE_BYTES + position
+
+
+@lru_cache(maxsize=4096)
+def _header_entry(dtype: str, shape: tuple[int, ...]) -> tuple[tuple[int, bool, bool], int, int]:
+    """Where a tensor is placed, its bytes, and those of its header entry without key and offsets."""
+    text = json.dumps({"dtype": dtype, "shape": shape, "data_offsets": []}, separators=(",", ":"))
+    return _placing(("", dtype, shape)), math.prod(shape) * ITEM_BYTES[dtype], len(text) + len(":,,")
+
+
 class RangedFile:
-    """A file open for reading by ranges, from any thread."""
+    """A file that is read by ranges, from any thread; through `descriptors` when it is one of many."""
 
-    path: Path
-    _descriptor: int = field(init=False, default=-1)
-
-    def __post_init__(self) -> None:
-        try:
-            self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as error:
-            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+    def __init__(self, path: Path, descriptors: Descriptors | None = None) -> None:
+        self.path = path
+        self._descriptors = descriptors or Descriptors(os.O_RDONLY)
 
     def read_into(self, array: np.ndarray, start: int) -> None:
         """Fills a contiguous array with the bytes from `start` on; CheckpointError when the file ends before."""
+        self.read_ranges([(array, start)])
+
+    def read_ranges(self, ranges: Iterable[tuple[np.ndarray, int]]) -> None:
+        """`read_into` for many arrays."""
+        try:
+            with self._descriptors.use(self.path) as descriptor:
+                for array, start in ranges:
+                    self._read(descriptor, array, start)
+        except OSError as error:
+            raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+
+    def _read(self, descriptor: int, array: np.ndarray, start: int) -> None:
         if not array.nbytes:
             return
         view = array.data.cast("B")
         done = 0
         while done < len(view):
-            try:
-                count = os.preadv(self._descriptor, [view[done:]], start + done)
-            except OSError as error:
-                raise CheckpointError(f"{self.path}: cannot be read: {error.strerror}") from error
+            count = os.preadv(descriptor, [view[done:]], start + done)
             if count == 0:
                 raise CheckpointError(
                     f"{self.path}: ends at byte {start + done} of {start + len(view)}; it is truncated"
@@ -205,9 +229,4 @@ class RangedFile:
 
     def close(self) -> None:
         """Gives the descriptor back."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
-
-    def __del__(self) -> None:
-        self.close()
+        self._descriptors.close()

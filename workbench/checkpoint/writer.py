@@ -20,6 +20,7 @@ import numpy as np
 from xxhash import xxh3_64
 
 from workbench.checkpoint.buffers import aligned_contiguous, aligned_empty
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint, fingerprint
 from workbench.checkpoint.manifest import MANIFEST, TOKENIZER, Manifest, StoredBox, StoredTensor, TrainingState
 from workbench.checkpoint.reader import box_key
@@ -32,7 +33,10 @@ from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import OPTIMIZER_PREFIX
 
-_WRITE_BYTES: Final = 1 << 20  # hashed, then written while still in the cache
+JOURNAL: Final = "journal.jsonl"
+"""What an interrupted conversion had done; it is never part of a checkpoint."""
+FILE_METADATA: Final = {"format": "pt"}
+_BLOCK_BYTES: Final = 1 << 20  # hashed, written and read back while still in the cache
 
 
 def rank_tag(tp_rank: int, stage: int, dp_rank: int | None = None) -> str:
@@ -51,31 +55,41 @@ class _BoxWriter:
     def __init__(self, tensor: LogicalTensor, box: Box, start: int, num_bytes: int) -> None:
         self.tensor, self.box, self.start, self.num_bytes = tensor, box, start, num_bytes
         self.done = 0
-        self.hasher = xxh3_64()
-        self.read_back = xxh3_64()
+        self.checksum = ""
+        self.hashers: tuple[xxh3_64, xxh3_64] | None = None
+        """Of what was written and of what was read back, while it is being filled."""
 
 
 class ShardFileWriter:
     """A safetensors file of boxes, preallocated and filled by ranges; different boxes from any threads."""
 
-    def __init__(self, path: Path, boxes: Sequence[tuple[LogicalTensor, Box]], *, read_back: bool = False) -> None:
+    def __init__(
+        self,
+        path: Path,
+        boxes: Sequence[tuple[LogicalTensor, Box]],
+        descriptors: Descriptors,
+        *,
+        read_back: bool = False,
+    ) -> None:
         self.path = path
-        self._read_back = read_back
-        layout = lay_out([(box_key(t, box), t.dtype, box.size) for t, box in boxes], {"format": "pt"})
+        self._read_back, self._descriptors = read_back, descriptors
+        layout = lay_out([(box_key(t, box), t.dtype, box.size) for t, box in boxes], FILE_METADATA)
         self.file_bytes = layout.file_bytes
         self._boxes: dict[tuple[str, Box], _BoxWriter] = {}
         for tensor, box in boxes:
             entry = layout.entries[box_key(tensor, box)]
             self._boxes[tensor.name, box] = _BoxWriter(tensor, box, entry.start, entry.num_bytes)
         self._prefix = layout.prefix
-        self._descriptor = -1
 
-    def open(self) -> None:
-        """Creates the file at its full size, with its header."""
+    def create(self, *, resume: bool = False) -> None:
+        """Makes the file at its full size, with its header; with `resume` it may be there, and keeps its boxes."""
         with write_faults(self.path):
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            os.truncate(self._descriptor, self.file_bytes)
-            _write_all(self._descriptor, memoryview(self._prefix), 0)
+            descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_EXCL) | os.O_CLOEXEC, 0o644)
+            try:
+                os.truncate(descriptor, self.file_bytes)
+                _write_all(descriptor, memoryview(self._prefix), 0)
+            finally:
+                os.close(descriptor)
 
     def append(self, name: str, box: Box, array: np.ndarray) -> None:
         """Writes the next elements of the stored box `box` of tensor `name`; `array` is only lent."""
@@ -83,55 +97,55 @@ class ShardFileWriter:
         assert array.dtype == NUMPY_NAMES[writer.tensor.dtype], (name, array.dtype, writer.tensor.dtype)
         data = aligned_contiguous(array).reshape(-1).view(np.uint8).data
         assert writer.done + len(data) <= writer.num_bytes, f"{name}: more elements than the box holds"
-        with write_faults(self.path):
-            for start in range(0, len(data), _WRITE_BYTES):
-                block = data[start : start + _WRITE_BYTES]
-                writer.hasher.update(block)
-                _write_all(self._descriptor, block, writer.start + writer.done)
-                if self._read_back:
-                    self._read_again(writer, len(block))
+        written, read_back = writer.hashers = writer.hashers or (xxh3_64(), xxh3_64())
+        with write_faults(self.path), self._descriptors.use(self.path) as descriptor:
+            for start in range(0, len(data), _BLOCK_BYTES):
+                block = data[start : start + _BLOCK_BYTES]
+                written.update(block)
+                _write_all(descriptor, block, writer.start + writer.done)
+                if self._read_back:  # at once, while it is in the cache
+                    read_back.update(_read_all(descriptor, len(block), writer.start + writer.done))
                 writer.done += len(block)
-        if self._read_back and writer.done == writer.num_bytes:
-            self._compare(writer)
+        if writer.done == writer.num_bytes:
+            writer.checksum, writer.hashers = written.hexdigest(), None
+            if self._read_back:
+                self._compare(writer, read_back.hexdigest())
 
-    def _read_again(self, writer: _BoxWriter, num_bytes: int) -> None:
-        """Hashes what the file now holds where a block has just been written; at once, it is still in the cache."""
-        block = aligned_empty((num_bytes,), "uint8").data
-        done = 0
-        while done < num_bytes:
-            count = os.preadv(self._descriptor, [block[done:]], writer.start + writer.done + done)
-            assert count > 0, f"{self.path} has become shorter"
-            done += count
-        writer.read_back.update(block)
-
-    def _compare(self, writer: _BoxWriter) -> None:
-        written, found = writer.hasher.hexdigest(), writer.read_back.hexdigest()
-        if written != found:
+    def _compare(self, writer: _BoxWriter, found: str) -> None:
+        if writer.checksum != found:
             raise VerificationError(
                 f"{self.path.name}: tensor {writer.tensor.name!r}, box at {list(writer.box.offset)}: read back with "
-                f"checksum {found}, written with {written}; the disk or its memory is faulty"
+                f"checksum {found}, written with {writer.checksum}; the disk or its memory is faulty"
             )
+
+    def checksum(self, name: str, box: Box) -> str:
+        """The checksum of a box that is full."""
+        return self._boxes[name, box].checksum
+
+    def restore(self, name: str, box: Box, checksum: str) -> bool:
+        """Takes a box as full if the file already holds one of this checksum."""
+        writer, found = self._boxes[name, box], xxh3_64()
+        with write_faults(self.path), self._descriptors.use(self.path) as descriptor:
+            for start in range(0, writer.num_bytes, _BLOCK_BYTES):
+                found.update(_read_all(descriptor, min(_BLOCK_BYTES, writer.num_bytes - start), writer.start + start))
+        if found.hexdigest() != checksum:
+            return False
+        writer.done, writer.checksum = writer.num_bytes, checksum
+        return True
 
     def entries(self) -> tuple[tuple[LogicalTensor, StoredBox], ...]:
         """What the file holds; every box must be full."""
         found = []
         for writer in self._boxes.values():
             assert writer.done == writer.num_bytes, f"{writer.tensor.name}: {writer.done} of {writer.num_bytes} bytes"
-            checksum = writer.hasher.hexdigest()
-            stored = StoredBox(writer.box, self.path.name, writer.start, writer.num_bytes, checksum)
+            stored = StoredBox(writer.box, self.path.name, writer.start, writer.num_bytes, writer.checksum)
             found.append((writer.tensor, stored))
         return tuple(found)
 
     def sync(self) -> None:
         """Returns when the bytes are on the disk."""
-        with write_faults(self.path):
-            os.fsync(self._descriptor)
-
-    def close(self) -> None:
-        """Closes the file; it may be incomplete."""
-        if self._descriptor >= 0:
-            os.close(self._descriptor)
-            self._descriptor = -1
+        with write_faults(self.path), self._descriptors.use(self.path) as descriptor:
+            os.fsync(descriptor)
 
 
 class write_faults:
@@ -154,6 +168,16 @@ def _write_all(descriptor: int, data: memoryview, start: int) -> None:
     done = 0
     while done < len(data):
         done += os.pwrite(descriptor, data[done:], start + done)
+
+
+def _read_all(descriptor: int, num_bytes: int, start: int) -> memoryview:
+    block = aligned_empty((num_bytes,), "uint8").data
+    done = 0
+    while done < num_bytes:
+        count = os.preadv(descriptor, [block[done:]], start + done)
+        assert count > 0, "the file has become shorter"
+        done += count
+    return block
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,20 +203,19 @@ def write_rank_files(
     boxes: list[tuple[LogicalTensor, StoredBox]] = []
     parts: dict[str, PartialFingerprint] = {}
     files: dict[str, int] = {}
+    descriptors = Descriptors(os.O_RDWR)
     for file, inside in by_file.items():
-        writer = ShardFileWriter(partial / file, [(tensor, box) for tensor, box, _ in inside])
-        try:
-            writer.open()
-            for tensor, box, provide in inside:
-                array = np.ascontiguousarray(provide()).reshape(box.size)
-                writer.append(tensor.name, box, array)
-                part = box_fingerprint(tensor, box, array)
-                parts[tensor.name] = parts.get(tensor.name, PartialFingerprint()) + part
-            boxes.extend(writer.entries())
-            files[file] = writer.file_bytes
-            writer.sync()
-        finally:
-            writer.close()
+        writer = ShardFileWriter(partial / file, [(tensor, box) for tensor, box, _ in inside], descriptors)
+        writer.create()
+        for tensor, box, provide in inside:
+            array = np.ascontiguousarray(provide()).reshape(box.size)
+            writer.append(tensor.name, box, array)
+            part = box_fingerprint(tensor, box, array)
+            parts[tensor.name] = parts.get(tensor.name, PartialFingerprint()) + part
+        boxes.extend(writer.entries())
+        files[file] = writer.file_bytes
+        writer.sync()
+    descriptors.close()
     return RankEntries(tuple(boxes), parts, files)
 
 
@@ -251,15 +274,15 @@ def prepare(final: Path) -> Path:
 def copy_tokenizer(source: Path, partial: Path) -> dict[str, str]:
     """Copies the files of a tokenizer folder into the checkpoint, durably; their checksums, for the manifest."""
     target = partial / TOKENIZER
-    target.mkdir()
+    target.mkdir(exist_ok=True)
     checksums = {}
     for file in sorted(source.iterdir()):
         if file.is_file():
             data = file.read_bytes()
             checksums[file.name] = xxh3_64(data).hexdigest()
             (target / file.name).write_bytes(data)
-            _sync(target / file.name)
-    _sync(target)
+            sync_path(target / file.name)
+    sync_path(target)
     return checksums
 
 
@@ -270,15 +293,25 @@ def commit(partial: Path, final: Path, manifest: Manifest) -> None:
         assert found == size, f"{name}: {found} bytes, expected {size}"
     path = partial / MANIFEST
     with write_faults(path):
-        with path.open("xb") as file:
+        with path.open("wb") as file:
             file.write(manifest.to_bytes())
             file.flush()
             os.fsync(file.fileno())
-        _sync(partial)
+    publish(partial, final)
+
+
+def publish(partial: Path, final: Path) -> None:
+    """The end of every commit: the journal goes, and what is complete and on the disk gets its name.
+
+    ConfigError when the name has been taken meanwhile.
+    """
+    with write_faults(partial):
+        (partial / JOURNAL).unlink(missing_ok=True)
+        sync_path(partial)
         if final.exists():
-            raise ConfigError(f"{final} exists already; remove it or name another destination")
+            raise ConfigError(f"{final} appeared while it was being written; remove it or name another destination")
         partial.rename(final)
-        _sync(final.parent)
+        sync_path(final.parent)
 
 
 def discard(partial: Path) -> None:
@@ -287,7 +320,7 @@ def discard(partial: Path) -> None:
         shutil.rmtree(partial)
 
 
-def _sync(path: Path) -> None:
+def sync_path(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

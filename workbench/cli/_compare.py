@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,22 +11,48 @@ from workbench.cli.common import Output
 from workbench.errors import ConfigError
 
 if TYPE_CHECKING:
+    from converters.diagnosis import Diagnosis
     from converters.format import OpenedCheckpoint
     from converters.verify import Comparison
 
 _SHOWN = 12
 
 
-def compare_checkpoints(
-    out: Output, first: Path, second: Path, *, recorded: bool
-) -> tuple[OpenedCheckpoint, OpenedCheckpoint, Comparison, list[str]]:
-    """Both checkpoints, how their tensors compare, and what had to be left out of the comparison.
+@dataclass(frozen=True)
+class Compared:
+    """Two checkpoints, how their tensors compare and what of it is likely, in which fields their models differ, and
+    what had to be left out of the comparison."""
+
+    first: OpenedCheckpoint
+    second: OpenedCheckpoint
+    comparison: Comparison
+    diagnosis: Diagnosis
+    model: Mapping[str, tuple[Any, Any]]
+    notes: list[str]
+
+    def describe(self) -> dict[str, Any]:
+        """All of it as JSON values."""
+        from converters.verify import describe
+
+        return {
+            "first": str(self.first.path),
+            "second": str(self.second.path),
+            **describe(self.comparison),
+            "diagnosis": self.diagnosis.describe(),
+            "model": dict(self.model),
+            "notes": self.notes,
+        }
+
+
+def compare_checkpoints(out: Output, first: Path, second: Path, *, recorded: bool) -> Compared:
+    """The comparison of two checkpoints.
 
     When one side has no optimizer state at all, the other's is left out and said so. `recorded`: trust the
     fingerprints that the checkpoints carry instead of reading every byte.
     """
+    from converters.diagnosis import diagnose
     from converters.open import open_checkpoint
-    from converters.verify import compare, compute_fingerprints
+    from converters.verify import compare, compute_fingerprints, model_differences
     from workbench.spec.schema import OPTIMIZER_PREFIX
 
     sides = [open_checkpoint(first), open_checkpoint(second)]
@@ -46,7 +74,11 @@ def compare_checkpoints(
         with out.progress(f"reading {side.path.name}", total=total, unit="B") as bar:
             found = compute_fingerprints(side.source, names=names, progress=bar.advance)
         fingerprints.append({**known, **found})
-    return sides[0], sides[1], compare(schemas[0], schemas[1], (fingerprints[0], fingerprints[1])), notes
+    both = (fingerprints[0], fingerprints[1])
+    comparison = compare(schemas[0], schemas[1], both)
+    diagnosis = diagnose(sides[0].source, sides[1].source, comparison, both)
+    model = model_differences(sides[0].model, sides[1].model)
+    return Compared(sides[0], sides[1], comparison, diagnosis, model, notes)
 
 
 def _bytes(tensor: Any) -> int:
@@ -55,22 +87,25 @@ def _bytes(tensor: Any) -> int:
     return tensor_bytes(tensor)
 
 
-def comparison_text(first: Path, second: Path, comparison: Comparison, notes: list[str]) -> str:
+def comparison_text(first: Path, second: Path, compared: Compared) -> str:
     """A comparison for people, the first dozen faults of each kind."""
+    comparison, likely = compared.comparison, compared.diagnosis.tensors
     if comparison.equal:
         lines = [f"equal: {len(comparison.same)} tensors, bit for bit"]
     else:
         lines = [f"{len(comparison.same)} tensors are equal, bit for bit"]
     groups = (
-        ("differ", list(comparison.different)),
-        ("have another shape", [f"{name}: {text}" for name, text in comparison.shape.items()]),
-        ("have another dtype", [f"{name}: {text}" for name, text in comparison.dtype.items()]),
-        (f"are only in {first}", list(comparison.only_first)),
-        (f"are only in {second}", list(comparison.only_second)),
+        ("layers or experts are not what they were", list(compared.diagnosis.units)),
+        ("tensors differ", [f"{name} {likely[name]}" if name in likely else name for name in comparison.different]),
+        ("tensors have another shape", [f"{name}: {text}" for name, text in comparison.shape.items()]),
+        ("tensors have another dtype", [f"{name}: {text}" for name, text in comparison.dtype.items()]),
+        (f"tensors are only in {first}", list(comparison.only_first)),
+        (f"tensors are only in {second}", list(comparison.only_second)),
+        ("fields of the model differ", [f"model.{name}: {a!r} and {b!r}" for name, (a, b) in compared.model.items()]),
     )
     for what, names in groups:
         if names:
-            lines.append(f"{len(names)} tensors {what}:")
+            lines.append(f"{len(names)} {what}:")
             lines += [f"  {name}" for name in names[:_SHOWN]]
             lines += [f"  and {len(names) - _SHOWN} more"] if len(names) > _SHOWN else []
-    return "\n".join([*lines, *(f"note: {note}" for note in notes)])
+    return "\n".join([*lines, *(f"note: {note}" for note in compared.notes)])

@@ -25,6 +25,7 @@ VERIFY_HELP = (
     "none, crc (checksums of both sides), full (crc, and each tensor of both sides assembled by other code), "
     "logits (crc, and forward passes compared)."
 )
+RESUME_HELP = "Go on from what an interrupted run has left."
 DROP_HELP = "Leave out tensors that have no place and match this regular expression, whole; may be repeated."
 Proof = Callable[[Path, "TensorSource"], "LogitsReport"]
 """Gets the unfinished result, as a folder and as a source; raises when it must not appear."""
@@ -135,10 +136,11 @@ class Conversion:
     verify: str = "crc"
     proof: Proof | None = None
     dry_run: bool = False
+    resume: bool = False
 
 
 def convert(out: Output, asked: Conversion) -> None:
-    """Plans, shows the plan, runs it unless it is a dry run, and gives the command's result.
+    """Plans, shows the plan, runs it (or links files) unless it is a dry run, and gives the command's result.
 
     Whatever fails, and when what was written does not pass the verification, nothing is left at the destination.
     """
@@ -169,7 +171,15 @@ def convert(out: Output, asked: Conversion) -> None:
     if asked.dry_run:
         out.result(result, text="The plan covers every element exactly once; nothing was written.")
         return
-    seconds = run_job(out, job, verify="crc" if verify == "logits" else verify, label=asked.operation)
+    if options.lazy:
+        job.link()
+        out.result(
+            {**result, "lazy": True, "seconds": time.monotonic() - started},
+            text=f"{asked.destination}: shares its files with {asked.opened.path}; nothing was copied or read, "
+            "`wb verify` does.",
+        )
+        return
+    seconds = run_job(out, job, verify="crc" if verify == "logits" else verify, asked=asked)
     total = time.monotonic() - started
     rate = job.plan.num_bytes / max(seconds, 1e-9)
     result |= {"verify": verify, "seconds": total, "bytes_per_second": rate}
@@ -203,14 +213,18 @@ def _engine_proof(asked: Conversion) -> Proof:
     return proof
 
 
-def run_job(out: Output, job: Job, *, verify: Any, label: str) -> float:
+def run_job(out: Output, job: Job, *, verify: Any, asked: Conversion) -> float:
     """Runs a planned conversion with a progress bar; the seconds that it took."""
     from converters.copy import work_bytes
 
-    out.interrupt_hint = f"nothing is left at {job.destination.path}; run the same command to start again"
+    path = asked.destination
+    out.interrupt_hint = (
+        f"nothing is at {path}, what was written is in {path.name}.partial; run the same command with --resume to go "
+        "on, or without to start again"
+    )
     started = time.monotonic()
-    with out.progress(label, total=work_bytes(job.plan, verify), unit="B") as bar:
-        job.run(verify=verify, progress=bar.advance)
+    with out.progress(asked.operation, total=work_bytes(job.plan, verify), unit="B") as bar:
+        job.run(verify=verify, resume=asked.resume, progress=bar.advance)
     return time.monotonic() - started
 
 
@@ -222,8 +236,8 @@ def plan_text(job: Job, target: Format) -> str:
     lines = [
         f"from  {opened.path} ({describe_layout(opened)})",
         f"to    {job.destination.path} ({target.name})",
-        f"      {len(plan.tensors)} tensors, {size_text(plan.num_bytes)}, {len(plan.units)} pieces in "
-        f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory",
+        f"      {len(plan.tensors)} tensors, {size_text(plan.num_bytes)}, {plan.num_pieces} pieces in "
+        f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory, about {time_text(plan.seconds)}",
     ]
     lines += [f"edit  {edit}" for edit in opened.edits]
     lines += [f"drops {', '.join(names)}: {why}" for why, names in reasons(job.dropped).items()]

@@ -24,26 +24,19 @@ def diff(
     most: Annotated[int, typer.Option("--most", min=0, help="Look into at most so many differing tensors.")] = 20,
 ) -> int | None:
     """Show which tensors of two checkpoints differ, where first, and by how much."""
-    from converters.verify import describe, tensor_difference
+    from converters.verify import tensor_difference
     from workbench.cli._compare import compare_checkpoints, comparison_text
     from workbench.errors import VerificationError
 
-    one, two, comparison, notes = compare_checkpoints(out, first, second, recorded=recorded)
+    compared = compare_checkpoints(out, first, second, recorded=recorded)
+    one, two, comparison = compared.first, compared.second, compared.comparison
     names = [*comparison.different, *comparison.dtype][:most]
     found = [tensor_difference(one.source, two.source, name) for name in names]
     details = [difference for difference in found if difference is not None]
-    model = _model_differences(one.model.model_dump(mode="json"), two.model.model_dump(mode="json"))
-    text = comparison_text(first, second, comparison, notes)
-    lines = [text, *(_line(difference) for difference in details)]
-    lines += [f"model.{name}: {a!r} and {b!r}" for name, (a, b) in model.items()]
-    result = {"first": str(one.path), "second": str(two.path), **describe(comparison), "notes": notes, "model": model}
-    out.result({**result, "details": [asdict(difference) for difference in details]}, text="\n".join(lines))
-    return None if comparison.equal and not model else VerificationError.exit_code
-
-
-def _model_differences(first: dict[str, object], second: dict[str, object]) -> dict[str, tuple[object, object]]:
-    names = dict.fromkeys((*first, *second))
-    return {n: (first.get(n), second.get(n)) for n in names if first.get(n) != second.get(n)}
+    lines = [comparison_text(first, second, compared), *(_line(difference) for difference in details)]
+    result = {**compared.describe(), "details": [asdict(difference) for difference in details]}
+    out.result(result, text="\n".join(lines))
+    return None if comparison.equal and not compared.model else VerificationError.exit_code
 
 
 def _line(difference: TensorDifference) -> str:

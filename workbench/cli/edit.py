@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
+from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
 from workbench.cli.common import Command, Output
 
 
@@ -31,10 +31,11 @@ def edit(
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
     family: Annotated[str, typer.Option(help="The model family, when the source does not say it rightly.")] = "",
     optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
-    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
     verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "crc",
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint edited as it streams: layers first, then the vocabulary, then experts."""
@@ -59,7 +60,10 @@ def edit(
         raise ConfigError("nothing to edit; give --layers, --vocab-size or --upcycle-experts")
     layout = new_layout(opened, tp=tp, pp=pp, pp_layout=pp_layout)
     options = job_options(layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers, allow_drop=drops)
-    convert(out, Conversion(opened, get_format("native"), destination, options, "edit", verify, dry_run=dry_run))
+    convert(
+        out,
+        Conversion(opened, get_format("native"), destination, options, "edit", verify, dry_run=dry_run, resume=resume),
+    )
 
 
 COMMAND = Command(

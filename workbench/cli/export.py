@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
+from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
 from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, Vpp
 from workbench.cli.common import Command, Output
 
@@ -59,12 +59,13 @@ def export(
         str, typer.Option(help="keep, drop or require its state; dropped for hf, peft and megatron, else kept.")
     ] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
-    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
     verify: Annotated[
         str, typer.Option(help=f"{VERIFY_HELP} By default logits with transformers or peft, else full.")
     ] = "",
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint in another program's format; a Hugging Face folder is kept only if its logits agree."""
@@ -95,7 +96,7 @@ def export(
     for_inference = target.name in _FOR_INFERENCE
     verify = verify or ("logits" if for_inference else "full")
     with_proof = proof if for_inference else None
-    convert(out, Conversion(opened, target, destination, options, "export", verify, with_proof, dry_run))
+    convert(out, Conversion(opened, target, destination, options, "export", verify, with_proof, dry_run, resume))
     if target.name == "huggingface" and not dry_run:
         _say_what_is_left_out(out, opened, destination)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
+from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
 from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, VocabSize, Vpp
 from workbench.cli.common import Command, Output
 
@@ -29,12 +29,13 @@ def import_(
     pp_layout: PpLayout = "",
     vocab_multiple: VocabMultiple = None,
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
-    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
     verify: Annotated[
         str, typer.Option(help=f"{VERIFY_HELP} By default logits of Hugging Face folders, else full.")
     ] = "",
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Turn a checkpoint of another format into a native one at any layout, proven before it appears."""
@@ -59,7 +60,9 @@ def import_(
 
     layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, ep=ep, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
     options = job_options(layout, dtype=dtype, optimizer="keep", mem=mem, workers=workers, allow_drop=allow_drop or ())
-    convert(out, Conversion(opened, get_format("native"), destination, options, "import", verify, proof, dry_run))
+    convert(
+        out, Conversion(opened, get_format("native"), destination, options, "import", verify, proof, dry_run, resume)
+    )
 
 
 COMMAND = Command(

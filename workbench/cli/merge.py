@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
+from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
 from workbench.cli.common import Command, Output
 
 
@@ -28,10 +28,11 @@ def merge(
     pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; the base's by default.")] = "",
     family: Annotated[str, typer.Option(help="The base's model family, when it is not found by itself.")] = "",
-    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
     verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "crc",
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write base + adapter, or the mean of checkpoints, as a native one: rounded once, streamed, without a GPU."""
@@ -53,7 +54,10 @@ def merge(
         )
     layout = new_layout(opened, tp=tp, pp=pp, ep=ep, pp_layout=pp_layout)
     options = job_options(layout, dtype=dtype, optimizer="drop", mem=mem, workers=workers, allow_drop=drops)
-    convert(out, Conversion(opened, get_format("native"), destination, options, "merge", verify, dry_run=dry_run))
+    convert(
+        out,
+        Conversion(opened, get_format("native"), destination, options, "merge", verify, dry_run=dry_run, resume=resume),
+    )
 
 
 def parse_weights(text: str) -> tuple[float, ...]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, VERIFY_HELP
+from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
 from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, Vpp
 from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
@@ -25,10 +26,14 @@ def reshard(
     vocab_multiple: VocabMultiple = None,
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
     optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
-    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "512MiB",
+    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
     verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "crc",
+    lazy: Annotated[
+        bool, typer.Option("--lazy", help="Share the source's files (hard links): for changes of PP, VPP, EP and DP.")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint at another tensor, pipeline and expert layout, optimizer state included, without a GPU."""
@@ -43,7 +48,8 @@ def reshard(
     options = job_options(
         layout, dtype=dtype, optimizer=optimizer, mem=mem, workers=workers, allow_drop=allow_drop or ()
     )
-    convert(out, Conversion(opened, target, destination, options, "reshard", verify, dry_run=dry_run))
+    options = replace(options, lazy=lazy)
+    convert(out, Conversion(opened, target, destination, options, "reshard", verify, dry_run=dry_run, resume=resume))
 
 
 COMMAND = Command(

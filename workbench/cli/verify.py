@@ -16,7 +16,7 @@ def verify(
     other: Annotated[Path | None, typer.Argument(help="Another, at any layout and in any format, to compare.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Compute the fingerprints again as well.")] = False,
 ) -> int | None:
-    """Check that a checkpoint is intact, or that two hold the same tensors, bit for bit. Reads every byte."""
+    """Check that a checkpoint is intact, or that two hold the same model, bit for bit. Reads every byte."""
     if other is not None:
         return _pair(out, path, other)
     _alone(out, path, full=full)
@@ -48,15 +48,14 @@ def _alone(out: Output, path: Path, *, full: bool) -> None:
 
 
 def _pair(out: Output, first: Path, second: Path) -> int | None:
-    from converters.verify import describe
+    from converters.verify import changes_outputs
     from workbench.cli._compare import compare_checkpoints, comparison_text
     from workbench.errors import VerificationError
 
-    one, two, comparison, notes = compare_checkpoints(out, first, second, recorded=False)
-    text = comparison_text(first, second, comparison, notes)
-    result = {"first": str(one.path), "second": str(two.path), **describe(comparison), "notes": notes}
-    out.result(result, text=text)
-    return None if comparison.equal else VerificationError.exit_code
+    compared = compare_checkpoints(out, first, second, recorded=False)
+    equal = compared.comparison.equal and not any(map(changes_outputs, compared.model))
+    out.result({**compared.describe(), "equal": equal}, text=comparison_text(first, second, compared))
+    return None if equal else VerificationError.exit_code
 
 
 COMMAND = Command(

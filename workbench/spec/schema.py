@@ -5,13 +5,12 @@ Layers are built from these specs, so a layer's `shards()` and the offline plann
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import product
+from collections.abc import Iterator
 from typing import Final, Literal
 
 from workbench.spec.attention_schema import latent_specs
 from workbench.spec.expert_specs import expert_specs, router_specs
-from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place, Shard
+from workbench.spec.geometry import EMBED, FINAL, Initial, LogicalTensor, ParameterSpec, Part, Place
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 from workbench.spec.norm_placement import PLACEMENTS, SUMS, BlockNorms
@@ -290,24 +289,3 @@ def stage_places(model: ModelConfig, layout: ParallelLayout, stage: int) -> set[
     if stage == layout.last_stage:
         here.add(FINAL)
     return here
-
-
-def stored_shards(
-    model: ModelConfig, layout: ParallelLayout, specs: Iterable[ParameterSpec] | None = None
-) -> Mapping[tuple[int, int, int], tuple[Shard, ...]]:
-    """What each (stage, tp_rank, ep_rank) writes to a checkpoint of `layout`: each logical element once.
-
-    Of several copies the first one writes; what several stages hold is written by the first stage, and what is not
-    dealt by the first rank of the expert axis. `specs`: what is stored, if not the parameters of the model (an
-    adapter).
-    """
-    everything = tuple(parameter_specs(model, layout) if specs is None else specs)
-    found: dict[tuple[int, int, int], tuple[Shard, ...]] = {}
-    for stage in range(layout.pp):
-        here = stage_places(model, layout, stage)
-        inside = [s for s in everything if here.intersection(s.places) and (stage == 0 or len(s.places) == 1)]
-        for tp_rank, ep_rank in product(range(layout.tp), range(layout.ep)):
-            held = [spec for spec in inside if ep_rank < spec.dealt]
-            shards = (shard for spec in held for shard in spec.shards(layout.tp, tp_rank, ep_rank))
-            found[stage, tp_rank, ep_rank] = tuple(shard for shard in shards if shard.copy == 0)
-    return found
