@@ -16,7 +16,7 @@ from workbench.checkpoint.writer import JOURNAL
 from workbench.cli.main import main
 from workbench.spec.layout import ParallelLayout
 
-TARGETS = {"native": ["reshard", "--tp", "4", "--pp", "1"], "huggingface": ["export"]}
+TARGETS = {"native": ["reshard", "--tp", "4", "--pp", "1"], "huggingface": ["export", "--verify", "crc"]}
 
 
 @pytest.fixture(scope="module")
