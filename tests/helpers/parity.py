@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
+from _pytest.mark import ParameterSet
 
 from pretrain.config import OptimTable
 from pretrain.optimizer import Optimizer
@@ -116,6 +118,11 @@ def largest_difference(boxes: Boxes, reference: dict[str, torch.Tensor]) -> floa
         float((reference[name][box.slices] - values).abs().max()) / max(float(reference[name].abs().max()), floor)
         for name, box, values in boxes
     )
+
+
+def exhaustive(*cases: tuple[Any, ...]) -> list[ParameterSet]:
+    """The cases as parameters that only `make parity` runs; the matrix shows their pairs as well."""
+    return [pytest.param(*case, marks=pytest.mark.exhaustive) for case in cases]
 
 
 def assert_observed(observed: list[Observed], reference: Observed) -> None:

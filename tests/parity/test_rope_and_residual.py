@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.models import biased_model, gated_model
-from tests.helpers.parity import Observed, assert_observed, train_three_steps
+from tests.helpers.parity import Observed, assert_observed, exhaustive, train_three_steps
 from tests.helpers.ranks import run_ranks
 from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
@@ -31,16 +31,18 @@ MODELS = {
     "per dimension": gated_model(partial_rotary_factor=0.5, rope_scaling=PER_DIMENSION),
 }
 SP: dict[str, Any] = {"sequence_parallel": True}
-CASES: list[tuple[str, dict[str, Any], str, bool]] = [
-    ("parallel", {"tp": 2, **SP}, "1f1b", True),
-    ("parallel", {"tp": 2, "pp": 2}, "zb_h1", False),
-    ("parallel", {"cp": 2, "dp": 2, "shard": "zero3"}, "1f1b", False),
+CASES: list[Any] = [
     ("one norm, dropout", {"tp": 2, "cp": 2, **SP, "context": "ring"}, "1f1b", True),
     ("one norm, dropout", {"pp": 2, "vpp": 2, "placement": "vee"}, "zbv", False),
     ("by length", {"tp": 2, "pp": 2, **SP}, "1f1b", False),
     ("by length", {"cp": 2, "context": "ring"}, "1f1b", True),
     ("per dimension", {"tp": 2, "cp": 2}, "1f1b", True),
-    ("per dimension", {"dp": 2, "pp": 2}, "1f1b", True),
+    *exhaustive(
+        ("parallel", {"tp": 2, **SP}, "1f1b", True),
+        ("parallel", {"tp": 2, "pp": 2}, "zb_h1", False),
+        ("parallel", {"cp": 2, "dp": 2, "shard": "zero3"}, "1f1b", False),
+        ("per dimension", {"dp": 2, "pp": 2}, "1f1b", True),
+    ),
 ]
 
 

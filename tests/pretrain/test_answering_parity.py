@@ -10,7 +10,7 @@ import torch
 
 from pretrain.schedules import schedule_named
 from tests.helpers.models import answering_model
-from tests.helpers.parity import Observed, assert_observed, train_three_steps
+from tests.helpers.parity import Observed, assert_observed, exhaustive, train_three_steps
 from tests.helpers.ranks import run_ranks
 from workbench.errors import LayoutError
 from workbench.models.batch import Batch
@@ -41,17 +41,19 @@ def _reference(name: str) -> Observed:
         ("tied", {"tp": 2}, "1f1b", None),
         ("untied", {"tp": 2, **SP}, "1f1b", SAVING),
         ("tied", {"pp": 2}, "1f1b", None),
-        ("tied", {"pp": 4}, "gpipe", None),
         ("untied", {"pp": 2, "pp_layout": (3, 1)}, "1f1b", StageOptions(recompute="selective")),
-        ("tied", {"tp": 2, "pp": 2, **SP}, "1f1b", None),
         ("tied", {"pp": 2, "vpp": 2}, "interleaved", SAVING),
-        ("tied", {"pp": 2}, "zb_h1", None),
-        ("untied", {"pp": 2, "vpp": 2}, "interleaved_zb", None),
-        ("tied", {"pp": 2, "vpp": 2}, "zbv", None),
         ("tied", {"pp": 2, "vpp": 2}, "dualpipev", None),
         ("tied", {"dp": 2, "shard": "zero3"}, "1f1b", SAVING),
-        ("tied", {"pp": 2, "dp": 2, "shard": "zero2"}, "1f1b", None),
         ("dropout", {"tp": 2, "pp": 2, **SP}, "1f1b", None),
+        *exhaustive(
+            ("tied", {"pp": 4}, "gpipe", None),
+            ("tied", {"tp": 2, "pp": 2, **SP}, "1f1b", None),
+            ("tied", {"pp": 2}, "zb_h1", None),
+            ("untied", {"pp": 2, "vpp": 2}, "interleaved_zb", None),
+            ("tied", {"pp": 2, "vpp": 2}, "zbv", None),
+            ("tied", {"pp": 2, "dp": 2, "shard": "zero2"}, "1f1b", None),
+        ),
     ],
     ids=str,
 )
