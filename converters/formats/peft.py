@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from converters.claim import claim
 from converters.family import Family, family_for, family_named
 from converters.format import OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._huggingface_files import read_json
@@ -19,7 +20,7 @@ from converters.formats._peft_source import SCORE, Arrays, ArraySource, file_tar
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, lora_of, peft_modules
 from workbench.checkpoint.safetensors_io import lay_out
 from workbench.checkpoint.store import CHECKPOINTS
-from workbench.checkpoint.writer import discard, partial_folder, prepare
+from workbench.checkpoint.writer import discard, partial_folder
 from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
@@ -117,6 +118,7 @@ class PeftDestination:
             for name, tensor in request.schema.items()
         }
         self._partial = partial_folder(request.path)
+        self._claim: int | None = None
 
     @property
     def path(self) -> Path:
@@ -137,7 +139,7 @@ class PeftDestination:
         return 0
 
     def begin(self) -> None:
-        prepare(self.path)
+        self._claim = claim(self.path)
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         self._arrays[name][1][box.slices] = array
@@ -163,10 +165,18 @@ class PeftDestination:
         if self.path.exists():
             raise CheckpointError(f"{self.path} appeared while it was being written; the result is in {self._partial}")
         self._partial.rename(self.path)
+        self._release()
         return self.path
 
     def abort(self) -> None:
-        discard(self._partial)
+        if self._claim is not None:
+            discard(self._partial)
+            self._release()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def _flush(self) -> None:
         """Writes every file, once."""
