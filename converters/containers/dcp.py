@@ -1,7 +1,7 @@
 """Folders of torch.distributed.checkpoint, laid out before their tensors are there. No torch.
 
 Each chunk of a tensor and each other object is an archive of torch.save in a range of a `.distcp` file; `.metadata`
-tells where. As torch 2.13 writes it, but that chunks begin on multiples of 64 bytes.
+tells where. As torch 2.13 writes it, but for room between archives, so that tensors are aligned.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ from converters.containers.pickle_writer import Call, Global, Instance, Items, d
 from converters.containers.torch_zip import Storage, lay_out_torch, new_tensor, torch_dtype, torch_size
 from converters.formats._files import Checksum, FileContent, Place, whole_file
 from converters.formats._folder import ForeignTensor, Piece
+from workbench.checkpoint.safetensors_io import PAGE_BYTES
 from workbench.spec.geometry import Box
 
 METADATA: Final = ".metadata"
 _ALIGNMENT: Final = 64
+_LARGE_BYTES: Final = 64 << 10
 _VERSION: Final = "1.0.0"
 _STRIDED: Final = Call(Global("torch.serialization", "_get_layout"), ("torch.strided",))
 
@@ -92,8 +94,11 @@ class _File:
 
     def add(self, value: Any) -> tuple[Mapping[Storage, int], Instance]:
         """Appends an archive of `value`: where its storages begin, and what the metadata say of it."""
-        start = self._end + -self._end % _ALIGNMENT
-        laid = lay_out_torch(value, start=start)
+        laid = lay_out_torch(value)
+        large = [place for storage, place in laid.storages.items() if storage.num_bytes >= _LARGE_BYTES]
+        # What is large begins on a page: a copy to any other address runs at half the speed.
+        start = self._end + (-(self._end + large[0]) % PAGE_BYTES if large else -self._end % _ALIGNMENT)
+        laid = laid.at(start)
         self._known += laid.known
         self._checksums += laid.checksums
         self._end = start + laid.num_bytes

@@ -76,22 +76,33 @@ def torch_size(sizes: tuple[int, ...]) -> Call:
 
 @dataclass(frozen=True)
 class TorchFile:
-    """An archive at `start` of a file: see `converters.formats._files.FileContent` for `known` and `checksums`.
+    """An archive; see `converters.formats._files.FileContent` for `known` and `checksums`.
 
-    storages: the first byte of each storage, from the start of the file.
+    storages: the first byte of each. All places count from the first byte of the archive.
     """
 
-    start: int
     num_bytes: int
     known: tuple[tuple[int, bytes], ...]
     checksums: tuple[Checksum, ...]
     storages: Mapping[Storage, int]
 
+    def at(self, start: int) -> TorchFile:
+        """The same, with places that count from `start` bytes before the archive."""
+        checksums = (
+            Checksum(c.start + start, c.num_bytes, tuple(place + start for place in c.places)) for c in self.checksums
+        )
+        return TorchFile(
+            self.num_bytes,
+            tuple((place + start, data) for place, data in self.known),
+            tuple(checksums),
+            {storage: place + start for storage, place in self.storages.items()},
+        )
 
-def lay_out_torch(value: Any, *, start: int = 0, root: str = "archive") -> TorchFile:
+
+def lay_out_torch(value: Any, *, root: str = "archive") -> TorchFile:
     """Where torch.save would put `value`: plain data, what `pickle_writer` can say, and `StoredTensor`s."""
     pickled, storages = _pickle(value)
-    archive = _Archive(start, root)
+    archive = _Archive(root)
     first = {"data.pkl": pickled, ".format_version": b"1", ".storage_alignment": b"64", "byteorder": b"little"}
     last = {"version": b"3\n", ".data/serialization_id": _SERIALIZATION_ID}
     for name, data in first.items():
@@ -121,17 +132,17 @@ def _pickle(value: Any) -> tuple[bytes, dict[Storage, str]]:
 
 
 class _Archive:
-    """A zip archive being laid out. Places in it count from its own start, as zip readers want it."""
+    """A zip archive being laid out."""
 
-    def __init__(self, start: int, root: str) -> None:
-        self._start, self._root = start, root
+    def __init__(self, root: str) -> None:
+        self._root = root
         self._end = 0
         self._known: list[tuple[int, bytes]] = []
         self._directory: list[bytes] = []
         self._open: list[tuple[int, int, int, int]] = []  # of what is not known: first byte, size, place behind, entry
 
     def add(self, name: str, data: bytes | None, num_bytes: int) -> int:
-        """A member, of `data` or of bytes that will be written; its first byte in the file."""
+        """A member, of `data` or of bytes that will be written; its first byte."""
         title = f"{self._root}/{name}".encode()
         wide = [value for value in (num_bytes, num_bytes, self._end) if value >= _LIMIT]
         extra = struct.pack(f"<2H{len(wide)}Q", 1, 8 * len(wide), *wide) if wide else b""
@@ -148,12 +159,12 @@ class _Archive:
         if num_bytes:
             self._put(struct.pack("<4sI2Q" if wide else "<4s3I", b"PK\7\x08", crc, num_bytes, num_bytes))
         if data is not None:
-            self._known.append((self._start + first, data))
+            self._known.append((first, data))
         elif num_bytes:
             self._open.append((first, num_bytes, behind, len(self._directory)))
         entry = (b"PK\1\2", 0, 0, flags, 0, 0, 0, crc, size, size, len(title), len(extra), 0, 0, 0, 0, header)
         self._directory.append(struct.pack("<4s6H3I5H2I", *entry) + title + extra)
-        return self._start + first
+        return first
 
     def finish(self, places: Mapping[Storage, int]) -> TorchFile:
         """The archive with its directory."""
@@ -165,14 +176,14 @@ class _Archive:
         narrow = (min(count, 0xFFFF), min(count, 0xFFFF), min(size, _LIMIT), min(start, _LIMIT))
         self._put(struct.pack("<4s4H2IH", b"PK\5\6", 0, 0, *narrow, 0))
         checksums = tuple(
-            Checksum(self._start + first, num_bytes, (self._start + behind + 4, self._start + entries[index] + 16))
+            Checksum(first, num_bytes, (behind + 4, entries[index] + 16))
             for first, num_bytes, behind, index in self._open
         )
-        return TorchFile(self._start, self._end, _joined(self._known), checksums, places)
+        return TorchFile(self._end, _joined(self._known), checksums, places)
 
     def _put(self, data: bytes) -> int:
         """Appends what is known; its place in the archive."""
-        self._known.append((self._start + self._end, data))
+        self._known.append((self._end, data))
         self._end += len(data)
         return self._end - len(data)
 

@@ -6,17 +6,18 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from converters.family import Family
 from converters.formats._dcp_names import LOGICAL, TORCHTITAN, TRANSFORMERS, Naming
+from converters.formats._huggingface_files import read_json
 from converters.formats._huggingface_source import require_equal
 from converters.matching import Match, match
 from converters.megatron.pieces import ForeignTensor, PieceSource
 from converters.names import summarise
 from converters.rules import Rule
 from converters.untrusted.dcp import DcpFolder, read_dcp
-from workbench.checkpoint.manifest import TrainingState
+from workbench.checkpoint.manifest import TrainingState, training_from_json
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
@@ -26,6 +27,7 @@ from workbench.spec.schema import OPTIMIZER_PREFIX, weight_of
 _NAMINGS: Final = (TRANSFORMERS, TORCHTITAN, LOGICAL)
 _OF_OPTIMIZER: Final = re.compile(r"(?:.*?\.)??state\.(.+)\.(\w+)")
 _STEP: Final = "step"
+TRAINING: Final = "training.json"
 RUN_STEP: Final = "train_state.step"
 RUN_TOKENS: Final = "train_state.ntokens_seen"
 _ADAM: Final = {"exp_avg", "exp_avg_sq"}
@@ -133,20 +135,26 @@ def _moments(
 
 
 def _training(found: DcpFolder, steps: list[str], kinds: set[str]) -> TrainingState | None:
-    """Where the run stood; CheckpointError when its weights were updated different numbers of times."""
+    """Where the run stood: as we wrote it beside, or else as far as its counts tell.
+
+    CheckpointError when weights were updated different numbers of times, or other than what is beside says.
+    """
     counts = {_scalar(found, place) for place in steps}
+    run, tokens = (_scalar(found, name) if name in found.tensors else None for name in (RUN_STEP, RUN_TOKENS))
+    stated = None
+    if (path := found.path / TRAINING).is_file():
+        stated = training_from_json(read_json(path), path)
+        counts.add(stated.optimizer.get("step", stated.step))
     if len(counts) > 1:
         raise CheckpointError(f"{found.path}: its weights are at different steps ({min(counts)} to {max(counts)})")
-    run, tokens = (_scalar(found, name) if name in found.tensors else None for name in (RUN_STEP, RUN_TOKENS))
-    updates = counts.pop() if counts else None
-    if run is None and updates is None:
-        return None
+    if stated is not None:
+        return stated
+    updates = min(counts, default=None)
     step = updates if run is None else run
-    assert step is not None
-    optimizer = {} if updates is None else {"step": updates}
-    return TrainingState(
-        step, tokens=tokens or 0, optimizer={"name": "adamw", **optimizer} if kinds == _ADAM else optimizer
-    )
+    optimizer: dict[str, Any] = {"name": "adamw"} if kinds == _ADAM else {}
+    if updates is not None:
+        optimizer["step"] = updates
+    return None if step is None else TrainingState(step, tokens=tokens or 0, optimizer=optimizer)
 
 
 def _scalar(found: DcpFolder, name: str) -> int:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from converters.claim import claim
 from converters.family import Family, family_for, family_named
 from converters.format import OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._huggingface_files import read_json
@@ -19,7 +20,7 @@ from converters.formats._peft_source import SCORE, Arrays, ArraySource, file_tar
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, lora_of, peft_modules
 from workbench.checkpoint.safetensors_io import lay_out
 from workbench.checkpoint.store import CHECKPOINTS
-from workbench.checkpoint.writer import discard, partial_folder, prepare, publish
+from workbench.checkpoint.writer import discard, partial_folder, publish
 from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
@@ -117,6 +118,7 @@ class PeftDestination:
             for name, tensor in request.schema.items()
         }
         self._partial = partial_folder(request.path)
+        self._claim: int | None = None
 
     @property
     def path(self) -> Path:
@@ -138,7 +140,7 @@ class PeftDestination:
 
     def begin(self, *, resume: bool = False) -> None:
         """Makes the unfinished folder. What has been written elsewhere is never there: all is written at the end."""
-        prepare(self.path)
+        self._claim = claim(self.path)
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         self._arrays[name][1][box.slices] = array
@@ -168,10 +170,18 @@ class PeftDestination:
         """Renames the folder into place, once everything is on disk."""
         self._flush()
         publish(self._partial, self.path)
+        self._release()
         return self.path
 
     def abort(self, *, keep: bool = False) -> None:
-        discard(self._partial)
+        if self._claim is not None:
+            discard(self._partial)
+            self._release()
+
+    def _release(self) -> None:
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
 
     def _flush(self) -> None:
         """Writes every file, once."""

@@ -16,7 +16,7 @@ from converters.containers.dcp import METADATA, GlobalTensor, lay_out_dcp
 from converters.family import Family, detect_family, family_named
 from converters.format import OpenedCheckpoint, WriteRequest
 from converters.formats._dcp_names import TRANSFORMERS, Naming
-from converters.formats._dcp_source import RUN_STEP, RUN_TOKENS, read_contents
+from converters.formats._dcp_source import RUN_STEP, RUN_TOKENS, TRAINING, read_contents
 from converters.formats._files import whole_file
 from converters.formats._folder import FolderContents, FolderDestination, foreign_tensors
 from converters.formats._huggingface_destination import json_text, main_dtype
@@ -24,6 +24,7 @@ from converters.formats._huggingface_files import CONFIG, read_json
 from converters.formats.huggingface import birth, family_of
 from converters.names import summarise
 from converters.rules import Rule
+from workbench.checkpoint.manifest import training_to_json
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.dtypes import ITEM_BYTES, TORCH_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
@@ -83,10 +84,13 @@ class DcpFormat:
         stored = _dealt_out(tensors, request.max_shard_bytes) | _counts(request, tensors)
         laid = lay_out_dcp(stored, {}, planner_data={name: _path(name, self.names) for name in stored})
         dtype = TORCH_NAMES[main_dtype(tensors)]
-        config = json_text(family.dump_config(request.model, dtype, origin.get("config")))
+        texts = {CONFIG: json_text(family.dump_config(request.model, dtype, origin.get("config")))}
+        if request.training is not None:
+            texts[TRAINING] = json_text(training_to_json(request.training))
         folder = request.tokenizer
         tokenizer = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()} if folder else {}
-        contents = FolderContents({**laid.files, CONFIG: whole_file(config)}, laid.tensors, rules, copies=tokenizer)
+        files = {**laid.files, **{name: whole_file(text) for name, text in texts.items()}}
+        contents = FolderContents(files, laid.tensors, rules, copies=tokenizer)
         return FolderDestination(
             request, contents, lambda partial: read_contents(partial, family, request.model).source
         )

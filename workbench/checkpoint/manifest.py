@@ -90,7 +90,7 @@ class Manifest:
         head: dict[str, Any] = {
             "model": self.model.model_dump(mode="json", exclude_defaults=False),
             "layout": self.layout.model_dump(mode="json"),
-            "training": None if self.training is None else _training_to_json(self.training),
+            "training": None if self.training is None else training_to_json(self.training),
             "lineage": [dict(parent) for parent in self.lineage],
             "tokenizer": dict(self.tokenizer),
             "adapter": None if self.adapter is None else self.adapter.model_dump(mode="json"),
@@ -105,9 +105,18 @@ class Manifest:
         return text.replace(_NO_CHECKSUM, b'"manifest_checksum": "' + checksum + b'"', 1)
 
 
-def _training_to_json(state: TrainingState) -> dict[str, Any]:
+def training_to_json(state: TrainingState) -> dict[str, Any]:
+    """A training state as JSON values."""
     names = ("step", "samples", "tokens", "seed", "scheduler", "optimizer", "data")
     return {name: value if isinstance(value := getattr(state, name), int) else dict(value) for name in names}
+
+
+def training_from_json(raw: Mapping[str, Any], path: Path) -> TrainingState:
+    """The training state that `training_to_json` wrote, found in the file at `path`; CheckpointError when damaged."""
+    try:
+        return _Parser(path).training(raw)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: is not a training state: {type(error).__name__} {error}") from error
 
 
 def _tensor_to_json(stored: StoredTensor) -> dict[str, Any]:
@@ -174,7 +183,7 @@ class _Parser:
         try:
             files = {self._file_name(name): self._size(size) for name, size in raw["files"].items()}
             tensors = {name: self._tensor(name, value, files) for name, value in raw["tensors"].items()}
-            training = None if raw["training"] is None else self._training(raw["training"])
+            training = None if raw["training"] is None else self.training(raw["training"])
             return Manifest(
                 model=ModelConfig.model_validate(raw["model"]),
                 layout=ParallelLayout.model_validate(raw["layout"]),
@@ -254,7 +263,7 @@ class _Parser:
             self.refuse(f"tensor {tensor.name!r}: ends after the {files[file]} bytes of {file}")
         return StoredBox(box, file, start, num_bytes, str(checksum))
 
-    def _training(self, raw: dict[str, Any]) -> TrainingState:
+    def training(self, raw: Mapping[str, Any]) -> TrainingState:
         step, samples, tokens = (self._size(raw[name]) for name in ("step", "samples", "tokens"))
         scheduler, optimizer, data = (dict(raw[name]) for name in ("scheduler", "optimizer", "data"))
         return TrainingState(step, samples, tokens, int(raw["seed"]), scheduler, optimizer, data)

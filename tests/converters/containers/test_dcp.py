@@ -100,3 +100,11 @@ def test_the_reader_for_files_of_strangers_reads_it(folder: Path) -> None:
         assert place.start % 64 == 0
         assert np.array_equal(place.read(Box.whole(place.shape)), BITS[piece.box.slices])
     assert found.tensors["step"].pieces[0].locate().read(Box((), ())) == 7
+
+
+def test_large_chunks_begin_on_a_page() -> None:
+    whole = Box.whole((1 << 16,))
+    large = {name: GlobalTensor("U8", whole.size, ((whole, "__0_0.distcp"),)) for name in "ab"}
+    laid = lay_out_dcp(large, {"object": ("__0_0.distcp", "text")})
+    places = [tensor.pieces[0].places[0].start for tensor in laid.tensors.values()]
+    assert [place % 4096 for place in places] == [0, 0] and places[1] - places[0] < (1 << 16) + 2 * 4096

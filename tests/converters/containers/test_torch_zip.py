@@ -60,7 +60,7 @@ def test_what_is_named_is_found_by_the_loader() -> None:
 
 
 def write(path: Path, laid: TorchFile, arrays: dict[Storage, np.ndarray]) -> Path:
-    writer = RangedWriter(path, FileContent(laid.start + laid.num_bytes, laid.known, laid.checksums))
+    writer = RangedWriter(path, FileContent(laid.num_bytes, laid.known, laid.checksums))
     writer.create()
     for storage, array in arrays.items():
         whole = Box.whole(array.shape)

@@ -56,7 +56,9 @@ def test_weights_and_moments_come_back_from_a_folder_bit_for_bit(
     before, after = read_all(tmp_path / "a"), read_all(tmp_path / "c")
     assert before.keys() == after.keys()
     assert [name for name in before if not np.array_equal(before[name], after[name])] == []
-    training = open_checkpoint(tmp_path / "c").training
+    assert open_checkpoint(tmp_path / "c").training == open_checkpoint(tmp_path / "a").training
+    (tmp_path / "b/training.json").unlink()  # what other programs know of
+    training = open_checkpoint(tmp_path / "b").training
     assert training is not None
     assert (training.step, training.tokens, training.optimizer) == (100, 25600, {"name": "adamw", "step": 100})
 
@@ -219,6 +221,15 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
         open_checkpoint(save("d", **embedding, ema=torch.ones(3)))
     with pytest.raises(ConversionError, match=r"4 tensors 'model.layers.\*.input_layernorm.weight'.* are missing"):
         open_checkpoint(save("e", **embedding))
+    random_native(tmp_path / "g")
+    convert(tmp_path / "g", "torchtitan", tmp_path / "h")
+    stated = tmp_path / "h/training.json"
+    stated.write_text(stated.read_text().replace("100", "99"))
+    with pytest.raises(CheckpointError, match=r"its weights are at different steps \(99 to 100\)"):
+        open_checkpoint(tmp_path / "h")
+    stated.write_text("{}")
+    with pytest.raises(CheckpointError, match=r"training.json: is not a training state: KeyError 'step'"):
+        open_checkpoint(tmp_path / "h")
     with pytest.raises(ConversionError, match="v_proj.bias' have no place in family 'qwen2 of torchtitan'"):
         request = WriteRequest(tmp_path / "f", {}, tiny_model(attention_bias=True))
         get_format("torchtitan").destination(request)
