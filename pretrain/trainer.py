@@ -287,7 +287,8 @@ class Trainer:
         config = self.config
         # Rank 0's clock speaks for all, so that every rank writes the same state.
         spent = self.mesh.world.broadcast_object(self.budget.spent)
-        scheduler = {"schedule": config.optim.schedule, "horizon": self.budget.horizon, "seconds": spent}
+        rates = config.optim.model_dump(include={"schedule", "lr", "min_lr", "warmup"})
+        scheduler = {**rates, "horizon": self.budget.horizon, "seconds": spent}
         optimizer = self.optimizer if config.checkpoint.optimizer else None
         self.state = replace(
             self.state,
@@ -305,7 +306,8 @@ class Trainer:
 
     def _optimizer_state(self) -> dict[str, Any]:
         """What a checkpoint says of the optimizer besides its moments."""
-        state = {"name": self.config.optim.name, "step": self.optimizer.step_count}
+        settings = self.config.optim.model_dump(mode="json", include={"name", "betas", "eps", "weight_decay"})
+        state = {**settings, "step": self.optimizer.step_count}
         return state if self.loss_scale is None else {**state, "loss_scale": self.loss_scale.state()}
 
     def _fill_or_resume(self) -> TrainingState:

@@ -6,6 +6,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from converters.containers.dcp import GlobalTensor, lay_out_dcp
@@ -16,12 +17,14 @@ from converters.formats._folder import FolderContents, ForeignTensor, Piece, for
 from converters.megatron.distributed import Stored, stored_now
 from converters.megatron.rank_files import RELEASE, TRACKER
 from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
+from converters.megatron.saved_optimizer import CONTENT, common_state, has_moments, split_kind, with_moments
 from converters.megatron.stages import padded_vocab
-from converters.megatron.table import HEAD, LAYERS, NO_WEIGHTS, TE, McoreTensor, make_table
-from converters.names import summarise
+from converters.megatron.table import HEAD, LAYERS, NO_WEIGHTS, TE, McoreTensor, Table, make_table
+from workbench.checkpoint.manifest import TrainingState
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.model import ModelConfig
 
 METADATA: Final = "metadata.json"
 COMMON: Final = "common.pt"
@@ -36,50 +39,60 @@ _BACKENDS: Final = {
 
 
 def dist_folder(request: WriteRequest) -> FolderContents:
-    """A release for Megatron-Core: the weights in chunks of the request's layout, without optimizer and random numbers.
+    """A folder for Megatron-Core in chunks of the request's layout: a release, or an iteration with its optimizer.
 
     ConversionError or LayoutError when Megatron cannot have this model at this layout.
     """
     model, layout = request.model, request.layout
     layout.validate_for(model)
     table = make_table(model, TE, padded_vocab=padded_vocab(model, layout))
-    if over := sorted(request.schema.keys() - table.rules.keys()):
-        raise ConversionError(
-            f"{request.path}: {summarise(over, 'has', 'have')} no place in a release of Megatron; leave the optimizer "
-            "out (--optimizer drop)"
-        )
-    rules = {name: (table.rules[name],) for name in request.schema}
+    rules = with_moments(table.rules, request.schema)
     wholes = foreign_tensors(request.schema, rules)
-    places = {name: stored_now(table.tensors[name], model) for name in wholes}
+    places = {name: _place(name, table, model) for name in wholes}
     padding = Counter({name: whole.numel for name, whole in wholes.items()})
     for name, logical in request.schema.items():
-        padding[table.rules[name].foreign] -= logical.numel
+        for rule in rules[name]:
+            padding[rule.foreign] -= logical.numel
     stages = {layer: s for s in range(layout.pp) for layer in layout.layers(model.num_hidden_layers, s)}
-    chunks = {name: list(_chunks(table.tensors[name], stages, layout)) for name in wholes}
-    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), _scales(places, chunks))
-    args = saved_args(model, layout, request.schema["embed_tokens.weight"].dtype, None, ckpt_format=BACKEND)
-    common = lay_out_torch(_common(args), root=COMMON.removesuffix(".pt"))
+    chunks = {name: list(_chunks(table.tensors[split_kind(name)[1]], stages, layout)) for name in wholes}
+    weights = {name: place for name, place in places.items() if name in table.tensors}
+    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), _scales(weights, chunks))
+    training = (request.training or TrainingState(step=0)) if has_moments(request.schema) else None
+    root = RELEASE if training is None else f"iter_{training.step:07d}"
+    dtype = request.schema["embed_tokens.weight"].dtype
+    args = saved_args(model, layout, dtype, training, ckpt_format=BACKEND)
+    common = lay_out_torch(_common(args, training, layout), root=COMMON.removesuffix(".pt"))
     files = {
         **laid.files,
         COMMON: FileContent(common.num_bytes, common.known, common.checksums),
         METADATA: whole_file(json.dumps(_BACKENDS).encode()),
     }
     depths = {place.name: len(place.at) for place in places.values()}
-    pieces = {stack: _by_index(tensor.pieces, depths[stack]) for stack, tensor in laid.tensors.items()}
+    pieces = {stack: _by_index(tensor.pieces, depths[stack], root) for stack, tensor in laid.tensors.items()}
     tensors = {
         name: ForeignTensor(whole.dtype, whole.shape, pieces[places[name].name][places[name].at], padding[name])
         for name, whole in wholes.items()
     }
-    inside = {f"{RELEASE}/{file}": content for file, content in files.items()}
-    return FolderContents({TRACKER: whole_file(RELEASE.encode()), **inside}, tensors, rules)
+    inside = {f"{root}/{file}": content for file, content in files.items()}
+    word = RELEASE if training is None else str(training.step)
+    return FolderContents({TRACKER: whole_file(word.encode()), **inside}, tensors, rules)
 
 
-def _common(args: Any) -> dict[str, Any]:
+def _place(name: str, table: Table, model: ModelConfig) -> Stored:
+    """Where a weight is stored, or the optimizer's state of it."""
+    kind, weight = split_kind(name)
+    place = stored_now(table.tensors[weight], model)
+    return replace(place, name=f"optimizer.state.{kind}.{place.name}") if kind else place
+
+
+def _common(args: Any, training: TrainingState | None, layout: ParallelLayout) -> dict[str, Any]:
+    content = {"singleton_local_shards": False}
     return {
         "args": args,
         "checkpoint_version": CHECKPOINT_VERSION,
-        "iteration": 0,
-        "content_metadata": {"singleton_local_shards": False},
+        "iteration": 0 if training is None else training.step,
+        "content_metadata": content if training is None else {**content, **CONTENT},
+        **({} if training is None else common_state(training, layout)),
     }
 
 
@@ -144,11 +157,11 @@ def _at(box: Box, place: Stored) -> Box:
     return Box((*place.at, *box.offset), (*(1 for _ in place.at), *box.size))
 
 
-def _by_index(pieces: Iterable[Piece], depth: int) -> dict[tuple[int, ...], tuple[Piece, ...]]:
+def _by_index(pieces: Iterable[Piece], depth: int, root: str) -> dict[tuple[int, ...], tuple[Piece, ...]]:
     """The pieces of a stack, by index in its `depth` leading dimensions, as pieces of what is stacked."""
     found: dict[tuple[int, ...], list[Piece]] = {}
     for piece in pieces:
         offset, size = piece.box.offset, piece.box.size
-        places = tuple(Place(f"{RELEASE}/{place.file}", place.start) for place in piece.places)
+        places = tuple(Place(f"{root}/{place.file}", place.start) for place in piece.places)
         found.setdefault(offset[:depth], []).append(Piece(Box(offset[depth:], size[depth:]), places))
     return {index: tuple(own) for index, own in found.items()}

@@ -29,12 +29,11 @@ def saved_args(
         )
     if layout.vpp > 1 and layout.pp == 1:
         raise ConversionError(f"vpp={layout.vpp} with pp=1: Megatron has chunks in a pipeline only; use --vpp 1")
-    where = {} if training is None else {"iteration": training.step, "consumed_train_samples": training.samples}
+    where = {} if training is None else _run(training)
     return Namespace(
         **dump_arguments(model),
         **dump_layout(model, layout),
-        **where,
-        seq_length=model.max_length,
+        **{"seq_length": model.max_length, **where},
         params_dtype=torch_dtype(dtype),
         bf16=dtype == "BF16",
         fp16=dtype == "F16",
@@ -45,3 +44,14 @@ def saved_args(
         tokenizer_type="HuggingFaceTokenizer",
         ckpt_format=ckpt_format,
     )
+
+
+def _run(training: TrainingState) -> dict[str, int]:
+    """Where a run stood. Sizes of a batch are those of its average step."""
+    found = {"iteration": training.step, "consumed_train_samples": training.samples, "seed": training.seed}
+    if training.step and training.samples:
+        found |= {
+            "global_batch_size": training.samples // training.step,
+            "seq_length": training.tokens // training.samples,
+        }
+    return found

@@ -13,13 +13,14 @@ from workbench.checkpoint.manifest import TrainingState
 from workbench.errors import CheckpointError
 from workbench.spec.geometry import Box
 
-_SCHEDULES: Final = {
+SCHEDULES: Final = {
     "constant": "constant",
     "linear": "linear",
     "cosine": "cosine",
     "inverse-square-root": "inverse_sqrt",
     "WSD": "wsd",
 }
+"""Megatron's names of curves of the learning rate -> ours."""
 DROPPED: Final = {
     "rng_state": "random numbers here are functions of the seed and the step",
     "rerun_state_machine": "Megatron's own search for faulty hardware",
@@ -65,7 +66,7 @@ def _schedule(arguments: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dic
         return {}
     style = scheduler.get("lr_decay_style")
     return {
-        "schedule": _SCHEDULES.get(str(style), style),
+        "schedule": SCHEDULES.get(str(style), style),
         "horizon": scheduler.get("lr_decay_steps", 0) // batch,
         "warmup": scheduler.get("lr_warmup_steps", 0) // batch,
         "lr": scheduler.get("max_lr"),

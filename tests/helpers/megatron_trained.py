@@ -49,7 +49,8 @@ class Trained:
     """What is trained at which layout. bucket_size: elements, None for one bucket; experts: 0 for a dense MLP.
 
     modes: `dp_reshardable`, `fully_reshardable`, `legacy`: with a distributed optimizer; `plain`, `plain_legacy`:
-    without. Each becomes a checkpoint `OUT/<mode>`.
+    without. Each becomes a checkpoint `OUT/<mode>`. load: the folder of an iteration in mode `fully_reshardable`, which
+    is loaded instead of training and saving.
     """
 
     tp: int = 1
@@ -63,6 +64,7 @@ class Trained:
     tied: bool = False
     modes: tuple[str, ...] = ("dp_reshardable", "fully_reshardable", "legacy")
     sizes: dict[str, Any] = field(default_factory=dict)
+    load: str | None = None
 
     @property
     def world(self) -> int:
@@ -160,7 +162,9 @@ def _rank(rank: int, what: Trained, out: str, store: str) -> None:
         expert_model_parallel_size=what.ep,
         create_gloo_process_groups=True,
     )
-    for distributed in (True, False):
+    if what.load:
+        _load(Path(out), what, what.load)
+    for distributed in (True, False) if not what.load else ():
         modes = [mode for mode in what.modes if mode.startswith("plain") != distributed]
         if modes:
             _train_and_save(Path(out), what, modes, distributed=distributed)
@@ -187,6 +191,24 @@ def _train_and_save(out: Path, what: Trained, modes: list[str], *, distributed: 
             state = sharded_state(what, chunks, optimizer, metadata)
             dist_checkpointing.save(state, str(folder), ("torch_dist", 1), content_metadata=metadata)
     _save_truth(out / ("truth" if distributed else "truth-plain"), chunks, optimizer, distributed=distributed)
+
+
+def _load(out: Path, what: Trained, folder: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    chunks, optimizer = build(what, distributed=True)
+    _step(chunks, optimizer)  # torch's AdamW has no state to be loaded into before
+    wanted = sharded_state(what, chunks, optimizer, content_metadata("fully_reshardable"), is_loading=True)
+    found = dist_checkpointing.load(wanted, folder)
+    for index, chunk in enumerate(chunks):
+        chunk.module.load_state_dict(found["model" if len(chunks) == 1 else f"model{index}"])
+    optimizer.load_state_dict(found["optimizer"])
+    if dist.get_rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        torch.save(groups, out / "groups.pt")
+    dist.barrier()
+    _save_truth(out / "truth", chunks, optimizer, distributed=True)
 
 
 def content_metadata(mode: str) -> dict[str, Any]:
