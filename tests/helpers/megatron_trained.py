@@ -473,6 +473,16 @@ def patch_optimizers_for_cpu() -> None:
 
         return made
 
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+    plain_set = DistributedOptimizer._set_main_param_and_optimizer_states
+
+    def set_states(self: Any, parameter: Any, tensors: dict[str, Any]) -> None:
+        # `fully_reshardable` does not restore the step, which torch's AdamW has and Transformer Engine's has not.
+        held = self._get_main_param_and_optimizer_states(parameter)
+        plain_set(self, parameter, {"step": held["step"], **tensors})
+
+    DistributedOptimizer._set_main_param_and_optimizer_states = set_states
     torch.Tensor.type = type_  # type: ignore[method-assign]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[method-assign]
     for name in ("tensor", "zeros", "empty", "ones", "full"):
