@@ -17,6 +17,7 @@ from converters.megatron.ranks import Rank, RankGrid
 from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
 from converters.megatron.stages import padded_vocab
 from converters.megatron.table import HEAD, NO_WEIGHTS, TE, make_table
+from converters.names import summarise
 from workbench.errors import ConversionError
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box
@@ -36,7 +37,10 @@ def rank_folders(request: WriteRequest) -> FolderContents:
     layout.validate_for(model)
     table = make_table(model, TE, padded_vocab=padded_vocab(model, layout))
     if over := sorted(request.schema.keys() - table.rules.keys()):
-        raise ConversionError(f"{len(over)} tensors have no place in a release of Megatron: {over[0]} ...")
+        raise ConversionError(
+            f"{request.path}: {summarise(over, 'has', 'have')} no place in a release of Megatron; leave the optimizer "
+            "out (--optimizer drop)"
+        )
     rules = {name: (table.rules[name],) for name in request.schema}
     tensors = foreign_tensors(request.schema, rules)
     grid = RankGrid(layout.tp, layout.pp, layout.ep, layout.expert_tp)

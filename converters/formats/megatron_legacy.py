@@ -114,7 +114,7 @@ def _find(files: Iterable[RankFile], whole: Whole, model: ModelConfig, where: st
     named = [(file, name, place) for file in files for name, place in whole.names(file)]
     names = {name for _, name, _ in named}
     spelling = spelling_of(names, model)
-    rows = next((place.shape[0] * whole.grid.tp for _, name, place in named if name == EMBEDDING), None)
+    rows = next((place.shape[0] * whole.grid.tp for _, name, place in named if name == EMBEDDING and place.shape), None)
     table = make_table(model, spelling, padded_vocab=rows)
     tensors = table.tensors
     pieces, copies = _sort(

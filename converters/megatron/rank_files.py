@@ -79,7 +79,8 @@ def find_iteration(path: Path) -> Path | None:
     if any(path.glob(f"mp_rank_*/{FILE}")):
         return path
     try:
-        word = (path / TRACKER).read_text()[:32].strip()
+        with (path / TRACKER).open() as file:
+            word = file.read(32).strip()
     except (OSError, UnicodeDecodeError):
         return None
     folder = path / (RELEASE if word == RELEASE else f"iter_{int(word):07d}" if word.isdecimal() else "")
@@ -171,10 +172,10 @@ class Whole:
 
     def names(self, file: RankFile) -> Iterator[tuple[str, StridedTensor]]:
         """What a file holds, by the names of the whole model."""
-        stages = self._layers[file.rank.stage]
-        if len(file.chunks) != len(stages):
-            raise CheckpointError(f"{file.path}: has {len(file.chunks)} model chunks, but its args say {len(stages)}")
-        for layers, tensors in zip(stages, file.chunks, strict=True):
+        said, chunks = self._layers[file.rank.stage], file.chunks
+        if len(chunks) != len(said):
+            raise CheckpointError(f"{file.path}: has {len(chunks)} model chunks, but its args say {len(said)}")
+        for layers, tensors in zip(said, chunks, strict=True):
             for name, tensor in tensors.items():
                 yield self._name(name, layers, file), tensor
 

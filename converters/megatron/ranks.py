@@ -81,10 +81,10 @@ class RankGrid:
 
 def rank_grid(arguments: Mapping[str, Any], where: str) -> RankGrid:
     """The degrees that Megatron's arguments say; CheckpointError for those that it cannot save in rank folders."""
-    tp = _number(arguments, "tensor_model_parallel_size", arguments.get("model_parallel_size") or 1, where)
-    pp = _number(arguments, "pipeline_model_parallel_size", 1, where)
-    ep = _number(arguments, "expert_model_parallel_size", 1, where)
-    etp = _number(arguments, "expert_tensor_parallel_size", tp, where)
+    tp = positive_number(arguments, "tensor_model_parallel_size", arguments.get("model_parallel_size") or 1, where)
+    pp = positive_number(arguments, "pipeline_model_parallel_size", 1, where)
+    ep = positive_number(arguments, "expert_model_parallel_size", 1, where)
+    etp = positive_number(arguments, "expert_tensor_parallel_size", tp, where)
     if tp % etp:
         raise CheckpointError(
             f"{where}: expert_tensor_parallel_size={etp} does not divide tensor_model_parallel_size={tp}: several "
@@ -93,7 +93,7 @@ def rank_grid(arguments: Mapping[str, Any], where: str) -> RankGrid:
     return RankGrid(tp, pp, ep, etp)
 
 
-def _number(arguments: Mapping[str, Any], name: str, default: Any, where: str) -> int:
+def positive_number(arguments: Mapping[str, Any], name: str, default: Any, where: str) -> int:
     """A positive number among the arguments, or the default when it is not given."""
     value = arguments.get(name)
     value = default if value is None else value

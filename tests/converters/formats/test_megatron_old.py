@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from converters.format import no_progress
+from converters.megatron.stages import KEYS as STAGE_KEYS
 from converters.open import open_checkpoint
 from tests.helpers.megatron_cases import ITERATION, Case, logical
 from tests.helpers.megatron_saved import EXPERTS, GPT, LLAMA, State, save
@@ -206,3 +212,15 @@ def test_an_iteration_folder_and_a_release_are_opened_too(tmp_path: Path) -> Non
     (path / f"iter_{ITERATION:07d}").rename(path / "release")
     (path / "latest_checkpointed_iteration.txt").write_text("release")
     assert_same(path, Case(LLAMA))
+
+
+ODD = st.sampled_from([None, -1, 0, 1, 3, 1 << 70, 2.5, float("nan"), True, "", "abc", "E|tL", "(", (), [1], {}, b"x"])
+NAMES = sorted(vars(Case(EXPERTS, tp=2).arguments()).keys() | set(STAGE_KEYS))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(name=st.sampled_from(NAMES), value=ODD)
+def test_arguments_of_any_kind_are_read_or_refused(tmp_path: Path, name: str, value: Any) -> None:
+    path = save(Case(EXPERTS), Path(tempfile.mkdtemp(dir=tmp_path)), **{name: value})
+    with contextlib.suppress(CheckpointError, ConversionError):
+        open_checkpoint(path)
