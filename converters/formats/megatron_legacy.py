@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from converters.format import OpenedCheckpoint, Progress, WriteRequest
+import numpy as np
+
+from converters.format import OpenedCheckpoint, WriteRequest
 from converters.formats._folder import FolderDestination
 from converters.formats._megatron_legacy_contents import rank_folders
 from converters.megatron.arguments import load_arguments, with_vocabulary
@@ -78,7 +80,7 @@ class MegatronFormat:
             family=family,
             lineage=({"format": NAME, "name": path.resolve().name},),
             info={"files": f"{len(files)}, version {version:g}", **opened.info},
-            check=lambda progress: _compare(found.copies, progress),
+            check=lambda _: _compare(found.copies),
             unplaced=found.unplaced,
             optimizer_fault=opened.fault,
         )
@@ -138,13 +140,13 @@ def _sort(held: Iterable[Held]) -> tuple[dict[str, list[PlacedPiece]], list[tupl
     return pieces, copies
 
 
-def _compare(copies: Iterable[tuple[Held, Held]], progress: Progress) -> None:
-    """CheckpointError names every tensor that ranks hold in common and differently."""
-    faults = []
-    for first, copy in copies:
-        if not _equal(first.place, copy.place):
-            faults.append(f"{first.name!r} differs between {first.place.file} and {copy.place.file}")
-        progress(0)
+def _compare(copies: Iterable[tuple[Held, Held]]) -> None:
+    """CheckpointError when ranks hold the same tensor with different bytes: the first one, with its ranks' files."""
+    faults = [
+        f"{first.name!r} differs between {first.place.file} and {copy.place.file}"
+        for first, copy in copies
+        if not _equal(first.place, copy.place)
+    ]
     if faults:
         raise CheckpointError(
             f"{faults[0]}{f' and {len(faults) - 1} more' if len(faults) > 1 else ''}: ranks that hold the same tensor "
@@ -156,10 +158,8 @@ def _equal(first: StridedTensor, second: StridedTensor) -> bool:
     """Whether two places hold the same bytes."""
     if (first.dtype, first.shape) != (second.dtype, second.shape):
         return False
-    one, other = first.mapped(), second.mapped()
-    rows = max(1, _COMPARE_BYTES // max(1, one[:1].nbytes)) if one.ndim else 1
-    if not one.ndim:
-        return one.tobytes() == other.tobytes()
+    one, other = np.atleast_1d(first.mapped(), second.mapped())
+    rows = max(1, _COMPARE_BYTES // max(1, one[:1].nbytes))
     return all(one[row : row + rows].tobytes() == other[row : row + rows].tobytes() for row in range(0, len(one), rows))
 
 
