@@ -39,7 +39,8 @@ class Fixture:
     """A checkpoint to write. model, layout: fields of ModelConfig and ParallelLayout; dp is what ranks are left.
 
     format: torch (a file for each model-parallel rank) or torch_dist. optimizer: none. overrides: more fields of
-    megatron-core's configuration; arguments: of the training arguments that are saved.
+    megatron-core's configuration; arguments: of the training arguments that are saved. apart: every layer, expert and
+    half has a name of its own (singleton_local_shards).
     """
 
     name: str
@@ -50,6 +51,7 @@ class Fixture:
     dtype: str = "float32"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    apart: bool = False
 
     @property
     def features(self) -> ModelConfig:
@@ -255,8 +257,9 @@ def save(fixture: Fixture, root: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
     if fixture.format == "torch_dist":
-        states = {name: chunk.sharded_state_dict() for name, chunk in zip(names, chunks, strict=True)}
-        dist_checkpointing.save({**common, **states}, str(folder), content_metadata={"singleton_local_shards": False})
+        told = {"singleton_local_shards": fixture.apart}
+        states = {n: chunk.sharded_state_dict(metadata=dict(told)) for n, chunk in zip(names, chunks, strict=True)}
+        dist_checkpointing.save({**common, **states}, str(folder), content_metadata=told)
     elif parallel_state.get_expert_data_parallel_rank() == 0:
         at = [parallel_state.get_tensor_model_parallel_rank()]
         tag = f"mp_rank_{at[0]:02d}"

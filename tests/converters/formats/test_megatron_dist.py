@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from converters.containers.dcp import GlobalTensor, lay_out_dcp
 from converters.format import OpenedCheckpoint
 from converters.job import JobOptions, make_job
 from converters.logits import engine_logits
+from converters.megatron.saved_args import saved_args
 from converters.open import get_format, open_checkpoint
+from converters.untrusted.dcp import DcpTensor, read_dcp
 from tests.helpers.megatron_writer import ITERATION, PROBE, Fixture, load_all, logits_of, value_of, write_all
-from workbench.errors import CheckpointError
+from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box, coverage_fault
 from workbench.spec.layout import ParallelLayout
 
@@ -53,7 +56,7 @@ FIXTURES = {
         Fixture("dense", {**_SIZES, "attention_bias": True, "qk_norm": "head"}, {"tp": 2, "pp": 2}),
         Fixture("gpt2", {**_SIZES, **_GPT}, {"tp": 2, "pp": 2, "vpp": 2}),
         Fixture("moe", {**_SIZES, "moe": {**_EXPERTS, **_CHOSEN}}, {"tp": 2, "dp": 2, "ep": 2}),
-        Fixture("mixed", {**_SIZES, "moe": {**_EXPERTS, "mlp_only_layers": (0, 2)}}, {"pp": 2, "dp": 2, "ep": 2}),
+        Fixture("mixed", {**_SIZES, "moe": {**_EXPERTS, "mlp_only_layers": (0, 2)}}, {"tp": 2, "pp": 2}, apart=True),
     )
 }
 EVERY = pytest.mark.parametrize("name", FIXTURES)
@@ -118,7 +121,7 @@ LAYOUTS = {
     "dense": ParallelLayout(tp=4, pp=2, vpp=2, vocab_multiple=8),
     "gpt2": ParallelLayout(pp=3, pp_layout=(1, 1, 2)),
     "moe": ParallelLayout(tp=2, dp=4, ep=4),
-    "mixed": ParallelLayout(tp=2, pp=2),
+    "mixed": ParallelLayout(pp=2, dp=2, ep=2),
 }
 
 
@@ -147,6 +150,54 @@ def test_what_is_written_reads_back_bit_for_bit(
 
 def test_megatron_core_loads_what_is_written(exported: dict[str, OpenedCheckpoint]) -> None:
     load_all(list(FIXTURES.values()), exported["dense"].path.parent)
+
+
+def test_arguments_are_found_among_the_tensors_where_version_0_19_keeps_them(
+    exported: dict[str, OpenedCheckpoint], tmp_path: Path
+) -> None:
+    before = exported["dense"]
+    folder = read_dcp(before.path / "release")
+    tensors = {
+        name: GlobalTensor(tensor.dtype, tensor.shape, ((Box.whole(tensor.shape), "__0_0.distcp"),), _bytes(tensor))
+        for name, tensor in folder.tensors.items()
+    }
+    args = saved_args(before.model, ParallelLayout(), "F32", None, ckpt_format="torch_dist")
+    common = {"args": args, "iteration": 9}
+    laid = lay_out_dcp(tensors, {"common_state/shard_0_1": ("__0_0.distcp", [common])})
+    for file, content in laid.files.items():
+        data = bytearray(content.num_bytes)
+        for start, known in content.known:
+            data[start : start + len(known)] = known
+        (tmp_path / file).write_bytes(data)
+    (tmp_path / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
+    after = open_checkpoint(tmp_path)
+    assert after.model == before.model and after.training is not None and after.training.step == 9
+    assert all(np.array_equal(whole(before, name), whole(after, name)) for name in before.source.schema)
+
+
+def _bytes(tensor: DcpTensor) -> bytes:
+    array = np.empty(tensor.shape, np.float32)
+    for piece in tensor.pieces:
+        array[piece.box.slices] = piece.locate().read(Box.whole(piece.box.size))
+    return array.tobytes()
+
+
+def test_a_tensor_without_a_place_is_refused_by_name(folders: dict[str, Path], tmp_path: Path) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(folders["gpt2"] / f"iter_{ITERATION:07d}", folder)
+    metadata = (folder / ".metadata").read_bytes()
+    (folder / ".metadata").write_bytes(
+        metadata.replace(b"decoder.final_layernorm.bias", b"decoder.final_layernorm.bios")
+    )
+    with pytest.raises(ConversionError, match=r"decoder\.final_layernorm\.bias' is missing"):
+        open_checkpoint(folder)
+
+
+def test_a_tracker_that_names_no_folder_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text("12")
+    assert not get_format("megatron_dist").recognises(tmp_path)
+    with pytest.raises(CheckpointError, match=r"names iteration 12, but there is no iter_0000012"):
+        get_format("megatron_dist").open(tmp_path)
 
 
 def test_a_checksum_that_does_not_fit_is_told(folders: dict[str, Path], tmp_path: Path) -> None:

@@ -17,7 +17,10 @@ from converters.formats import megatron_dist
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
 from converters.untrusted.dcp import read_dcp
+from pretrain.engine import Trainer
 from tests.helpers.megatron_trained import BATCH, SIZES, STEPS, TOKENS, VOCAB, Trained, expected, train
+from tests.pretrain import models
+from workbench.checkpoint.store import Store
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
@@ -196,3 +199,43 @@ def test_modules_in_another_order_are_refused(quick: Path, monkeypatch: pytest.M
     monkeypatch.setattr(megatron_dist, "load_arguments", others)
     fault = open_checkpoint(quick / "experts" / "dp_reshardable").optimizer_fault
     assert fault is not None and "where no piece begins; the modules of this model were in another order" in fault
+
+
+def test_megatron_core_loads_the_moments_that_were_exported(quick: Path, tmp_path: Path) -> None:
+    native, exported, loaded = tmp_path / "native", tmp_path / "exported", tmp_path / "loaded"
+    opened = open_checkpoint(quick / "buckets" / "dp_reshardable")
+    layout = ParallelLayout(tp=4, pp=2, vocab_multiple=4)
+    make_job(opened, get_format("native"), native, JobOptions(layout), operation="import").run()
+    options = JobOptions(layout, optimizer="require")
+    job = make_job(open_checkpoint(native), get_format("megatron_dist"), exported, options, operation="export")
+    job.run(verify="full")
+    again = open_checkpoint(exported)
+    assert again.training == open_checkpoint(native).training
+    assert {n: a.tobytes() for n, a in arrays(again).items()} == {n: a.tobytes() for n, a in arrays(opened).items()}
+    what = {"tp": 1, "tied": True, "load": str(exported / f"iter_{STEPS:07d}")}
+    train({str(loaded): what})
+    require_equal(opened, loaded, Trained(sizes=SIZES, **what), "fully_reshardable")
+    for group in torch.load(loaded / "groups.pt"):
+        assert (group["step"], group["betas"], group["eps"]) == (STEPS, (0.9, 0.99), 1e-8)
+
+
+def test_pretrain_resumes_what_was_imported(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "VOCAB", VOCAB)
+    opened = open_checkpoint(quick / "buckets" / "dp_reshardable")
+    path = Store(tmp_path / "checkpoints").path(STEPS)
+    path.parent.mkdir()
+    make_job(opened, get_format("native"), path, JobOptions(ParallelLayout()), operation="import").run()
+    config = models.tiny_config(
+        str(tmp_path), run={"seed": 1234, "steps": 5, "resume": "must"}, batch={"seq_len": TOKENS, "global_size": BATCH}
+    )
+    objective = models.Noise(tokens=TOKENS)
+    trainer = Trainer(config, models.tiny_subject(opened.model), objective, models.mesh_of(ParallelLayout()))
+    assert (trainer.state.step, trainer.optimizer.step_count) == (STEPS, STEPS)
+    what = Trained(sizes=SIZES, **QUICK["buckets"])
+    for kind, tensors in expected(quick / "buckets", what).items():
+        name = "norm.weight"
+        held = {p.path: p.data for p in trainer.built.parameters}[name]
+        found = held if kind == "param" else trainer.optimizer.moments()[f"{OPTIMIZER_PREFIX}{kind}"][name]
+        assert torch.equal(found, tensors[name])
+    assert trainer.run().step == 5
+    assert min(objective.asked) == STEPS * BATCH
