@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import Final
 
@@ -217,7 +218,7 @@ def _compare_files(folder: Path, manifest: Manifest) -> None:
     faults = []
     for name, size in manifest.files.items():
         path = folder / name
-        found = path.stat().st_size if path.is_file() else None
+        found = path.stat().st_size if isfile(path) else None
         if found is None:
             faults.append(f"{name} is missing")
         elif found != size:
