@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from os.path import isfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -115,7 +116,7 @@ def _by_index(
         raise CheckpointError(f"{index}: has no weight_map from tensor names to files")
     files = sorted(set(places.values()))
     strange = [file for file in files if file in ("", ".", "..") or "/" in file or "\\" in file or "\0" in file]
-    if absent := [file for file in files if not strange and not (folder / file).is_file()]:
+    if absent := [file for file in files if not strange and not isfile(folder / file)]:
         raise CheckpointError(
             f"{folder}: {', '.join(absent)} missing, named in {index_name}; is the download complete?"
         )

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from os.path import isdir
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from pydantic import ValidationError
 
 from converters.claim import claim
 from converters.family import Family, family_for, family_named
@@ -56,6 +58,8 @@ class PeftFormat:
                 f"{path}: is an adapter to {named!r}, which is not on this machine under that name; say where it is "
                 "with --base"
             )
+        if self.recognises(base):
+            raise CheckpointError(f"{path}: its base {base} is an adapter itself; merge that with `wb merge` first")
         return open_peft(path, open_checkpoint(base, family=family, vocab_size=vocab_size))
 
     def destination(self, request: WriteRequest) -> PeftDestination:
@@ -73,7 +77,7 @@ def base_path(path: Path) -> Path | None:
     named = read_json(path / CONFIG).get("base_model_name_or_path")
     if not isinstance(named, str) or not named:
         return None
-    return next((p for p in (Path(named), path / named, path.parent / named) if p.is_dir() and p != path), None)
+    return next((p for p in (Path(named), path / named, path.parent / named) if isdir(p) and p != path), None)
 
 
 def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
@@ -83,11 +87,15 @@ def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
     metadata, arrays = read_file(path)
     family = family_named(base.family) if base.family else family_for(base.model)
     head = arrays.get(f"{PREFIX}{SCORE}")
-    labels = head[1].shape[0] if head is not None else base.model.num_labels
+    labels = len(head[1]) if head is not None and head[1].ndim else base.model.num_labels
     model = base.model.model_copy(update={"num_labels": labels})
     recorded = metadata.get(_TARGETS)
     targets = tuple(recorded.split(",")) if recorded else file_targets(arrays, family, model, str(path))
-    lora = LoraSpec(r=r, alpha=alpha, rslora=rslora, targets=targets)
+    try:
+        lora = LoraSpec(r=r, alpha=alpha, rslora=rslora, targets=targets)
+    except ValidationError as error:
+        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
+        raise ConversionError(f"{path / CONFIG}: {faults}") from None
     logical = to_logical(arrays, family, model, lora, str(path / WEIGHTS))
     return OpenedCheckpoint(
         format=FORMAT.name,

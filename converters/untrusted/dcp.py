@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from converters.untrusted.paths import file_inside
 from converters.untrusted.pickle import MAX_BYTES, read_pickle
-from converters.untrusted.plain import Allowed, PlainObject, sizes
+from converters.untrusted.plain import Allowed, PlainObject, Refused, sizes, text
 from converters.untrusted.torch_file import DTYPES, MEGATRON, TORCH, StridedTensor, read_torch
 from workbench.errors import CheckpointError
 from workbench.spec.geometry import Box, coverage_fault
@@ -85,6 +85,8 @@ def read_dcp(folder: Path) -> DcpFolder:
     metadata = read_pickle(data, _ALLOWED, str(path))
     try:
         return _Tables(folder, metadata).folder()
+    except Refused as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except _FAULTS as error:
         raise CheckpointError(f"{path}: is not the metadata of a checkpoint: {type(error).__name__} {error}") from error
 
@@ -97,7 +99,8 @@ class _Tables:
         self.attributes = metadata.attributes
         self.files: dict[str, tuple[Path, int]] = {}
         self.places = {
-            (index.attributes["fqn"], _offset(index)): info for index, info in self.attributes["storage_data"].items()
+            (text(index.attributes["fqn"]), _offset(index)): info
+            for index, info in self.attributes["storage_data"].items()
         }
 
     def folder(self) -> DcpFolder:

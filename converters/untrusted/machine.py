@@ -5,17 +5,20 @@ from __future__ import annotations
 import codecs
 import pickletools
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from mmap import mmap
 from typing import Any, Final
 
 from converters.untrusted.plain import Allowed, Builder, Refused, key
 
 _MAX_OBJECTS: Final = 1 << 24  # containers, and places in the memo: about a gigabyte
+EXPANSION: Final = 8  # elements that are reached or copied, shared ones each time, per byte of pickle
 _MAX_INT_BYTES: Final = 64
 _MAX_LINE_BYTES: Final = 1 << 20
 _MODULES: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names, which protocols 0 to 2 keep
 _NAMES: Final = {"builtins.xrange": "builtins.range", "builtins.unicode": "builtins.str"}
+
+_SIZED: Final = frozenset({str, bytes, list, tuple, dict, set})
 
 PersistentLoad = Callable[[Any], Any]
 
@@ -27,7 +30,7 @@ class Machine:
         self, data: bytes | mmap, position: int, limit: int, allowed: Allowed, persistent: PersistentLoad
     ) -> None:
         self.data = data
-        self.position = position
+        self.start = self.position = position
         self.limit = limit
         self.allowed = allowed
         self.persistent = persistent
@@ -35,7 +38,7 @@ class Machine:
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
         self.globals: dict[str, Any] = {}
-        self.made = 0
+        self.made = self.copied = 0
         self.done = False
 
     def run(self) -> Any:
@@ -78,6 +81,12 @@ class Machine:
         if self.made > _MAX_OBJECTS:
             raise Refused(f"makes more than {_MAX_OBJECTS} containers")
         self.stack.append(container)
+
+    def charge(self, values: Iterable[Any]) -> None:
+        """Counts what is copied out of these: a shared value could be copied again and again."""
+        self.copied += sum(len(value) for value in values if type(value) in _SIZED)
+        if self.copied > EXPANSION * (self.position - self.start) + 1000:
+            raise Refused(f"copies {self.copied} elements by byte {self.position}; it was made to exhaust memory")
 
     def remember(self, index: int) -> None:
         self.memo[index] = self.stack[-1]
@@ -344,6 +353,7 @@ class Machine:
             raise Refused(f"calls a {type(owner).__name__}, which is no class or function of the list; it was not run")
         if type(arguments) is not tuple or type(named) not in (dict, type(None)):
             raise Refused(f"calls {owner.name} with arguments that are no tuple")
+        self.charge(arguments)
         self.hold(owner.build(*arguments, **(named or {})))
 
     def op_build(self) -> None:
@@ -353,6 +363,7 @@ class Machine:
             return
         if not hasattr(target, "set_state"):
             raise Refused(f"sets the state of a {type(target).__name__}, which has none; it was not run")
+        self.charge(state if type(state) is tuple else (state,))
         target.set_state(state)
 
     def op_binpersid(self) -> None:

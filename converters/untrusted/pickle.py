@@ -11,13 +11,12 @@ import struct
 from mmap import mmap
 from typing import Any, Final
 
-from converters.untrusted.machine import Machine, PersistentLoad
+from converters.untrusted.machine import EXPANSION, Machine, PersistentLoad
 from converters.untrusted.plain import Allowed, PlainObject, Refused
 from workbench.errors import CheckpointError
 
-MAX_BYTES: Final = 1 << 30
+MAX_BYTES: Final = 1 << 28  # of which a `.metadata` fills 150 for each million of chunks
 _MAX_DEPTH: Final = 200
-_EXPANSION: Final = 8  # elements reached, counting shared ones each time, per byte of pickle
 _FAULTS: Final = (IndexError, KeyError, ValueError, TypeError, AttributeError, OverflowError, struct.error)
 
 
@@ -43,7 +42,7 @@ def read_one(
     machine = Machine(data, start, min(len(data), start + MAX_BYTES), allowed, persistent)
     try:
         made = machine.run()
-        _check_size(made, _EXPANSION * (machine.position - start) + 1000)
+        _check_size(made, EXPANSION * (machine.position - start) + 1000)
     except Refused as error:
         raise CheckpointError(f"{where}: {error}") from None
     except _FAULTS as error:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 _NUMPY_KINDS: Final = "biufcSU"  # without "O" (objects), "V" (records), "M" and "m" (times)
 _KEY_TYPES: Final = frozenset({str, bytes, bool, float, type(None)})
+_KEY_PARTS: Final = frozenset({str, bytes, bool, type(None)})
 _MAX_KEY_PARTS: Final = 64
 
 
@@ -133,16 +134,16 @@ def inert(name: str) -> Builder:
 def key(value: Any) -> Any:
     """`value` when it may be a key of a dictionary; Refused otherwise.
 
-    Tuples hash what they hold, deep and again each time, and integers beyond 64 bits can be made to collide: neither
-    can be left to the file.
+    Tuples hash what they hold, deep and again each time; integers beyond 64 bits, and tuples of numbers, can be made to
+    collide: none of that can be left to the file.
     """
     kind = type(value)
     if kind is int and -(1 << 63) <= value < 1 << 63:
         return value
     if kind in _KEY_TYPES or kind is PlainObject:
         return value
-    if kind is tuple and len(value) <= _MAX_KEY_PARTS and all(type(part) is not tuple for part in value):
-        return tuple(key(part) for part in value)
+    if kind is tuple and len(value) <= _MAX_KEY_PARTS and all(type(part) in _KEY_PARTS for part in value):
+        return value
     raise Refused(f"has a key of type {kind.__name__} that no checkpoint needs")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from converters.untrusted.archive import Archive
 from converters.untrusted.pickle import MAX_BYTES, read_one, read_pickle
-from converters.untrusted.plain import NUMPY, PYTHON, Allowed, Builder, PlainObject, Refused, builders, sizes, text
+from converters.untrusted.plain import NUMPY, PYTHON, Allowed, Builder, Refused, builders, sizes, text
 from workbench.errors import CheckpointError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES, TORCH_NAMES
 from workbench.spec.geometry import Box
@@ -85,6 +85,13 @@ class StridedTensor:
             raise CheckpointError(f"{self.file}: cannot be mapped: {error}; was it changed?") from error
         strides = tuple(stride * dtype.itemsize for stride in self.strides)
         return np.ndarray(self.shape, dtype, buffer=flat, strides=strides)
+
+
+@dataclass(frozen=True, slots=True)
+class _StorageType:
+    """What stands for a storage class of torch."""
+
+    dtype: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,10 +184,9 @@ TORCH: Final[Mapping[str, Any]] = {
             "torch._tensor._rebuild_from_type_v2": _subclass,
         }
     ),
-    **{name: PlainObject(name) for name in ("torch.Tensor", "torch.nn.parameter.Parameter")},
-    **{name: name for name in (*DTYPES, *_FOREIGN_DTYPES)},
+    **{name: name for name in ("torch.Tensor", "torch.nn.parameter.Parameter", *DTYPES, *_FOREIGN_DTYPES)},
     **{
-        f"{module}.{kind}Storage": PlainObject("storage", (dtype,))
+        f"{module}.{kind}Storage": _StorageType(dtype)
         for kind, dtype in _STORAGES.items()
         for module in ("torch", "torch.storage", "torch.cuda")
     },
@@ -262,7 +268,6 @@ def _persistent(pid: Any) -> tuple[str, str, int]:
     if type(pid) is not tuple or len(pid) < 5 or pid[0] != "storage":
         raise Refused("has a persistent id that is no storage")
     kind, name, _, count = pid[1:5]
-    if type(kind) is not PlainObject or kind.kind != "storage":
+    if type(kind) is not _StorageType:
         raise Refused("has a storage of no known class")
-    (dtype,) = kind.arguments
-    return text(name), dtype, sizes((count,))[0]
+    return text(name), kind.dtype, sizes((count,))[0]

@@ -74,6 +74,26 @@ def test_json_made_to_fill_stack_or_memory_is_refused(
             (tmp_path / "in" / name).write_bytes(kept)
 
 
+@pytest.mark.parametrize(
+    ("file", "message"), [("x" * 300, "missing"), ("\ud800", "surrogates not allowed"), ("a\0b", "not a file")]
+)
+def test_names_that_no_file_can_have_are_refused(
+    sources: Mapping[str, Path], tmp_path: Path, file: str, message: str
+) -> None:
+    shutil.copytree(sources["llama"], tmp_path / "in")
+    (tmp_path / "in/model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": file}}))
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path / "in")
+
+
+def test_adapters_that_are_each_others_base_are_refused(tmp_path: Path) -> None:
+    for name, base in (("a", "b"), ("b", "a")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+    with pytest.raises(CheckpointError, match="is an adapter itself"):
+        open_checkpoint(tmp_path / "a")
+
+
 @pytest.mark.parametrize("shape", [[2] * 65, [1 << 61] * 3, [0, 1 << 60], [1 << 59]])
 def test_a_shape_that_no_array_has_is_refused_before_it_is_multiplied(tmp_path: Path, shape: list[int]) -> None:
     entry = {"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}

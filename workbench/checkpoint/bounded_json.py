@@ -14,6 +14,9 @@ def parse_json(text: bytes, *, object_pairs: Callable[[list[tuple[str, Any]]], A
     if (containers := text.count(b"[") + text.count(b"{")) > _MAX_CONTAINERS:
         raise ValueError(f"{containers} lists and objects, more than {_MAX_CONTAINERS}")
     try:
-        return json.loads(text, object_pairs_hook=object_pairs)
+        value = json.loads(text, object_pairs_hook=object_pairs)
+        if b"\\ud" in text or b"\\uD" in text:
+            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate could not be printed, nor name a file
     except RecursionError:
         raise ValueError("it nests too deep") from None
+    return value

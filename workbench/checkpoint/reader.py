@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property
+from os.path import isfile
 from pathlib import Path
 from typing import Final
 
@@ -215,7 +216,7 @@ def _compare_files(folder: Path, manifest: Manifest) -> None:
     faults = []
     for name, size in manifest.files.items():
         path = folder / name
-        found = path.stat().st_size if path.is_file() else None
+        found = path.stat().st_size if isfile(path) else None
         if found is None:
             faults.append(f"{name} is missing")
         elif found != size:

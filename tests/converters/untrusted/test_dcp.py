@@ -138,6 +138,10 @@ def uncovered(metadata: Metadata) -> None:
     metadata.state_dict_metadata["w"].chunks.pop()  # type: ignore[union-attr]
 
 
+def backwards(metadata: Metadata) -> None:
+    next(iter(metadata.storage_data.values())).offset = -1
+
+
 def no_tensor(metadata: Metadata) -> None:
     metadata.state_dict_metadata["w"] = 3  # type: ignore[assignment]
 
@@ -153,6 +157,7 @@ FAULTS: dict[str, tuple[Callable[[Metadata], None], str]] = {
     "a file that is missing": (elsewhere("other"), "other: cannot be read, named in .metadata"),
     "a stream transform": (compressed, "'w' is compressed"),
     "a range beyond the file": (beyond, "it is truncated"),
+    "a negative place": (backwards, r"\.metadata: has a shape or strides with an entry that is not a size"),
     "a chunk missing": (uncovered, "'w': boxes hold 2 of 4 elements"),
     "an entry of another kind": (no_tensor, "is not the metadata of a checkpoint"),
     "an object without a place": (no_bytes, "'b' at None has no place"),

@@ -161,6 +161,20 @@ HOSTILE: dict[str, tuple[bytes, str]] = {
     "a nested key": (b"})\x85\x85Ns.", "key of type tuple"),
     "a key of a wide number": (b"}\x8a\x09\xff\xff\xff\xff\xff\xff\xff\xff\x01Ns.", "key of type int"),
     "a list as a key": (b"}]Ns.", "key of type list"),
+    "a key of many numbers": (b"}K\x01K\x02\x86Ns.", "key of type tuple"),
+    "a text turned into lists": (
+        b"\x80\x04X\xe8\x03\x00\x00" + b"a" * 1000 + b"\x94cbuiltins\nlist\n\x94(" + b"h\x01h\x00\x85R" * 200 + b"t.",
+        "copies .* elements",
+    ),
+    "attributes for many": (
+        b"\x80\x04}("
+        + b"".join(b"K%cN" % i for i in range(256))
+        + b"u\x94ctypes\nSimpleNamespace\n\x94("
+        + b"h\x01)Rh\x00b" * 200
+        + b"t.",
+        "copies .* elements",
+    ),
+    "state of a storage class": (b"ctests\nC\n)b.", "sets the state of a Builder"),
     "an uneven dictionary": (b"(Nd.", "a key that has no value"),
     "items for a tuple": (b")Na.", "puts items into a tuple"),
     "nothing on the stack": (b"a.", "damaged"),
