@@ -98,7 +98,7 @@ def _through(format_name: str, opened: OpenedCheckpoint, path: Path, optimizer: 
     """The checkpoint written and opened again, after proof that it holds the same; moments only where they are kept."""
     options = JobOptions(LAYOUT, optimizer=optimizer)  # type: ignore[arg-type]
     make_job(opened, formats()[format_name], path, options, operation="test").run(verify="crc")
-    found = open_checkpoint(path, vocab_size=opened.model.vocab_size)
+    found = open_checkpoint(path, family=opened.family, vocab_size=opened.model.vocab_size)
     before = compute_fingerprints(opened.source)
     kept = {n: text for n, text in before.items() if optimizer == "keep" or not n.startswith("optim.")}
     assert compute_fingerprints(found.source) == kept
