@@ -47,7 +47,7 @@ class DcpFormat:
         """Whether `path` has the metadata of such a folder, and not those of Megatron beside; "dcp" reads all names."""
         return self.names is TRANSFORMERS and (path / METADATA).is_file() and not (path / "metadata.json").is_file()
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The folder as logical tensors.
 
         CheckpointError when it is damaged or has no config.json, ConversionError when its names are not known.
