@@ -76,7 +76,7 @@ class _RunningChecksum:
 
 
 class RangedWriter:
-    """One file being written: preallocated, so that a full disk is found when it is made."""
+    """One file being written, of full size from the start."""
 
     def __init__(self, path: Path, content: FileContent, descriptors: Descriptors) -> None:
         self.path = path
@@ -84,18 +84,14 @@ class RangedWriter:
         self._content = content
         self._sums = [_RunningChecksum(c) for c in sorted(content.checksums, key=lambda c: c.start)]
         self._starts = [running.checksum.start for running in self._sums]
+        self._allocated: set[Place] = set()
 
     def create(self, *, resume: bool = False) -> None:
-        """Makes the file at its full size, with all that is known of it; with `resume` it may be there already.
-
-        ResourceError when there is no room.
-        """
+        """Makes the file at its full size, with all that is known of it; with `resume` it may be there already."""
         with write_faults(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT | (0 if resume else os.O_EXCL) | os.O_CLOEXEC, 0o644))
-            if self._content.num_bytes:
-                with self._descriptors.use(self.path) as descriptor:
-                    os.posix_fallocate(descriptor, 0, self._content.num_bytes)
+            os.truncate(self.path, self._content.num_bytes)
             for start, data in self._content.known:
                 self._put(memoryview(data), start)
 
@@ -105,7 +101,7 @@ class RangedWriter:
             return
         with write_faults(self.path):
             if (first := _first(place, shape, box)) is None:
-                self._map(place, shape, array.dtype, "r+")[box.slices] = array
+                self._map(place, shape, array.dtype, writable=True)[box.slices] = array
                 return
             data = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
             start = place.start + first * array.itemsize
@@ -118,7 +114,7 @@ class RangedWriter:
         """What the file holds now in a box of the piece of `shape` that lies at `place`."""
         first = _first(place, shape, box)
         if first is None:
-            return np.array(self._map(place, shape, dtype, "r")[box.slices])
+            return np.array(self._map(place, shape, dtype)[box.slices])
         array = aligned_empty(box.size, dtype)
         self._get(array.reshape(-1).view(np.uint8).data, place.start + first * dtype.itemsize)
         return array
@@ -157,11 +153,15 @@ class RangedWriter:
                 assert count > 0, f"{self.path} has become shorter"
                 done += count
 
-    def _map(self, place: Place, shape: Sequence[int], dtype: np.dtype, mode: str) -> np.ndarray:
-        """A mapping of a piece. Its blocks are allocated: writing to them cannot find the disk full."""
+    def _map(self, place: Place, shape: Sequence[int], dtype: np.dtype, *, writable: bool = False) -> np.ndarray:
+        """A mapping of a piece. One to write gets its blocks first: a full disk is an error, not a signal."""
         strides = place.strides or tuple(math.prod(shape[dim + 1 :]) for dim in range(len(shape)))
         extent = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
-        flat = np.memmap(self.path, dtype, mode, place.start, (extent,))  # type: ignore[call-overload]
+        if writable and place not in self._allocated:
+            with self._descriptors.use(self.path) as descriptor:
+                os.posix_fallocate(descriptor, place.start, extent * dtype.itemsize)
+            self._allocated.add(place)
+        flat = np.memmap(self.path, dtype, "r+" if writable else "r", place.start, (extent,))
         return np.lib.stride_tricks.as_strided(flat, shape, [stride * dtype.itemsize for stride in strides])
 
 

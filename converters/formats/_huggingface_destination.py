@@ -10,7 +10,8 @@ from converters.family import Family
 from converters.format import WriteRequest
 from converters.formats._files import FileContent, Place, whole_file
 from converters.formats._folder import FolderContents, FolderDestination, ForeignTensor, Piece, foreign_tensors
-from converters.formats._huggingface_source import CONFIG, INDEX, WEIGHTS, HuggingFaceSource
+from converters.formats._huggingface_files import CONFIG, INDEX, WEIGHTS
+from converters.formats._huggingface_source import HuggingFaceSource
 from converters.formats._model_card import model_card
 from converters.names import summarise
 from converters.rules import Rule
@@ -49,7 +50,7 @@ def _texts(
     request: WriteRequest, family: Family, birth: Mapping[str, Any], tensors: Mapping[str, LogicalTensor]
 ) -> dict[str, bytes]:
     """The contents of the small files, by name."""
-    dtype = TORCH_NAMES[_main_dtype(tensors)]
+    dtype = TORCH_NAMES[main_dtype(tensors)]
     texts = {CONFIG: json_text(family.dump_config(request.model, dtype, birth.get("config")))}
     if not request.model.num_labels:
         texts["generation_config.json"] = json_text(birth.get("generation_config") or _generation_config(request))
@@ -104,7 +105,7 @@ def _deal_out(tensors: Mapping[str, LogicalTensor], max_bytes: int) -> dict[str,
     }
 
 
-def _main_dtype(tensors: Mapping[str, LogicalTensor]) -> str:
+def main_dtype(tensors: Mapping[str, LogicalTensor]) -> str:
     """The element type of most elements."""
     counts: dict[str, int] = {}
     for tensor in tensors.values():

@@ -11,7 +11,8 @@ from converters.family import Family, detect_family, family_for, family_named
 from converters.format import OpenedCheckpoint, WriteRequest
 from converters.formats._folder import FolderDestination
 from converters.formats._huggingface_destination import huggingface_destination
-from converters.formats._huggingface_source import CONFIG, HuggingFaceSource, read_json
+from converters.formats._huggingface_files import CONFIG, read_json
+from converters.formats._huggingface_source import HuggingFaceSource
 from workbench.errors import ConversionError
 from workbench.tokenizer import TOKENIZER_FILES
 
@@ -27,7 +28,8 @@ class HuggingFaceFormat:
 
     def recognises(self, path: Path) -> bool:
         """Whether `path` is a folder with a model's config.json."""
-        return path.is_dir() and (path / CONFIG).is_file() and not (path / "adapter_config.json").is_file()
+        others = ("adapter_config.json", ".metadata")  # of an adapter; of a folder of torch.distributed.checkpoint
+        return (path / CONFIG).is_file() and not any((path / name).is_file() for name in others)
 
     def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
         """The folder as logical tensors.
@@ -51,21 +53,29 @@ class HuggingFaceFormat:
             model=model,
             tokenizer=path if any((path / name).is_file() for name in TOKENIZER_FILES) else None,
             family=found.name,
-            lineage=(_birth(path, found, config),),
+            lineage=(birth(path, found, config),),
             info=info,
         )
 
     def destination(self, request: WriteRequest) -> FolderDestination:
         """A folder to be written. ConversionError when no family, or not the asked one, can hold the model."""
-        birth = birth_of(request.lineage)
-        known = birth.get("family") if birth else None
-        if request.family:
-            family = family_named(request.family)
-        elif isinstance(known, str) and _can_hold(family_named(known), request):
-            family = family_named(known)
-        else:
-            family = family_for(request.model)
-        return huggingface_destination(request, family, birth if birth and known == family.name else {})
+        return huggingface_destination(request, *family_of(request))
+
+
+def family_of(request: WriteRequest) -> tuple[Family, Mapping[str, Any]]:
+    """The family to write a model as: the one asked for, the one that it was read as, or one that can hold it.
+
+    With it the line of the lineage that records the folder of this family that it came from, or an empty one.
+    """
+    birth = birth_of(request.lineage)
+    known = birth.get("family") if birth else None
+    if request.family:
+        family = family_named(request.family)
+    elif isinstance(known, str) and _can_hold(family_named(known), request):
+        family = family_named(known)
+    else:
+        family = family_for(request.model)
+    return family, birth if birth and known == family.name else {}
 
 
 def _can_hold(family: Family, request: WriteRequest) -> bool:
@@ -76,7 +86,7 @@ def _can_hold(family: Family, request: WriteRequest) -> bool:
     return True
 
 
-def _birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
+def birth(path: Path, family: Family, config: Mapping[str, Any]) -> dict[str, Any]:
     """The line of the lineage that says where the model came from, with the words of its configuration."""
     generation = path / GENERATION_CONFIG
     return {

@@ -13,7 +13,7 @@ import numpy as np
 
 from converters.family import Family, family_for, family_named
 from converters.format import OpenedCheckpoint, Progress, WriteRequest
-from converters.formats._huggingface_source import read_json
+from converters.formats._huggingface_files import read_json
 from converters.formats._peft_card import adapter_card
 from converters.formats._peft_source import SCORE, Arrays, ArraySource, file_targets, read_file, to_file, to_logical
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, lora_of, peft_modules

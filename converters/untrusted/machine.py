@@ -6,12 +6,14 @@ import codecs
 import pickletools
 import struct
 from collections.abc import Callable
+from mmap import mmap
 from typing import Any, Final
 
 from converters.untrusted.plain import Allowed, Builder, Refused, key
 
 _MAX_OBJECTS: Final = 1 << 24  # containers, and places in the memo: about a gigabyte
 _MAX_INT_BYTES: Final = 64
+_MAX_LINE_BYTES: Final = 1 << 20
 _MODULES: Final = {"__builtin__": "builtins", "copy_reg": "copyreg"}  # Python 2's names, which protocols 0 to 2 keep
 _NAMES: Final = {"builtins.xrange": "builtins.range", "builtins.unicode": "builtins.str"}
 
@@ -21,9 +23,12 @@ PersistentLoad = Callable[[Any], Any]
 class Machine:
     """The stack machine of one pickle. Each method `op_NAME` carries out the opcode of that name in `pickletools`."""
 
-    def __init__(self, data: bytes, position: int, allowed: Allowed, persistent: PersistentLoad) -> None:
+    def __init__(
+        self, data: bytes | mmap, position: int, limit: int, allowed: Allowed, persistent: PersistentLoad
+    ) -> None:
         self.data = data
         self.position = position
+        self.limit = limit
         self.allowed = allowed
         self.persistent = persistent
         self.stack: list[Any] = []
@@ -47,8 +52,8 @@ class Machine:
 
     def take(self, count: int) -> bytes:
         start, end = self.position, self.position + count
-        if end > len(self.data):
-            raise Refused(f"is truncated: {count} bytes expected at {start} of {len(self.data)}")
+        if end > self.limit:
+            raise Refused(f"is truncated: {count} bytes expected at {start} of {self.limit}")
         self.position = end
         return self.data[start:end]
 
@@ -56,7 +61,9 @@ class Machine:
         return int.from_bytes(self.take(count), "little")
 
     def line(self) -> bytes:
-        end = self.data.index(b"\n", self.position)
+        end = self.data.find(b"\n", self.position, self.position + _MAX_LINE_BYTES)
+        if end < 0:
+            raise Refused(f"has a line at {self.position} that does not end")
         line = self.data[self.position : end]
         self.position = end + 1
         return line
@@ -78,10 +85,9 @@ class Machine:
             raise Refused(f"remembers more than {_MAX_OBJECTS} values")
 
     def refuse(self) -> None:
-        code = chr(self.data[self.position - 1])
-        raise Refused(
-            f"uses the opcode {_OPCODE_NAMES.get(code, repr(code))}, which no checkpoint needs; it was not run"
-        )
+        code = self.data[self.position - 1]
+        name = _OPCODE_NAMES.get(chr(code), f"0x{code:02x}")
+        raise Refused(f"uses the opcode {name}, which no checkpoint needs; it was not run")
 
     # Frames, stack, memo.
 
@@ -119,7 +125,9 @@ class Machine:
         self.position += 1
 
     def op_long_binget(self) -> None:
-        self.stack.append(self.memo[self.number(4)])
+        start = self.position
+        self.position = start + 4
+        self.stack.append(self.memo[int.from_bytes(self.data[start : start + 4], "little")])
 
     def op_put(self) -> None:
         self.remember(int(self.line()[:20]))
@@ -132,7 +140,10 @@ class Machine:
         self.remember(self.number(4))
 
     def op_memoize(self) -> None:
-        self.remember(len(self.memo))
+        memo = self.memo
+        if len(memo) >= _MAX_OBJECTS:
+            self.remember(len(memo))
+        memo[len(memo)] = self.stack[-1]
 
     # Scalars.
 

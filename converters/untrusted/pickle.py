@@ -8,6 +8,7 @@ persistent id or buffer is refused by name. Time and memory are linear in the si
 from __future__ import annotations
 
 import struct
+from mmap import mmap
 from typing import Any, Final
 
 from converters.untrusted.machine import Machine, PersistentLoad
@@ -30,28 +31,24 @@ def read_pickle(data: bytes, allowed: Allowed, where: str, *, persistent: Persis
     Builders and `persistent` may raise Refused. CheckpointError, beginning with `where`, when the pickle is damaged or
     holds what is not in the list.
     """
-    return read_pickles(data, allowed, where, persistent=persistent, count=1)[0][0]
-
-
-def read_pickles(
-    data: bytes, allowed: Allowed, where: str, *, persistent: PersistentLoad = _no_persistent_id, count: int
-) -> tuple[list[Any], int]:
-    """The first `count` pickles of several that follow one another, and where the next byte is."""
     if len(data) > MAX_BYTES:
         raise CheckpointError(f"{where}: a pickle of {len(data)} bytes is not read (at most {MAX_BYTES})")
-    position, found = 0, []
-    for _ in range(count):
-        machine = Machine(data, position, allowed, persistent)
-        try:
-            made = machine.run()
-            _check_size(made, _EXPANSION * (machine.position - position) + 1000)
-        except Refused as error:
-            raise CheckpointError(f"{where}: {error}") from None
-        except _FAULTS as error:
-            raise CheckpointError(f"{where}: damaged near byte {machine.position}: {error}") from error
-        found.append(made)
-        position = machine.position
-    return found, position
+    return read_one(data, 0, allowed, where, persistent=persistent)[0]
+
+
+def read_one(
+    data: bytes | mmap, start: int, allowed: Allowed, where: str, *, persistent: PersistentLoad = _no_persistent_id
+) -> tuple[Any, int]:
+    """What the pickle that begins at byte `start` describes, and where it ends."""
+    machine = Machine(data, start, min(len(data), start + MAX_BYTES), allowed, persistent)
+    try:
+        made = machine.run()
+        _check_size(made, _EXPANSION * (machine.position - start) + 1000)
+    except Refused as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    except _FAULTS as error:
+        raise CheckpointError(f"{where}: damaged near byte {machine.position}: {error}") from error
+    return made, machine.position
 
 
 def _check_size(root: Any, limit: int) -> None:

@@ -5,13 +5,14 @@ A tensor becomes a `StridedTensor`: a strided place in the file. Nothing is unpi
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from converters.untrusted.archive import Archive
-from converters.untrusted.pickle import MAX_BYTES, read_pickle
+from converters.untrusted.pickle import MAX_BYTES, read_one, read_pickle
 from converters.untrusted.plain import NUMPY, PYTHON, Allowed, Builder, PlainObject, Refused, builders, sizes, text
 from workbench.errors import CheckpointError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES, TORCH_NAMES
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     import numpy as np
 
 _LEGACY_START: Final = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch's magic number, pickled
-_ZIP_START: Final = b"PK\3\4"
 DTYPES: Final[Mapping[str, str]] = {f"torch.{name}": dtype for dtype, name in TORCH_NAMES.items()}
 """What stands for a torch.dtype in the data ("torch.bfloat16") -> its name here ("BF16")."""
 _FOREIGN_DTYPES: Final = {  # of which a tensor may be found, not read: their bytes
@@ -194,6 +194,8 @@ def read_torch(path: Path, *, offset: int = 0, length: int | None = None, allowe
 
     CheckpointError when it is damaged, or holds what is not in `allowed`.
     """
+    if offset == 0 and length is None and _starts_legacy(path):
+        return _read_legacy(path, allowed)
     with Archive(path, offset=offset, length=length) as archive:
         if "byteorder" in archive and archive.read("byteorder", 16) != b"little":
             raise CheckpointError(f"{path}: was written on a big-endian machine, which is not read")
@@ -212,6 +214,46 @@ def read_torch(path: Path, *, offset: int = 0, length: int | None = None, allowe
             return found
 
         return read_pickle(archive.read("data.pkl", MAX_BYTES), allowed, str(path), persistent=storage)
+
+
+def _starts_legacy(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_LEGACY_START)) == _LEGACY_START
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def _read_legacy(path: Path, allowed: Allowed) -> Any:
+    """A file of torch before 1.6: pickles, the last of which lists storages, and then those one after another.
+
+    Where they lie is known only after the object was read, so it is read twice.
+    """
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        starts: dict[str, int] = {}
+        found: dict[str, _Storage] = {}
+
+        def storage(pid: Any) -> _Storage:
+            name, dtype, count = _persistent(pid)
+            if len(pid) > 5 and pid[5] is not None:
+                raise Refused("has a view of a storage, as torch before 0.4 wrote it; save it again with a newer torch")
+            found[name] = _Storage(path, starts.get(name, 0), count * item_bytes(dtype), dtype)
+            return found[name]
+
+        position = len(_LEGACY_START)
+        for _ in range(2):  # protocol version; sizes of types
+            _, position = read_one(data, position, allowed, str(path))
+        _, end = read_one(data, position, allowed, str(path), persistent=storage)
+        names, end = read_one(data, end, allowed, str(path))
+        if type(names) is not list or len(names) != len(found) or not all(name in found for name in names):
+            raise CheckpointError(f"{path}: its list of storages is not that of its tensors; it is damaged")
+        for name in names:
+            starts[name] = end + 8
+            count = int.from_bytes(data[end : end + 8], "little")
+            end += 8 + found[name].num_bytes
+            if end > len(data) or count * item_bytes(found[name].dtype) != found[name].num_bytes:
+                raise CheckpointError(f"{path}: storage {name!r} at byte {end} of {len(data)} is damaged or truncated")
+        return read_one(data, position, allowed, str(path), persistent=storage)[0]
 
 
 def _persistent(pid: Any) -> tuple[str, str, int]:

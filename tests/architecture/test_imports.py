@@ -25,6 +25,7 @@ TORCH_FREE = (
     "converters.*",
     "converters.families.*",
     "converters.formats.*",
+    "converters.untrusted.*",
     "pretrain.config",
     "pretrain.presets",
     "pretrain.lr",

@@ -15,36 +15,43 @@ if TYPE_CHECKING:
     from converters.logits import LogitsReport
     from workbench.checkpoint.source import TensorSource
 
-_FORMATS = {"hf": "huggingface", "huggingface": "huggingface", "peft": "peft"}
+_FORMATS = {"hf": "huggingface", "huggingface": "huggingface", "peft": "peft", "dcp": "dcp", "torchtitan": "torchtitan"}
+_WEIGHTS_ONLY = ("huggingface", "peft")
 
 
 def export(
     out: Output,
     source: Annotated[Path, typer.Argument(help="A checkpoint at any layout, or a run folder (its latest).")],
     destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
-    to: Annotated[str, typer.Option(help="hf (a folder for transformers) or peft (an adapter).")] = "hf",
+    to: Annotated[
+        str, typer.Option(help="hf (a folder for transformers), peft (an adapter), dcp or torchtitan.")
+    ] = "hf",
     base: Annotated[
         Path | None, typer.Option(help="Where the base of an adapter is, if not where it was in training.")
     ] = None,
     family: Annotated[str, typer.Option(help="The model family; found by the model's features by default.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
+    optimizer: Annotated[
+        str, typer.Option(help="keep, drop or require its state; dropped for hf and peft, else kept.")
+    ] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
     mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "2GiB",
     workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
     verify: Annotated[
         str,
         typer.Option(
-            help="none, crc (read back), full (fingerprints), logits (crc, and the result run by transformers)."
+            help="none, crc (read back), full (fingerprints), logits (crc, and the result run by transformers). "
+            "By default logits for hf and peft, else full."
         ),
-    ] = "logits",
+    ] = "",
     resume: Annotated[bool, typer.Option("--resume", help="Go on from what an interrupted run has left.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
-    """Write a checkpoint as a Hugging Face folder, run it with plain transformers, and keep it only if logits agree."""
+    """Write a checkpoint in another program's format; a Hugging Face folder is kept only if its logits agree."""
     from converters.open import get_format, open_checkpoint
     from workbench.cli._conversion import choice, job_options
     from workbench.cli._proof import convert_with_proof
-    from workbench.errors import ConversionError
+    from workbench.errors import ConfigError, ConversionError
     from workbench.spec.layout import ParallelLayout
 
     target = get_format(_FORMATS[choice(to, tuple(_FORMATS), "--to")])
@@ -53,8 +60,13 @@ def export(
         raise ConversionError(f"{opened.path}: holds a whole model and no adapter; export it with --to hf")
     if target.name != "peft":
         opened = _merged(opened, base)
+    for_inference = target.name in _WEIGHTS_ONLY
+    verify = verify or ("logits" if for_inference else "full")
+    if verify == "logits" and not for_inference:
+        raise ConfigError(f"--verify logits needs a folder that transformers loads, not --to {to}; use --verify full")
+    optimizer = optimizer or ("drop" if for_inference else "keep")
     options = job_options(
-        ParallelLayout(), dtype=dtype, optimizer="drop", mem=mem, workers=workers, max_shard_size=max_shard_size
+        ParallelLayout(), dtype=dtype, optimizer=optimizer, mem=mem, workers=workers, max_shard_size=max_shard_size
     )
 
     def proof(folder: Path, _: TensorSource) -> LogitsReport:
@@ -98,5 +110,5 @@ COMMAND = Command(
     panel="Core",
     order=40,
     example="wb export runs/tiny out/tiny-hf\nwb export runs/tiny out/tiny-bf16 --dtype bf16 --max-shard-size 2GB\n"
-    "wb export runs/my-lora out/adapter --to peft",
+    "wb export runs/my-lora out/adapter --to peft\nwb export runs/tiny out/tiny-dcp --to dcp",
 )

@@ -233,12 +233,53 @@ def test_files_and_index_that_disagree_are_refused(tmp_path: Path) -> None:
         FORMAT.open(source)
 
 
-def test_a_pickle_is_refused_with_the_way_to_convert_it(folders: Mapping[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "in").mkdir()
-    shutil.copy(folders[PLAIN] / "config.json", tmp_path / "in")
-    (tmp_path / "in/pytorch_model.bin").write_bytes(b"\x80\x02.")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: a pickle.*save_pretrained"):
+@pytest.mark.parametrize("case", [PLAIN, FUSED])
+@pytest.mark.parametrize("zipped", [True, False], ids=["zip", "before the zip format"])
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "one file"])
+def test_the_pickle_of_an_older_release_reads_as_its_safetensors(
+    folders: Mapping[str, Path], tmp_path: Path, case: str, zipped: bool, sharded: bool
+) -> None:
+    save_as_pickle(folders[case], tmp_path / "in", zipped=zipped, sharded=sharded)
+    expected, found = FORMAT.open(folders[case]).source, FORMAT.open(tmp_path / "in").source
+    assert found.schema == expected.schema
+    for name, tensor in expected.schema.items():
+        rows = Box((tensor.shape[0] // 2, *(0 for _ in tensor.shape[1:])), (1, *tensor.shape[1:]))
+        for box in (Box.whole(tensor.shape), rows):
+            assert np.array_equal(found.read(name, box), expected.read(name, box)), name
+
+
+def save_as_pickle(source: Path, folder: Path, *, zipped: bool, sharded: bool) -> None:
+    """A folder as transformers wrote it before safetensors: shared storages, a tied head, parameters."""
+    folder.mkdir()
+    shutil.copy(source / "config.json", folder)
+    tensors: dict[str, Any] = dict(load_file(source / "model.safetensors"))
+    if "model.embed_tokens.weight" in tensors:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    tensors = {name: torch.nn.Parameter(value) for name, value in tensors.items()}
+    files = {
+        name: f"pytorch_model-{1 + i % 3}.bin" if sharded else "pytorch_model.bin" for i, name in enumerate(tensors)
+    }
+    for file in sorted(set(files.values())):
+        part = {name: value for name, value in tensors.items() if files[name] == file}
+        torch.save(part, folder / file, _use_new_zipfile_serialization=zipped)
+    if sharded:
+        (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": files}))
+
+
+class Payload:
+    def __reduce__(self) -> Any:
+        return (Path.touch, (Path("executed"),))
+
+
+def test_a_pickle_that_would_run_code_is_refused_by_name_and_runs_nothing(
+    folders: Mapping[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    save_as_pickle(folders[PLAIN], tmp_path / "in", zipped=True, sharded=False)
+    torch.save({"model.norm.weight": Payload()}, tmp_path / "in/pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin: names 'builtins.getattr'|names 'pathlib.Path"):
         FORMAT.open(tmp_path / "in")
+    assert not (tmp_path / "executed").exists()
     (tmp_path / "in/pytorch_model.bin").unlink()
     with pytest.raises(CheckpointError, match="neither model.safetensors nor"):
         FORMAT.open(tmp_path / "in")
