@@ -234,7 +234,7 @@ def test_a_missing_foreign_and_existing_path_have_their_exit_codes(source, tmp_p
     (tmp_path / "foreign" / "weights.bin").write_bytes(b"x")
     for path, code, message in [
         (tmp_path / "nowhere", 5, "nowhere: no such checkpoint"),
-        (tmp_path / "foreign", 5, "foreign: not a checkpoint of any known format (huggingface, native"),
+        (tmp_path / "foreign", 5, "foreign: not a checkpoint of any known format ("),
     ]:
         assert main(["reshard", str(path), str(tmp_path / "x")]) == code
         assert message in capsys.readouterr().err
