@@ -36,11 +36,11 @@ began = peak()
 source = GeometrySource(model, before)
 request = geometry_request(source, model, after, Path("/nowhere/target"))
 held = peak()
-started = time.perf_counter()
+started, computed = time.perf_counter(), time.process_time()
 plan = make_plan(source, FORMAT.destination(request))
-seconds = time.perf_counter() - started
+seconds, computed = time.perf_counter() - started, time.process_time() - computed
 print(json.dumps({
-    "seconds": seconds, "bytes": peak() - held, "all_bytes": peak(), "pieces": plan.num_pieces,
+    "seconds": seconds, "computed": computed, "bytes": peak() - held, "all_bytes": peak(), "pieces": plan.num_pieces,
     "chunks": sum(len(source.chunks(name)) for name in source.schema), "files": len(plan.files),
     "tensors": len(plan.tensors), "parameters": sum(t.numel for n, t in plan.tensors.items() if n[:6] != "optim."),
     "units": len(plan.sweeps), "ranks": before.world_size,
@@ -66,9 +66,10 @@ def run(quick: bool) -> list[Claim]:
     full = measure(1)
     note = f"{full['parameters'] / 1e12:.2f} T parameters, {full['tensors']:.0f} tensors, {full['ranks']:.0f} ranks"
     pieces = f"{full['chunks']:.0f} at the source, {full['pieces']:.0f} in {full['files']:.0f} files"
-    grows = full["seconds"] / small["seconds"] / (full["pieces"] / small["pieces"])
+    grows = full["computed"] / small["computed"] / (full["pieces"] / small["pieces"])
     return [
         claim("plan", full["seconds"], unit="s", at_most=MAX_SECONDS, note=note),
+        claim("of which computing", full["computed"], unit="s", note="the rest is waiting for a core"),
         claim("memory of the whole process", full["all_bytes"] / 1e6, unit="MB", at_most=MAX_BYTES / 1e6),
         claim("memory of the plan", full["bytes"] / 1e6, unit="MB"),
         claim("pieces", full["pieces"], at_least=1e6, note=pieces),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 
 from converters.format import WriteRequest
-from workbench.checkpoint.reader import box_key
+from workbench.checkpoint.reader import offset_text
 from workbench.checkpoint.safetensors_io import file_bytes
 from workbench.checkpoint.writer import FILE_METADATA, file_of, rank_tag
 from workbench.spec.geometry import Box, LogicalTensor
@@ -66,9 +67,14 @@ class NativeBoxes:
             entries: dict[str, list[tuple[int, str, tuple[int, ...]]]] = {}
             for name in names:
                 tensor = self._schema[name]
-                length = len(json.dumps(name)) - len(name)
+                name_bytes = len(json.dumps(name))
                 for file, box in self.pieces(name):
-                    key = (length + len(box_key(tensor, box)), tensor.dtype, box.size)
-                    entries.setdefault(file, []).append(key)
+                    key_bytes = name_bytes + (0 if box.size == tensor.shape else _offset_bytes(box.offset))
+                    entries.setdefault(file, []).append((key_bytes, tensor.dtype, box.size))
             found |= {file: file_bytes(inside, FILE_METADATA) for file, inside in entries.items()}
         return dict(sorted(found.items()))
+
+
+@lru_cache(maxsize=4096)
+def _offset_bytes(offset: tuple[int, ...]) -> int:
+    return len(offset_text(offset))

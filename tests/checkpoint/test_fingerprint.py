@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.helpers.boxes import partitions, shapes
+from workbench.checkpoint import fingerprint as fingerprint_module
 from workbench.checkpoint.fingerprint import box_fingerprint, fingerprint
 from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
@@ -117,3 +118,7 @@ def test_the_definition_does_not_drift():
     tensor = LogicalTensor("x", (4, 6), "BF16")
     array = np.arange(24, dtype=np.uint16).reshape(4, 6)
     assert whole(tensor, array) == "7f1e437c19189537306570d547935021"
+
+
+def test_no_product_is_large_enough_for_blas_to_wake_its_threads():
+    assert fingerprint_module._ROW_BLOCK_WORDS * fingerprint_module._STREAMS < 1 << 18

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from workbench.checkpoint.safetensors_io import RangedFile, lay_out, read_header
+from workbench.checkpoint.safetensors_io import RangedFile, file_bytes, lay_out, read_header
 from workbench.errors import CheckpointError
 
 
@@ -105,3 +105,20 @@ def test_no_bytes_make_the_reader_fail_in_any_other_way(tmp_path_factory, conten
         read_header(path)
     except CheckpointError as error:
         assert str(path) in str(error)
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.text(max_size=12),
+            st.sampled_from(["F32", "BF16", "U8"]),
+            st.lists(st.integers(0, 3000), max_size=3).map(tuple),
+        ),
+        unique_by=lambda tensor: tensor[0],
+        max_size=40,
+    ),
+    st.sampled_from([None, {"format": "pt"}]),
+)
+def test_the_size_of_a_file_is_known_without_its_header(tensors, metadata):
+    sizes = [(len(json.dumps(key)), dtype, shape) for key, dtype, shape in tensors]
+    assert file_bytes(sizes, metadata) == lay_out(tensors, metadata).file_bytes

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,12 +14,15 @@ from hypothesis import strategies as st
 
 from converters.cast import CastSource
 from converters.copy import run_plan
+from converters.formats.native import FORMAT as NATIVE
 from converters.plan import make_plan
 from tests.helpers.boxes import partitions, shapes
 from tests.helpers.checkpoints import MemorySource, random_arrays
+from tests.helpers.geometry import GeometrySource, geometry_request, large_model
 from workbench.checkpoint.fingerprint import box_fingerprint, fingerprint
 from workbench.errors import ConversionError, ResourceError
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
+from workbench.spec.layout import ParallelLayout
 
 
 class Cut(MemorySource):
@@ -140,6 +146,31 @@ def test_a_large_tensor_is_shared_out_only_where_no_piece_is_cut():
     source.boxes = tuple(Box((at, 0), (2048, 4096)) for at in (0, 2048))
     plan = make_plan(source, sink)
     assert sorted((sweep.start, sweep.stop) for sweep in plan.sweeps) == [(0, 2048), (2048, 4096)]
+
+
+def test_the_cost_of_a_plan_grows_with_its_pieces_and_no_faster():
+    seconds, pieces, peaks = [], [], []
+    for shrink in (64, 16):
+        model = large_model(shrink)
+        source = GeometrySource(model, ParallelLayout(tp=8, pp=2, dp=8, ep=8))
+        request = geometry_request(source, model, ParallelLayout(tp=8, pp=1, dp=16, ep=16), Path("/nowhere/x"))
+        tracemalloc.start()
+        started = time.process_time()
+        plan = make_plan(source, NATIVE.destination(request))
+        seconds.append(time.process_time() - started)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+        pieces.append(plan.num_pieces)
+    assert pieces[0] > 15_000 and pieces[1] > 3.5 * pieces[0]
+    assert seconds[1] / seconds[0] < 2 * pieces[1] / pieces[0]
+    assert peaks[1] / pieces[1] < 400, "bytes a piece: 10^6 pieces fit into 500 MB"
+
+
+def test_every_cost_of_a_plan_is_told():
+    source, sink = pair((4096, 4096))
+    told = make_plan(source, sink).describe()
+    assert told["bytes"] == 4096 * 4096 * 4 and told["pieces"] == 1 and told["files"] == {"x": 1}
+    assert told["peak_memory_bytes"] > 96 << 20 and told["estimated_seconds"] > 0
 
 
 def test_a_failing_write_stops_the_copy_and_is_raised_as_it_is():

@@ -21,7 +21,9 @@ from workbench.spec.geometry import Box, LogicalTensor
 
 _PRIME: Final = (1 << 31) - 1
 _COLUMN_BLOCK: Final = 1 << 16
-_ROW_BLOCK_WORDS: Final = 1 << 18  # words turned into float64 at a time: 2 MiB, so that they stay in the cache
+_ROW_BLOCK_WORDS: Final = 1 << 16
+"""Words turned into float64 at a time. 512 KiB stay in the cache, and BLAS does not share out so few among threads of
+its own (OpenBLAS begins at 2**18 products): these spin for many times the work's length when others want the cores."""
 _STREAMS: Final = 3
 _ROW_SEED: Final = 0x1000
 

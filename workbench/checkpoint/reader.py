@@ -31,7 +31,12 @@ def box_key(tensor: LogicalTensor, box: Box) -> str:
     """The key of a box in its safetensors file: the logical name, with `@offsets` unless it is the whole tensor."""
     if box.size == tensor.shape:
         return tensor.name
-    return f"{tensor.name}@{','.join(map(str, box.offset))}"
+    return tensor.name + offset_text(box.offset)
+
+
+def offset_text(offset: tuple[int, ...]) -> str:
+    """What follows the logical name in the key of a box that is not the whole tensor."""
+    return f"@{','.join(map(str, offset))}"
 
 
 class _StoredReader:

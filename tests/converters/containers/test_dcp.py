@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from converters.containers.dcp import GlobalTensor, lay_out_dcp
 from converters.formats._files import RangedWriter
 from converters.untrusted.dcp import read_dcp
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.spec.geometry import Box
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -34,7 +36,8 @@ BITS = np.arange(24, dtype=np.uint16).reshape(4, 6) + 0x3F80
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("dcp")
     laid = lay_out_dcp(TENSORS, OBJECTS, planner_data=PATHS)
-    writers = {file: RangedWriter(path / file, content) for file, content in laid.files.items()}
+    descriptors = Descriptors(os.O_RDWR)
+    writers = {file: RangedWriter(path / file, content, descriptors) for file, content in laid.files.items()}
     for writer in writers.values():
         writer.create()
     assert laid.tensors.keys() == {"model.cut.by.dots", "model.empty"}
@@ -43,7 +46,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         writers[place.file].write(place, piece.box.size, Box.whole(piece.box.size), BITS[piece.box.slices])
     for writer in writers.values():
         writer.seal()
-        writer.close()
     return path
 
 

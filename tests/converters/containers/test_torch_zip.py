@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 import struct
 import zipfile
@@ -28,6 +29,7 @@ from converters.containers.torch_zip import (
 )
 from converters.formats._files import FileContent, Place, RangedWriter
 from converters.untrusted.torch_file import read_torch
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.spec.dtypes import NUMPY_NAMES, TORCH_NAMES
 from workbench.spec.geometry import Box
 
@@ -60,13 +62,12 @@ def test_what_is_named_is_found_by_the_loader() -> None:
 
 
 def write(path: Path, laid: TorchFile, arrays: dict[Storage, np.ndarray]) -> Path:
-    writer = RangedWriter(path, FileContent(laid.num_bytes, laid.known, laid.checksums))
+    writer = RangedWriter(path, FileContent(laid.num_bytes, laid.known, laid.checksums), Descriptors(os.O_RDWR))
     writer.create()
     for storage, array in arrays.items():
         whole = Box.whole(array.shape)
         writer.write(Place(path.name, laid.storages[storage]), array.shape, whole, array)
     writer.seal()
-    writer.close()
     return path
 
 

@@ -17,6 +17,7 @@ from converters.formats._files import Checksum, FileContent, Place, RangedWriter
 from converters.formats._folder import FolderContents, FolderDestination, ForeignTensor, Piece
 from converters.rules import Rule, Slice
 from tests.helpers.checkpoints import tiny_model
+from workbench.checkpoint.descriptors import Descriptors
 from workbench.errors import ConfigError, ResourceError, VerificationError
 from workbench.spec.geometry import Box, LogicalTensor
 
@@ -119,7 +120,8 @@ def test_contents_that_leave_an_element_without_a_place_are_refused(tmp_path: Pa
 @given(order=st.permutations(range(6)), width=st.sampled_from([1, 4]))
 def test_a_checksum_holds_in_whatever_order_the_bytes_arrive(tmp_path_factory, order: list[int], width: int) -> None:
     path = tmp_path_factory.mktemp("file") / "x"
-    writer = RangedWriter(path, FileContent(132, checksums=(Checksum(4, 96, (100,)), Checksum(104, 24, (128,)))))
+    content = FileContent(132, checksums=(Checksum(4, 96, (100,)), Checksum(104, 24, (128,))))
+    writer = RangedWriter(path, content, Descriptors(os.O_RDWR))
     writer.create()
     for row in order:
         for column in range(0, 4, width):
@@ -127,7 +129,6 @@ def test_a_checksum_holds_in_whatever_order_the_bytes_arrive(tmp_path_factory, o
             writer.write(Place("x", 4), (6, 4), box, VALUES[box.slices])
         writer.write(Place("x", 104), (6,), Box((row,), (1,)), VALUES[row, :1])
     writer.seal()
-    writer.close()
     data = path.read_bytes()
     assert data[4:100] == VALUES.tobytes()
     assert data[100:104] == zlib.crc32(VALUES.tobytes()).to_bytes(4, "little")
