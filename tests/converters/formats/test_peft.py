@@ -4,6 +4,7 @@ silence is found."""
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -180,3 +181,11 @@ def test_a_configuration_with_no_place_here_is_refused_by_name(
 def test_a_whole_model_is_no_adapter(llama: Exported, tmp_path: Path) -> None:
     with pytest.raises(ConversionError, match="whole model"):
         make_job(llama[1], get_format("peft"), tmp_path / "out", OPTIONS, operation="export")
+
+
+def test_an_alpha_that_scales_nothing_is_refused(llama: Exported, tmp_path: Path) -> None:
+    shutil.copytree(llama[2], tmp_path / "in")
+    config = json.loads((tmp_path / "in/adapter_config.json").read_text())
+    (tmp_path / "in/adapter_config.json").write_text(json.dumps({**config, "lora_alpha": 0}))
+    with pytest.raises(ConversionError, match=r"adapter_config.json: alpha: Input should be greater than 0"):
+        open_peft(tmp_path / "in", llama[1])
