@@ -7,6 +7,7 @@ also in the middle of a row. Each piece of a parameter becomes boxes whose eleme
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -44,13 +45,20 @@ def unflatten(
     buckets: each with the flat pieces that together hold its elements.
     """
     by_name = {parameter.name: parameter for parameter in parameters if not parameter.copy}
-    for bucket, places in buckets:
+    for bucket, pieces in buckets:
+        ordered = sorted(pieces, key=_offset)
         for name, start in bucket.starts.items():
             if name not in by_name:
                 continue
-            for place in places:
-                for piece in _overlap(by_name[name], start, place):
+            first = max(bisect_right(ordered, start, key=_offset) - 1, 0)
+            last = bisect_left(ordered, start + by_name[name].numel, key=_offset)
+            for flat in ordered[first:last]:
+                for piece in _overlap(by_name[name], start, flat):
                     yield name, piece
+
+
+def _offset(flat: Piece) -> int:
+    return flat.box.offset[0]
 
 
 def _overlap(parameter: LocalParameter, start: int, flat: Piece) -> Iterator[FlatPiece]:
