@@ -20,7 +20,8 @@ from workbench.models.build import BuiltStage
 from workbench.models.decoder import DecoderStage, Output
 from workbench.parallel.gemm import WaitingProduct
 from workbench.parallel.loss import accumulation_dtype
-from workbench.parallel.mesh import Mesh, Message, Work
+from workbench.parallel.mesh import Mesh, Message
+from workbench.parallel.pending import Work
 
 
 @dataclass(frozen=True)

@@ -6,16 +6,17 @@ An axis of size 1 has no process group and its collectives return their input, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import product
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from workbench.parallel.pending import Pending, Work
 from workbench.spec.geometry import ParameterSpec
 from workbench.spec.layout import Coordinate, ParallelLayout
 
@@ -25,28 +26,6 @@ _OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.R
 # torch 2.13 renamed it, and warns on every rank about the old name.
 _ALL_GATHER = vars(dist).get("all_gather_single") or dist.all_gather_into_tensor
 _REDUCE_SCATTER = vars(dist).get("reduce_scatter_single") or dist.reduce_scatter_tensor
-
-
-class Work(Protocol):
-    """A transfer under way."""
-
-    def wait(self) -> Any: ...
-
-    def is_completed(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class Pending:
-    """A tensor on its way; `wait` returns it. On a GPU it is the current stream that waits."""
-
-    works: Sequence[Work]
-    result: Callable[[], torch.Tensor]
-    sent: torch.Tensor | Sequence[torch.Tensor]
-
-    def wait(self) -> torch.Tensor:
-        for work in self.works:
-            work.wait()
-        return self.result()
 
 
 class Axis:
