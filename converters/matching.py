@@ -29,10 +29,18 @@ class Match:
     over: tuple[str, ...] = ()
 
 
-def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor], where: str) -> Match:
+def match(
+    family: Family,
+    model: ModelConfig,
+    foreign: Mapping[str, LogicalTensor],
+    where: str,
+    *,
+    may_leave_over: bool = False,
+) -> Match:
     """Which foreign tensor each logical tensor lies in.
 
-    ConversionError unless all logical tensors are there in their shapes; foreign ones may be left over.
+    ConversionError unless all names and shapes match, with nothing over on either side. may_leave_over: the caller
+    tells of `Match.over` itself.
     """
     foreign = {family.current(name): tensor for name, tensor in foreign.items()}
     bound = _bound(family, model, foreign)
@@ -58,7 +66,7 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
     }
     repeated = _repeated(family, model, foreign, {name: place for name, (place, _) in places.items()})
     over = set(foreign) - used - ignored.keys() - {name for name, _ in repeated}
-    if over and (faults or missing):
+    if over and (faults or missing or not may_leave_over):
         faults.append(without_place(family.name, model, over))
     if missing:
         faults.append(f"{summarise(missing, 'is', 'are')} missing{_why_missing(missing)}")
