@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
-from converters.family import Family, families, family_named
+from converters.family import Family, families
 from converters.names import fold, summarise
 from converters.rules import Rule
 from workbench.errors import ConversionError
@@ -67,7 +67,7 @@ def match(
     repeated = _repeated(family, model, foreign, {name: place for name, (place, _) in places.items()})
     over = set(foreign) - used - ignored.keys() - {name for name, _ in repeated}
     if over and (faults or missing or not may_leave_over):
-        faults.append(without_place(family.name, model, over))
+        faults.append(without_place(family, model, over))
     if missing:
         faults.append(f"{summarise(missing, 'is', 'are')} missing{_why_missing(missing)}")
     if faults:
@@ -76,12 +76,10 @@ def match(
     return Match(places, schema, repeated, ignored, tuple(name for name in foreign if name in over))
 
 
-def without_place(family: str | None, model: ModelConfig, names: Collection[str]) -> str:
+def without_place(family: Family, model: ModelConfig, names: Collection[str]) -> str:
     """That these foreign tensors have no place, with the family that has one, if there is one."""
-    if family is None:
-        return f"{summarise(names, 'has', 'have')} no place"
-    hint = _hint(family_named(family), model, set(names))
-    return f"{summarise(names, 'has', 'have')} no place in family {family!r}{hint}"
+    hint = _hint(family, model, set(names))
+    return f"{summarise(names, 'has', 'have')} no place in family {family.name!r}{hint}"
 
 
 def _bound(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor]) -> dict[str, Rule]:
