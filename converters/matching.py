@@ -6,7 +6,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from converters.family import Family, families, family_named
+from converters.family import Family, families
 from converters.names import fold, summarise
 from converters.rules import Rule
 from workbench.errors import ConversionError
@@ -32,10 +32,18 @@ class Match:
     over: tuple[str, ...] = ()
 
 
-def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTensor], where: str) -> Match:
+def match(
+    family: Family,
+    model: ModelConfig,
+    foreign: Mapping[str, LogicalTensor],
+    where: str,
+    *,
+    may_leave_over: bool = False,
+) -> Match:
     """Which foreign tensor each logical tensor lies in.
 
-    ConversionError unless all logical tensors are there in their shapes; foreign ones may be left over.
+    ConversionError unless all names and shapes match, with nothing over on either side. may_leave_over: the caller
+    tells of `Match.over` itself.
     """
     if model.num_hidden_layers > len(foreign) or _experts(model) > _MAX_STACKED * len(foreign):
         raise ConversionError(
@@ -67,8 +75,8 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
     }
     repeated = _repeated(family, model, foreign, {name: place for name, (place, _) in places.items()})
     over = set(foreign) - used - ignored.keys() - {name for name, _ in repeated}
-    if over and (faults or missing):
-        faults.append(without_place(family.name, model, over))
+    if over and (faults or missing or not may_leave_over):
+        faults.append(without_place(family, model, over))
     if missing:
         faults.append(f"{summarise(missing, 'is', 'are')} missing{_why_missing(missing)}")
     if faults:
@@ -77,12 +85,10 @@ def match(family: Family, model: ModelConfig, foreign: Mapping[str, LogicalTenso
     return Match(places, schema, repeated, ignored, tuple(name for name in foreign if name in over))
 
 
-def without_place(family: str | None, model: ModelConfig, names: Collection[str]) -> str:
+def without_place(family: Family, model: ModelConfig, names: Collection[str]) -> str:
     """That these foreign tensors have no place, with the family that has one, if there is one."""
-    if family is None:
-        return f"{summarise(names, 'has', 'have')} no place"
-    hint = _hint(family_named(family), model, set(names))
-    return f"{summarise(names, 'has', 'have')} no place in family {family!r}{hint}"
+    hint = _hint(family, model, set(names))
+    return f"{summarise(names, 'has', 'have')} no place in family {family.name!r}{hint}"
 
 
 def _experts(model: ModelConfig) -> int:

@@ -51,10 +51,12 @@ def open_checkpoint(
         )
     dropped = allowed_drops(opened.unplaced, allow_drop)
     if homeless := [name for name in opened.unplaced if name not in dropped]:
+        from converters.family import family_for, family_named
         from converters.matching import without_place
 
+        known = family_named(opened.family) if opened.family else family_for(opened.model)
         advice = "--allow-drop REGEX leaves out what it matches"
-        raise ConversionError(f"{opened.path}: {without_place(opened.family, opened.model, homeless)}; {advice}")
+        raise ConversionError(f"{opened.path}: {without_place(known, opened.model, homeless)}; {advice}")
     return replace(opened, unplaced=(), dropped=dropped) if dropped else opened
 
 

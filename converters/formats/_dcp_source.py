@@ -37,12 +37,14 @@ _OF_RUNS: Final = ("train_state", "lr_scheduler", "dataloader", "rng", "rng_stat
 
 @dataclass(frozen=True)
 class DcpContents:
-    """What a folder holds. training: None without a step. left: names of what is of the run and has no place here."""
+    """What a folder holds. training: None without a step. left: names of what is of the run and has no place here.
+    unplaced: weights that have no place in the model, and what the optimizer holds of them."""
 
     source: PieceSource
     naming: Naming
     training: TrainingState | None
     left: tuple[str, ...]
+    unplaced: tuple[str, ...]
 
 
 def read_contents(folder: Path, family: Family, model: ModelConfig) -> DcpContents:
@@ -61,7 +63,7 @@ def read_contents(folder: Path, family: Family, model: ModelConfig) -> DcpConten
         raise ConversionError(f"{folder}: holds tensors of type {', '.join(strange)}, which are not read")
     weights = {name.removeprefix(prefix): name for name in others}
     foreign = {key: LogicalTensor(key, tensors[name].shape, tensors[name].dtype) for key, name in weights.items()}
-    matched = match(naming.table(family), model, foreign, str(folder))
+    matched = match(naming.table(family), model, foreign, str(folder), may_leave_over=True)
     if matched.repeated:
         reader = PieceSource(foreign, {key: Rule(key, name) for key, name in weights.items()}, tensors)
         require_equal(folder, matched, foreign, reader)
@@ -74,7 +76,9 @@ def read_contents(folder: Path, family: Family, model: ModelConfig) -> DcpConten
     steps = [place for (_, kind), place in values.items() if kind == _STEP]
     left = (*sorted(run - {RUN_STEP, RUN_TOKENS}), *sorted(found.objects))
     training = _training(found, steps, {kind for _, kind in values} - {_STEP})
-    return DcpContents(PieceSource(schema, rules | moments, tensors), naming, training, left)
+    of_none = {place for (_, kind), place in values.items() if kind != _STEP} - {r.foreign for r in moments.values()}
+    unplaced = (*(weights[key] for key in matched.over), *sorted(of_none))
+    return DcpContents(PieceSource(schema, rules | moments, tensors), naming, training, left, unplaced)
 
 
 def _of_optimizer(folder: Path, names: Iterable[str]) -> dict[tuple[str, str], str]:
@@ -128,9 +132,6 @@ def _moments(
                 )
             moment = f"{OPTIMIZER_PREFIX}{kind}/{name}"
             found[moment] = Rule(moment, place, rule.view)
-    used = {rule.foreign for rule in found.values()}
-    if over := sorted({place for (_, kind), place in values.items() if kind != _STEP} - used):
-        raise ConversionError(f"{folder}: {summarise(over, 'is', 'are')} of no weight of the model")
     return found
 
 

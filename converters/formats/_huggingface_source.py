@@ -30,7 +30,7 @@ class HuggingFaceSource:
             raise ConversionError(
                 f"{folder}: holds tensors of type {', '.join(strange)}: quantized weights are not read"
             )
-        self.match: Match = match(family, model, foreign, str(folder))
+        self.match: Match = match(family, model, foreign, str(folder), may_leave_over=True)
         require_equal(folder, self.match, foreign, self._reader)
 
     @property

@@ -52,7 +52,7 @@ class DeepSpeedUniversalFormat:
         """Whether `path` is a folder with model states and `zero/<parameter>/fp32.pt`."""
         return (path / _ZERO).is_dir() and any(path.glob(f"*{_STATES}"))
 
-    def open(self, path: Path, *, family: str | None = None) -> OpenedCheckpoint:
+    def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The folder as logical tensors: weights in float32, and moments where it holds them.
 
         CheckpointError when it is damaged or has no config.json, ConversionError when the family has no place for a
@@ -78,6 +78,7 @@ class DeepSpeedUniversalFormat:
             family=found.name,
             lineage=(birth(folder, found, config), {"format": NAME, "name": path.resolve().name}),
             info={"architecture": found.architecture(model), "not taken over": "scheduler, RNG, DeepSpeed's settings"},
+            unplaced=source.unplaced,
         )
 
     def destination(self, request: WriteRequest) -> Destination:
@@ -96,7 +97,7 @@ class UniversalSource:
             )
         foreign = {name: LogicalTensor(name, place.shape, place.dtype) for name, place in weights.items()}
         reader = StridedReader(weights)
-        found = match(family, model, foreign, str(folder))
+        found = match(family, model, foreign, str(folder), may_leave_over=True)
         require_equal(folder, found, foreign, reader)
         self.schema: dict[str, LogicalTensor] = dict(found.schema)
         self._places = {name: (weights[foreign_name], rule) for name, (foreign_name, rule) in found.places.items()}
@@ -104,6 +105,7 @@ class UniversalSource:
             self._add_moments(kind, _places(folder, kind, shapes), foreign, folder)
         self.has_moments = len(self.schema) > len(found.schema)
         self.step = _step(folder, foreign)
+        self.unplaced = found.over
 
     def _add_moments(
         self, kind: str, places: Mapping[str, StridedTensor], foreign: Mapping[str, LogicalTensor], folder: Path

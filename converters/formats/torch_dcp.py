@@ -74,6 +74,7 @@ class DcpFormat:
             family=known.name,
             lineage=(birth(path, known, config),),
             info=info,
+            unplaced=found.unplaced,
         )
 
     def destination(self, request: WriteRequest) -> FolderDestination:

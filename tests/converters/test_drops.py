@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file, save_file
 
 from converters.format import OpenedCheckpoint
 from converters.job import JobOptions, make_job
-from converters.open import get_format
+from converters.open import get_format, open_checkpoint
+from tests.converters.formats.test_deepspeed_universal import save_universal
 from tests.helpers.checkpoints import MemorySource, checkpoint_schema, random_arrays, read_all, tiny_model
 from tests.helpers.hf_models import save_model
 from workbench.checkpoint.manifest import read_manifest
 from workbench.cli.main import main
+from workbench.errors import ConversionError
 from workbench.spec.geometry import LogicalTensor
 from workbench.spec.layout import ParallelLayout
 
@@ -94,3 +99,30 @@ def test_a_native_tensor_that_the_model_does_not_know_is_kept_or_dropped_as_aske
     assert main(["export", str(tmp_path / "b"), str(tmp_path / "hf"), "--verify", "crc"]) == 3
     assert "tensor 'spare' has no place in a Hugging Face folder" in capsys.readouterr().err
     assert main(["export", str(tmp_path / "b"), str(tmp_path / "hf"), "--verify", "full", "--allow-drop", "spare"]) == 0
+
+
+def dcp_folder(foreign: Path, folder: Path) -> list[str]:
+    """The folder's tensors saved by torch.distributed.checkpoint, with a moment of one that has no place."""
+    moments = {"state": {"spare": {"exp_avg": torch.ones(2)}}}
+    state = {"model": load_file(foreign / "model.safetensors"), "optimizer": moments}
+    dcp.save(state, checkpoint_id=folder)
+    return ["model.spare", *(f"model.{name}" for name in EXTRA), "optimizer.state.spare.exp_avg"]
+
+
+def universal_folder(foreign: Path, folder: Path) -> list[str]:
+    """The folder's tensors as DeepSpeed's universal checkpoints have them."""
+    save_universal(foreign, folder, zero=1)
+    return ["spare", *EXTRA]
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("make", [dcp_folder, universal_folder])
+def test_tensors_without_a_place_are_refused_or_dropped_in_other_formats_too(
+    foreign: Path, tmp_path: Path, make: Callable[[Path, Path], list[str]]
+) -> None:
+    names = make(foreign, tmp_path / "in")
+    shutil.copy(foreign / "config.json", tmp_path / "in")
+    with pytest.raises(ConversionError, match=r"spare'.* have no place .*--allow-drop REGEX"):
+        open_checkpoint(tmp_path / "in")
+    opened = open_checkpoint(tmp_path / "in", allow_drop=[r".*spare.*", r".*q_norm.*"])
+    assert sorted(opened.dropped) == sorted(names)
