@@ -1,7 +1,7 @@
-"""Full verification: each tensor of both sides assembled whole, by other code than wrote it, and compared bit by bit.
+"""Full verification: each tensor of both sides assembled by other code than wrote it, and compared bit by bit.
 
 Where a format has a file in `converters/independent/`, that reads it; else the format's own reader does, and the result
-says so. One tensor of each side is in memory at a time.
+says so. Some rows of one tensor of each side are in memory at a time.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ import numpy as np
 
 from converters.cast import as_float64
 from converters.format import Destination, OpenedCheckpoint, Progress
-from workbench.checkpoint.fingerprint import box_fingerprint, fingerprint
+from converters.verify import slabs
+from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
 from workbench.checkpoint.writer import partial_folder
 from workbench.errors import CheckpointError, VerificationError
 from workbench.registry import load, module_names
+from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box, LogicalTensor
 
 _PACKAGE: Final = "converters.independent"
-_BLOCK: Final = 1 << 20  # elements compared at a time
-Whole = Callable[[LogicalTensor], np.ndarray]
-"""All elements of a logical tensor, in storage dtype."""
+Read = Callable[[LogicalTensor, Box], np.ndarray]
+"""Rows of a logical tensor, in storage dtype: a box that spans all but the first dimension."""
 
 
 def reader_name(format: str, folder: Path) -> str:
-    """Who reads whole tensors of a folder, in words."""
+    """Who reads the tensors of a folder, in words."""
     return "an independent reader" if _has_independent(format, folder) else f"the reader of {format} folders"
 
 
@@ -36,12 +37,12 @@ def _has_independent(format: str, folder: Path) -> bool:
     return format in module_names(_PACKAGE) and next(folder.glob("*.safetensors"), None) is not None
 
 
-def _whole_reader(format: str, folder: Path, source: TensorSource) -> Whole:
-    """Reads whole tensors of a folder, which its format opens as `source`."""
-    if _has_independent(format, folder):
-        found: Whole = load(_PACKAGE, format, "READER")(folder, source).whole
-        return found
-    return lambda tensor: source.read(tensor.name, Box.whole(tensor.shape))
+def _reader(format: str, folder: Path, source: TensorSource) -> Read:
+    """Reads tensors of a folder, which its format opens as `source`."""
+    if not _has_independent(format, folder):
+        return lambda tensor, box: source.read(tensor.name, box)
+    files = load(_PACKAGE, format, "READER")(folder, source)
+    return lambda tensor, box: files.read(tensor, box.slices[0] if box.size else slice(0, 1))
 
 
 def check_whole(
@@ -56,42 +57,40 @@ def check_whole(
         written = destination.reopen()
     except CheckpointError as error:
         raise VerificationError(f"what was written cannot be read back: {error}") from error
-    ours = None if opened.edits else _whole_reader(opened.format, opened.path, opened.source)
-    theirs = _whole_reader(format, partial_folder(destination.path), written)
+    ours = None if opened.edits else _reader(opened.format, opened.path, opened.source)
+    theirs = _reader(format, partial_folder(destination.path), written)
     for name, tensor in destination.schema.items():
-        found = theirs(tensor)
-        if ours is not None:
-            before = opened.source.schema[name]
-            _require_equal(before, ours(before), tensor, found)
-        digest = fingerprint(tensor, [box_fingerprint(tensor, Box.whole(tensor.shape), found)])
-        if digest != fingerprints[name]:
+        total = PartialFingerprint()
+        for box in slabs(Box.whole(tensor.shape), ITEM_BYTES[tensor.dtype]):
+            found = theirs(tensor, box)
+            if ours is not None:
+                before = opened.source.schema[name]
+                _require_equal(before, ours(before, box), tensor, found, box)
+            total += box_fingerprint(tensor, box, found)
+            progress(found.nbytes)
+        if (digest := total.finish(tensor)) != fingerprints[name]:
             raise VerificationError(
                 f"what was written differs from the source: {name} has fingerprint {digest}, not {fingerprints[name]}"
             )
-        progress(found.nbytes)
 
 
-def _require_equal(before: LogicalTensor, ours: np.ndarray, after: LogicalTensor, theirs: np.ndarray) -> None:
-    """VerificationError unless `theirs` is `ours`, rounded to the nearest element of the dtype if it was cast."""
-    flat, other = ours.reshape(-1), theirs.reshape(-1)
-    for start in range(0, flat.size, _BLOCK):
-        x, y = flat[start : start + _BLOCK], other[start : start + _BLOCK]
-        wanted, got = as_float64(x, before.dtype), as_float64(y, after.dtype)
-        if before.dtype == after.dtype:
-            unequal = x.view(f"u{x.itemsize}") != y.view(f"u{y.itemsize}")
-        else:
-            wanted = nearest(wanted, after.dtype)
-            unequal = ~(
-                ((wanted == got) & (np.signbit(wanted) == np.signbit(got))) | (np.isnan(wanted) & np.isnan(got))
-            )
-        if not unequal.any():
-            continue
-        at = int(unequal.argmax())
-        index = [int(i) for i in np.unravel_index(start + at, ours.shape)]
-        raise VerificationError(
-            f"what was written differs from the source: {after.name}, first at {index}: {got[at]:.9g} was written, the "
-            f"source has {wanted[at]:.9g} (bits {_hex(y[at])}, from {_hex(x[at])})"
-        )
+def _require_equal(before: LogicalTensor, x: np.ndarray, after: LogicalTensor, y: np.ndarray, box: Box) -> None:
+    """VerificationError unless `y` is `x`, rounded to the nearest element of the dtype if it was cast."""
+    x, y = np.ascontiguousarray(x).reshape(-1), np.ascontiguousarray(y).reshape(-1)
+    wanted, got = as_float64(x, before.dtype), as_float64(y, after.dtype)
+    if before.dtype == after.dtype:
+        unequal = x.view(f"u{x.itemsize}") != y.view(f"u{y.itemsize}")
+    else:
+        wanted = nearest(wanted, after.dtype)
+        unequal = ~(((wanted == got) & (np.signbit(wanted) == np.signbit(got))) | (np.isnan(wanted) & np.isnan(got)))
+    if not unequal.any():
+        return
+    at = int(unequal.argmax())
+    index = [int(i) + first for i, first in zip(np.unravel_index(at, box.size), box.offset, strict=True)]
+    raise VerificationError(
+        f"what was written differs from the source: {after.name}, first at {index}: {got[at]:.9g} was written, the "
+        f"source has {wanted[at]:.9g} (bits {_hex(y[at])}, from {_hex(x[at])})"
+    )
 
 
 def nearest(values: np.ndarray, dtype: str) -> np.ndarray:

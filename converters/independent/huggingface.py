@@ -1,4 +1,4 @@
-"""Whole tensors of a Hugging Face folder by the safetensors library, turned as a whole by PyTorch.
+"""Tensors of a Hugging Face folder by the safetensors library, turned as a whole by PyTorch.
 
 The family's table says what lies where; how its operations act on a whole tensor is said here a second time.
 """
@@ -6,6 +6,7 @@ The family's table says what lies where; how its operations act on a whole tenso
 from __future__ import annotations
 
 import json
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -20,22 +21,28 @@ from workbench.spec.geometry import LogicalTensor
 
 
 class HuggingFaceFiles:
-    """The tensors of a folder, each loaded whole."""
+    """The tensors of a folder, each turned whole, the latest of them kept."""
 
     def __init__(self, folder: Path, source: TensorSource) -> None:
         assert isinstance(source, HuggingFaceSource)
         self._folder, self._places = folder, source.match.places
         index = folder / INDEX
         self._files = json.loads(index.read_bytes())["weight_map"] if index.exists() else {}
+        self._turned = lru_cache(maxsize=1)(self._turn)
 
-    def whole(self, tensor: LogicalTensor) -> np.ndarray:
-        """All elements of a logical tensor in storage dtype."""
-        foreign, rule = self._places[tensor.name]
+    def read(self, tensor: LogicalTensor, rows: slice) -> np.ndarray:
+        """These rows of a logical tensor in storage dtype (all of a scalar)."""
+        turned = self._turned(tensor.name)
+        return bits(turned[rows] if tensor.shape else turned)
+
+    def _turn(self, name: str) -> torch.Tensor:
+        """The logical tensor: a view of a mapped file, unless its elements are gathered from several places."""
+        foreign, rule = self._places[name]
         with safe_open(self._folder / self._files.get(foreign, WEIGHTS), framework="pt") as file:
             found = file.get_tensor(foreign)
         for operation in rule.view:
             found = apply(operation, found)
-        return bits(found)
+        return found
 
 
 def apply(operation: Operation, tensor: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Whole tensors of a native checkpoint from its safetensors files alone: by their headers, without the manifest."""
+"""Tensors of a native checkpoint from its safetensors files alone: by their headers, without the manifest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from workbench.spec.geometry import LogicalTensor
 
 
 class NativeFiles:
-    """Every `name@offset` of every file of a folder, pasted together."""
+    """Every `name@offset` of every file of a folder."""
 
     def __init__(self, folder: Path, _: TensorSource) -> None:
         self._folder = folder
@@ -33,23 +33,30 @@ class NativeFiles:
                 start = 8 + length + entry["data_offsets"][0]
                 self._pieces.setdefault(name, []).append((path, start, offset, entry["shape"]))
 
-    def whole(self, tensor: LogicalTensor) -> np.ndarray:
-        """All elements of a tensor in storage dtype; VerificationError when the files hold more or fewer."""
+    def read(self, tensor: LogicalTensor, rows: slice) -> np.ndarray:
+        """These rows of a tensor in storage dtype (all of a scalar); VerificationError when they are not all there."""
         dtype = np.dtype(NUMPY_NAMES[tensor.dtype])
-        array = np.zeros(tensor.shape, dtype)
+        array = np.zeros((rows.stop - rows.start, *tensor.shape[1:]), dtype) if tensor.shape else np.zeros((), dtype)
         held = 0
         for path, start, offset, size in self._pieces.get(tensor.name, ()):
-            found = np.fromfile(path, dtype, math.prod(size), offset=start)
-            region = tuple(slice(at, at + length) for at, length in zip(offset, size, strict=True))
-            if found.size != math.prod(size) or array[region].shape != tuple(size):
+            first, last = (max(rows.start, offset[0]), min(rows.stop, offset[0] + size[0])) if size else (0, 1)
+            if first >= last:
+                continue
+            row = math.prod(size[1:])
+            skipped = (first - offset[0]) * row * dtype.itemsize if size else 0
+            found = np.fromfile(path, dtype, (last - first) * row, offset=start + skipped)
+            others = tuple(slice(at, at + length) for at, length in zip(offset[1:], size[1:], strict=True))
+            region = (slice(first - rows.start, last - rows.start), *others) if size else ()
+            if found.size != (last - first) * row or array[region].size != found.size:
                 raise VerificationError(
                     f"{path}: the piece of {tensor.name} at {list(offset)} of {size} is not all there"
                 )
-            array[region] = found.reshape(size)
+            array[region] = found.reshape(array[region].shape)
             held += found.size
-        if held != tensor.numel:
+        if held != array.size:
             raise VerificationError(
-                f"{self._folder}: the files hold {held} elements of {tensor.name}, not {tensor.numel}"
+                f"{self._folder}: the files hold {held} elements of rows {rows.start} to {rows.stop} of {tensor.name}, "
+                f"not {array.size}"
             )
         return array
 
