@@ -15,6 +15,7 @@ from pretrain.schedules import schedule_named
 from tests.helpers.ranks import RankPool
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
+from workbench.parallel.host_memory import keep_freed_memory
 from workbench.parallel.mesh import Mesh
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -31,6 +32,7 @@ def seconds_a_step(
     model: ModelConfig, layout: ParallelLayout, dtype: torch.dtype, ids: torch.Tensor, micro_size: int
 ) -> float:
     """The faster of two steps over all rows of `ids` [B, T + 1], after one that warms up; called on every rank."""
+    keep_freed_memory()
     mesh = Mesh.create(layout, torch.device("cpu"))
     built = build_stage(model, mesh, compute_dtype=dtype)
     initialise(built.parameters, model, seed=1)
