@@ -60,17 +60,22 @@ class MaskedLm:
             ]
             return [Example(np.array(ids, dtype=np.int64), np.full(len(ids), IGNORE)) for ids in pieces]
 
-        held_out = {name: examples(paths) for name, paths in files_of(table).items()}
+        held_out = {
+            name: [hidden(example, number, stream=1) for number, example in enumerate(examples(paths))]
+            for name, paths in files_of(table).items()
+        }
         return Prepared(
             train=examples(table.train),
-            held_out={
-                name: [hidden(example, number, stream=1) for number, example in enumerate(found)]
-                for name, found in held_out.items()
-            },
+            held_out=held_out,
             judge=TextLoss(),
             num_labels=0,
             pad_id=specials.padding,
             identity={"kind": self.name},
+            notes=[
+                f"{name}: {plain} of {len(found)} rows hide nothing, for each of their words is more than 15 % of the row"
+                for name, found in held_out.items()
+                if (plain := sum(not example.num_labels for example in found))
+            ],
             words="hidden",
             vary=hidden,
         )
