@@ -72,7 +72,7 @@ class MaskedLm:
             pad_id=specials.padding,
             identity={"kind": self.name},
             notes=[
-                f"{name}: {plain} of {len(found)} rows hide nothing, for each of their words is more than 15 % of the row"
+                f"{name}: {plain} of {len(found)} rows hide nothing: each of their words is more than 15 % of them"
                 for name, found in held_out.items()
                 if (plain := sum(not example.num_labels for example in found))
             ],
