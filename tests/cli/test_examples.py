@@ -22,8 +22,8 @@ ROWS = {
     "names": [{"tokens": ["say", f"n{n}"], "labels": ["O", "B-NAME"]} for n in range(16)],
     "queries": [{"query": f"what is {n}", "positive": f"it is {n}"} for n in range(16)],
 }
-TASKS = ["lm", "several-labels", "pair", "regression", "multiple-choice", "tokens", "embedding"]
-NAMES = ["pretrain", "pretrain-experts", "finetune-classification", "finetune-lora", "finetune-sft"]
+TASKS = ["lm", "masked-lm", "several-labels", "pair", "regression", "multiple-choice", "tokens", "embedding"]
+NAMES = ["pretrain", "pretrain-experts", "pretrain-masked", "finetune-classification", "finetune-lora", "finetune-sft"]
 NAMES += [f"finetune-{task}" for task in TASKS]
 
 
@@ -47,6 +47,7 @@ def folder(tmp_path_factory):
                 write_rows(Path(f"data/{kind}-{name}.jsonl"), kind_rows)
         write_rows(Path("data/answers.jsonl"), [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(8)])
         assert run("pretrain") == 0
+        assert run("pretrain-masked") == 0
     return folder
 
 
@@ -67,7 +68,7 @@ def test_every_example_is_run_here():
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_trains_and_leaves_a_finished_run(folder, monkeypatch, name):
     monkeypatch.chdir(folder)
-    if name != "pretrain":
+    if name not in ("pretrain", "pretrain-masked"):
         assert run(name) == 0
     found = {path.name for path in Path("runs").iterdir() if RunFolder(path).status() is Status.DONE}
     folders = {"finetune-classification": "pycola", "finetune-lora": "pycola-lora", "finetune-sft": "answers"}
