@@ -231,10 +231,11 @@ class VectorJudge:
         records = np.reshape(sums, (-1, int(sums[0]) + 1))[:, 1:].reshape(-1, self._group, int(sums[0]) // self._group)
         scores = records[:, 0] @ records[:, 1:].reshape(-1, records.shape[-1]).T
         own = scores[np.arange(len(records)), np.arange(len(records)) * (self._group - 1)]
-        # Copies of the right one are as right as it is, whatever the rounding.
-        places = 1 + (scores > own[:, None] + 1e-9).sum(axis=1)
-        found = _share("recall_at_1", float((places == 1).sum()), float(len(records)))
-        return {**found, "mrr": float((1 / places).mean()), "rows": float(len(records))}
+        # Among equals, whatever the rounding, one is drawn: vectors that are all alike are no better than guessing.
+        nearer = (scores > own[:, None] + 1e-9).sum(axis=1)
+        equal = (np.abs(scores - own[:, None]) <= 1e-9).sum(axis=1)
+        found = _share("recall_at_1", float(((nearer == 0) / equal).sum()), float(len(records)))
+        return {**found, "mrr": float((1 / (nearer + (equal + 1) / 2)).mean()), "rows": float(len(records))}
 
 
 def matthews(right: np.ndarray, said: np.ndarray, true: np.ndarray) -> float:

@@ -239,8 +239,8 @@ def test_a_query_finds_its_own_text_among_all_held_out_ones(folder: Path) -> Non
     found = prepared(folder, "embedding")
     apart = score(found, own_vectors)
     assert apart["rows"] == 7 and apart == score(found, own_vectors, micro=1, dp=3)
-    strangers = score(found, lambda batch: own_vectors(batch).roll(1, dims=0))
-    assert apart["mrr"] > strangers["mrr"] and apart["recall_at_1"] > strangers["recall_at_1"]
+    alike = score(found, lambda batch: torch.ones(len(batch.input_ids), 4))
+    assert alike["recall_at_1"] == pytest.approx(1 / 14) and alike["mrr"] < 0.2 < apart["recall_at_1"]
 
 
 @settings(max_examples=30, deadline=None)
