@@ -35,6 +35,14 @@ class FinetuneConfig(EngineConfig):
     task: AnyTask = Field(description="What to learn: kind, files.")
     method: AnyMethod = Field(description="How to learn it: kind = full or lora, and its settings.")
 
+    @property
+    def keeps_documents_apart(self) -> bool:
+        return self.task.keeps_documents_apart
+
+    @property
+    def keeps_steps_whole(self) -> bool:
+        return self.task.keeps_steps_whole
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         found = self.batch.faults(self.parallel.dp) if self.parallel.dp != "auto" else []

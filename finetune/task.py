@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Protocol, Self
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
 from workbench.config import Config
 from workbench.registry import discover
+from workbench.spec.model import ModelConfig, ProblemType
 
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.engine import Loss
     from workbench.models.batch import Batch
+    from workbench.models.decoder import Output
     from workbench.tokenizer import Tokenizer
 
 IGNORE: Final = -100
@@ -34,15 +37,38 @@ class TaskTable(Config):
     train: Paths = Field(min_length=1, description="JSON-lines files to train on: a path or a list of paths.")
     valid: Paths = Field(default=(), description="Rows to judge the model by while it trains.")
     test: Paths = Field(default=(), description="Rows to judge the model by once, at the end; `wb eval` reads these.")
-    seed: int = Field(default=1234, ge=0, description="Decides the order of the training rows, alone.")
+    seed: int = Field(default=1234, ge=0, description="Decides the order of the training rows, and what they hide.")
+    controls: bool = Field(
+        default=False, description="Also train the same model from scratch, by as many steps, and judge it by test."
+    )
+
+    @model_validator(mode="after")
+    def _has_test_rows(self) -> Self:
+        if self.controls and not self.test:
+            raise ValueError("controls = true is judged by test rows, but there are none; give test, or remove it")
+        return self
+
+    @property
+    def keeps_documents_apart(self) -> bool:
+        """Whether rows hold several texts that do not see each other."""
+        return False
+
+    @property
+    def keeps_steps_whole(self) -> bool:
+        """Whether the loss of a row depends on all the others of its step."""
+        return False
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as numbers: input_ids [T]; labels [T], the token that follows each position, or [] a class number."""
+    """One row as numbers: input_ids [T]; labels [T], what is said of each token (by default which one follows), or [] a
+    class number. segments, documents [T]: as in a batch. targets [N]: numbers that a loss of rows compares with."""
 
     input_ids: np.ndarray
     labels: np.ndarray
+    segments: np.ndarray | None = None
+    documents: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     @property
     def num_labels(self) -> int:
@@ -51,29 +77,33 @@ class Example:
 
 
 class Judge(Protocol):
-    """Metrics of a task. Sums are added over microbatches and ranks, then turned into metrics once."""
+    """Metrics of a task. What microbatches add is put together over all ranks, then turned into metrics once."""
 
     @property
-    def output(self) -> Literal["loss", "token_losses", "logits"]:
+    def output(self) -> Output:
         """What the last stage computes for it."""
         ...
 
     def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        """What a microbatch adds to the sums, a float64 vector of fixed length; rows of ignored labels add nothing."""
+        """What a microbatch adds to the sums, a float64 vector of fixed length; or a matrix, of which every row is
+        kept. Rows of ignored labels add nothing."""
         ...
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """Metrics from the sums over everything."""
+        """Metrics from the sums over everything, or from all rows, one after the other in any order."""
         ...
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task's data, encoded and checked.
+    """A task's data, encoded and checked, and what it needs of a model.
 
-    held_out: examples by the name of the evaluation (valid, test). num_labels: outputs of the sequence head, 0 for the
-    language-model head. identity: JSON values that must not change between two parts of a run. notes: what the user
-    should know of the data (rows that were cut, say).
+    held_out: examples by the name of the evaluation (valid, test). num_labels: outputs of a head of labels, which reads
+    every token (label_tokens) or one for the row, and what they mean (problem_type). Without such a head the model
+    predicts `words`: the next ones or hidden ones; None: it ends with its last layer. group: so many rows in a row are
+    one sample. loss: None for that of the model's own labels. vary: what a row is in the n-th place of the endless
+    order. identity: JSON values that must not change between two parts of a run. notes: what the user should know of
+    the data (rows that were cut, say).
     """
 
     train: Sequence[Example]
@@ -83,6 +113,12 @@ class Prepared:
     pad_id: int
     identity: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    label_tokens: bool = False
+    problem_type: ProblemType | None = None
+    words: Literal["next", "hidden"] | None = "next"
+    group: int = 1
+    loss: Loss | None = None
+    vary: Callable[[Example, int], Example] | None = None
 
 
 class Task(Protocol):
@@ -97,8 +133,9 @@ class Task(Protocol):
     @property
     def table(self) -> type[TaskTable]: ...
 
-    def prepare(self, table: Any, tokenizer: Tokenizer, *, max_tokens: int) -> Prepared:
-        """The data of `table` in at most `max_tokens` tokens a row; DataError names file and line of what is wrong."""
+    def prepare(self, table: Any, tokenizer: Tokenizer, *, model: ModelConfig, max_tokens: int) -> Prepared:
+        """The data of `table` for the base `model` in at most `max_tokens` tokens a row; DataError names file and line
+        of what is wrong."""
         ...
 
 

@@ -13,7 +13,18 @@ from workbench.run_folder import RunFolder, Status
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEWER = ["run.steps=2", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=32", "optim.warmup=1"]
-NAMES = ["pretrain", "pretrain-experts", "finetune-classification", "finetune-lora", "finetune-sft"]
+ROWS = {
+    "texts": [{"text": f"text {n} says little"} for n in range(16)],
+    "topics": [{"text": f"text {n}", "labels": ["odd"] * (n % 2) + ["small"] * (n < 5)} for n in range(16)],
+    "pairs": [{"text": f"x = {n}", "text_pair": f"x == {n + n % 2}", "label": n % 2} for n in range(16)],
+    "scores": [{"text": f"{n}", "text_pair": f"{n % 3}", "label": n / 3} for n in range(16)],
+    "choices": [{"text": f"{n} is", "choices": ["even", "odd"], "label": n % 2} for n in range(16)],
+    "names": [{"tokens": ["say", f"n{n}"], "labels": ["O", "B-NAME"]} for n in range(16)],
+    "queries": [{"query": f"what is {n}", "positive": f"it is {n}"} for n in range(16)],
+}
+TASKS = ["lm", "masked-lm", "several-labels", "pair", "regression", "multiple-choice", "tokens", "embedding"]
+NAMES = ["pretrain", "pretrain-experts", "pretrain-masked", "finetune-classification", "finetune-lora", "finetune-sft"]
+NAMES += [f"finetune-{task}" for task in TASKS]
 
 
 @pytest.fixture(scope="module")
@@ -31,8 +42,12 @@ def folder(tmp_path_factory):
         rows = [{"text": f"x = {n}" if n % 2 else f"x {n} =", "label": n % 2} for n in range(16)]
         for name in ("train", "test"):
             write_rows(Path(f"data/pycola/{name}.jsonl"), rows)
+        for kind, kind_rows in ROWS.items():
+            for name in ("train", "test"):
+                write_rows(Path(f"data/{kind}-{name}.jsonl"), kind_rows)
         write_rows(Path("data/answers.jsonl"), [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(8)])
         assert run("pretrain") == 0
+        assert run("pretrain-masked") == 0
     return folder
 
 
@@ -41,7 +56,8 @@ def write_rows(path: Path, rows: list[dict]) -> None:
 
 
 def run(name: str) -> int:
-    return main([name.partition("-")[0], str(EXAMPLES / f"{name}.toml"), *FEWER, "-q"])
+    fewer = [*FEWER, "batch.micro_size=4"] if name == "finetune-embedding" else FEWER
+    return main([name.partition("-")[0], str(EXAMPLES / f"{name}.toml"), *fewer, "-q"])
 
 
 def test_every_example_is_run_here():
@@ -52,8 +68,8 @@ def test_every_example_is_run_here():
 @pytest.mark.parametrize("name", NAMES)
 def test_an_example_trains_and_leaves_a_finished_run(folder, monkeypatch, name):
     monkeypatch.chdir(folder)
-    if name != "pretrain":
+    if name not in ("pretrain", "pretrain-masked"):
         assert run(name) == 0
     found = {path.name for path in Path("runs").iterdir() if RunFolder(path).status() is Status.DONE}
     folders = {"finetune-classification": "pycola", "finetune-lora": "pycola-lora", "finetune-sft": "answers"}
-    assert folders.get(name, name) in found
+    assert folders.get(name, name.removeprefix("finetune-")) in found
