@@ -1,17 +1,21 @@
 """Encoded examples as the engine wants them: microbatches in an order that the seed alone decides, padded to the right.
 
+A row is an example, or several that do not see each other.
+
 The n-th row of a run is a function of n: not of ranks, batch size or steps, so a resume only needs to know n.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 
+from finetune.packing import bins_of
 from finetune.task import IGNORE, Example, Judge, Prepared
 from pretrain.engine import Evaluation, Permutation, Rows, Share
 from workbench.models.batch import Batch
@@ -21,12 +25,23 @@ from workbench.models.decoder import Output
 class TaskObjective:
     """Learns from the training rows of a task, judged by its held-out rows (`Objective`)."""
 
-    def __init__(self, prepared: Prepared, *, seed: int, judged_by: Sequence[str] = ("valid",)) -> None:
+    def __init__(
+        self,
+        prepared: Prepared,
+        *,
+        seed: int,
+        judged_by: Sequence[str] = ("valid",),
+        packed_tokens: int | None = None,
+    ) -> None:
+        """packed_tokens: of the rows that examples share; None when each has its own."""
         self._prepared = prepared
-        size = len(prepared.train)
+        lengths = [len(example.input_ids) for example in prepared.train]
+        self._bins = None if packed_tokens is None else bins_of(lengths, packed_tokens, seed=seed)
+        size = len(lengths if self._bins is None else self._bins)
         self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(size, key=f"seed {seed}/rows/epoch {epoch}"))
         self.evaluations: tuple[Evaluation, ...] = evaluations(prepared, judged_by)
-        self.identity: dict[str, Any] = {**prepared.identity, "seed": seed, "rows": size}
+        packing = {} if packed_tokens is None else {"packed_tokens": packed_tokens}
+        self.identity: dict[str, Any] = {**prepared.identity, "seed": seed, "rows": size, **packing}
 
     def train_rows(self, share: Share, *, step: int, first_sample: int, global_size: int) -> list[Rows]:
         """This rank's microbatches of the step that begins at row `first_sample` of the endless order.
@@ -38,14 +53,17 @@ class TaskObjective:
         return [self._rows(order[start : start + share.micro_size]) for start in starts]
 
     def _length(self, sample: int) -> int:
-        return len(self._prepared.train[self._row(sample)].input_ids)
+        return sum(len(example.input_ids) for example in self._examples(sample))
 
     def _rows(self, ids: Sequence[int]) -> Rows:
-        return pad([self._prepared.train[self._row(n)] for n in ids], ids, self._prepared.pad_id)
+        rows, pad_id = [self._examples(n) for n in ids], self._prepared.pad_id
+        return pad([row[0] for row in rows], ids, pad_id) if self._bins is None else pack(rows, ids, pad_id)
 
-    def _row(self, sample: int) -> int:
-        epoch, position = divmod(sample, len(self._prepared.train))
-        return self._order(epoch)(position)
+    def _examples(self, sample: int) -> list[Example]:
+        """What row `sample` of the endless order holds."""
+        epoch, position = divmod(sample, self.identity["rows"])
+        row = self._order(epoch)(position)
+        return [self._prepared.train[n] for n in ([row] if self._bins is None else self._bins[row])]
 
 
 class TaskEvaluation:
@@ -101,6 +119,20 @@ def pad(examples: Sequence[Example], sample_ids: Sequence[int], pad_id: int) -> 
         else:
             labels[row] = example.labels
     return Rows(input_ids, labels, np.array(sample_ids, dtype=np.int64), lengths)
+
+
+def pack(bins: Sequence[Sequence[Example]], sample_ids: Sequence[int], pad_id: int) -> Rows:
+    """One row a bin. A document is numbered by the place where it begins; each token of padding is one of its own."""
+    joined = [
+        Example(np.concatenate([one.input_ids for one in parts]), np.concatenate([one.labels for one in parts]))
+        for parts in bins
+    ]
+    rows = pad(joined, sample_ids, pad_id)
+    documents = np.tile(np.arange(rows.input_ids.shape[1]), (len(bins), 1))
+    for row, parts in enumerate(bins):
+        lengths = [len(one.input_ids) for one in parts]
+        documents[row, : sum(lengths)] = np.repeat(np.cumsum([0, *lengths[:-1]]), lengths)
+    return replace(rows, documents=documents)
 
 
 def _output(judge: Judge) -> Output:

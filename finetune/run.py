@@ -11,6 +11,7 @@ import torch
 
 from finetune.config import FinetuneConfig, adapter_of, task_of
 from finetune.objective import TaskObjective, evaluations
+from finetune.packing import packing_faults
 from finetune.task import Prepared, TaskTable
 from pretrain.engine import Pipeline, RunResult, Subject, Trainer, Watcher, evaluate, length_faults, schedule_named
 from workbench.checkpoint.source import TensorSource
@@ -71,7 +72,8 @@ class Finetuning:
             lineage=base.lineage,
             adapter=self.record,
         )
-        objective = TaskObjective(self.prepared, seed=config.task.seed)
+        packed_tokens = config.batch.seq_len if config.batch.packing else None
+        objective = TaskObjective(self.prepared, seed=config.task.seed, packed_tokens=packed_tokens)
         self.trainer = Trainer(config, subject, objective, mesh, watcher=watcher, dtype=dtype)
 
     def run(self) -> RunResult:
@@ -145,7 +147,8 @@ def evaluate_model(
 
 def prepare(config: FinetuneConfig, model: ModelConfig, tokenizer: Tokenizer) -> Prepared:
     """The task's data, encoded and checked against the model."""
-    if faults := length_faults(model, config.batch.seq_len):
+    faults = length_faults(model, config.batch.seq_len)
+    if faults := faults + (packing_faults(model, config.batch.seq_len) if config.batch.packing else []):
         raise ConfigError("; ".join(faults))
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(

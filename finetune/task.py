@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
 
 import numpy as np
 from pydantic import BeforeValidator, Field
 
+from finetune.rows import read_rows
+from finetune.shapes import Recognised, Shape, recognise
 from workbench.config import Config
 from workbench.registry import discover
 
@@ -31,18 +33,32 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_as_paths)]
 class TaskTable(Config):
     """What every [task] table has."""
 
-    train: Paths = Field(min_length=1, description="JSON-lines files to train on: a path or a list of paths.")
+    packs: ClassVar[bool] = False
+    """Whether several examples may share a row (batch.packing): each token is labelled, and sees those before it."""
+
+    train: Paths = Field(
+        min_length=1,
+        description="What to learn: .jsonl, .json, .csv, .tsv, .parquet, a folder of them, hf:NAME[:CONFIG][:SPLIT]; "
+        "one or a list.",
+    )
     valid: Paths = Field(default=(), description="Rows to judge the model by while it trains.")
     test: Paths = Field(default=(), description="Rows to judge the model by once, at the end; `wb eval` reads these.")
+    columns: dict[str, str] = Field(
+        default={}, description='What columns of the rows are called, where not as expected: {prompt = "question"}.'
+    )
     seed: int = Field(default=1234, ge=0, description="Decides the order of the training rows, alone.")
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as numbers: input_ids [T]; labels [T], the token that follows each position, or [] a class number."""
+    """One row as numbers: input_ids [T]; labels [T], the token that follows each position, or [] a class number.
+
+    place: where the row lies, 'train.jsonl:12'.
+    """
 
     input_ids: np.ndarray
     labels: np.ndarray
+    place: str = ""
 
     @property
     def num_labels(self) -> int:
@@ -83,6 +99,7 @@ class Prepared:
     pad_id: int
     identity: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    read_as: Mapping[str, str] = field(default_factory=dict)
 
 
 class Task(Protocol):
@@ -105,6 +122,14 @@ class Task(Protocol):
 def tasks() -> dict[str, Task]:
     """Every task by name."""
     return discover("finetune.tasks", "TASK")
+
+
+def read(table: TaskTable, shapes: Sequence[Shape]) -> dict[str, Recognised]:
+    """The rows of train and of each evaluation, recognised as one of `shapes`; DataError for those that are not."""
+    return {
+        name: recognise(read_rows(paths, columns=table.columns), shapes, columns=table.columns)
+        for name, paths in {"train": table.train, **files_of(table)}.items()
+    }
 
 
 def files_of(table: TaskTable) -> dict[str, tuple[str, ...]]:

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from finetune.jsonl import Row, places, read_rows, text_of
-from finetune.task import IGNORE, Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.rows import Row, places, text_of
+from finetune.shapes import LABELS
+from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
 from workbench.config_faults import nearest
 from workbench.errors import DataError
 
@@ -44,7 +45,8 @@ class Classification:
 
     def prepare(self, table: ClassificationTable, tokenizer: Tokenizer, *, max_tokens: int) -> Prepared:
         """The encoded rows; DataError for rows without a text or with a label that is not known."""
-        rows = read_rows(table.train)
+        found = read(table, (LABELS,))
+        rows = found["train"].rows
         names = list(table.labels) if table.labels is not None else _sorted_labels(rows)
         if len(names) < 2:
             raise DataError(
@@ -53,7 +55,7 @@ class Classification:
             )
         encoder = _Encoder(tokenizer, max_tokens, {name: index for index, name in enumerate(names)})
         train = encoder.examples(rows)
-        held_out = {name: encoder.examples(read_rows(paths)) for name, paths in files_of(table).items()}
+        held_out = {name: encoder.examples(one.rows) for name, one in found.items() if name != "train"}
         common = Counter(int(example.labels) for example in train).most_common(1)[0][0]
         return Prepared(
             train=train,
@@ -63,6 +65,7 @@ class Classification:
             pad_id=pad_id_of(tokenizer),
             identity={"kind": self.name, "labels": names},
             notes=encoder.notes,
+            read_as={name: one.told for name, one in found.items()},
         )
 
 
@@ -83,8 +86,8 @@ class _Encoder:
             what = f"{len(cut)} rows are longer than {self.max_tokens} tokens ({places(cut)})"
             self.notes.append(f"{what}; only their beginning is read")
         return [
-            Example(np.array(tokens[: self.max_tokens], dtype=np.int64), np.array(label, dtype=np.int64))
-            for tokens, label in zip(ids, labels, strict=True)
+            Example(np.array(tokens[: self.max_tokens], dtype=np.int64), np.array(label, dtype=np.int64), row.place)
+            for row, tokens, label in zip(rows, ids, labels, strict=True)
         ]
 
     def _class(self, row: Row) -> int:
