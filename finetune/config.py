@@ -50,6 +50,11 @@ class FinetuneConfig(EngineConfig):
     def keeps_documents_apart(self) -> bool:
         return self.batch.packing
 
+    @property
+    def packed_tokens(self) -> int | None:
+        """Tokens of the rows that examples share; None when each has its own."""
+        return self.batch.seq_len if self.batch.packing else None
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         found = self.batch.faults(self.parallel.dp) if self.parallel.dp != "auto" else []

@@ -72,8 +72,7 @@ class Finetuning:
             lineage=base.lineage,
             adapter=self.record,
         )
-        packed_tokens = config.batch.seq_len if config.batch.packing else None
-        objective = TaskObjective(self.prepared, seed=config.task.seed, packed_tokens=packed_tokens)
+        objective = TaskObjective(self.prepared, seed=config.task.seed, packed_tokens=config.packed_tokens)
         self.trainer = Trainer(config, subject, objective, mesh, watcher=watcher, dtype=dtype)
 
     def run(self) -> RunResult:

@@ -57,7 +57,7 @@ PROMPTS: Final = Shape("prompts", ("prompt", "completion"))
 PREFERENCES: Final = Shape("preferences", ("chosen", "rejected"), ("prompt",))
 LABELS: Final = Shape("labels", ("text", "label"))
 ANSWERS: Final = (MESSAGES, SHAREGPT, ALPACA, PROMPTS)
-SHAPES: Final = (*ANSWERS, PREFERENCES, LABELS)
+SHAPES: Final = (PREFERENCES, LABELS, *ANSWERS)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def recognise(rows: Sequence[Row], shapes: Sequence[Shape], *, columns: Mapping[
 
 def _unrecognised(rows: Sequence[Row], shapes: Sequence[Shape]) -> str:
     have = list(rows[0].values)
-    near = min(reversed(shapes), key=lambda shape: len(set(shape.needs) - set(have)))
+    near = max(reversed(shapes), key=lambda shape: len(set(shape.needs) & set(have)))
     lacks = next(name for name in near.needs if name not in have)
     theirs = next((name for name in have if name not in (*near.needs, *near.may)), "NAME")
     return (
