@@ -100,20 +100,18 @@ def observe(model: ModelConfig, layout: ParallelLayout, packed: bool) -> tuple[f
     return total, boxes_of(built.parameters, gradients=True)
 
 
-LAYOUTS = [
-    ParallelLayout(),
-    ParallelLayout(tp=2, sequence_parallel=True),
-    ParallelLayout(pp=2),
-    ParallelLayout(cp=2),
-    ParallelLayout(cp=2, context="ring"),
+CASES = [
+    (ParallelLayout(), {}),
+    (ParallelLayout(tp=2, sequence_parallel=True), {}),
+    (ParallelLayout(pp=2), {}),
+    (ParallelLayout(cp=2), {}),
+    (ParallelLayout(cp=2, context="ring"), {"sliding_window": 3}),
+    (ParallelLayout(tp=2), {"position_embedding": "learned"}),
 ]
 
 
 @pytest.mark.parity
-@pytest.mark.parametrize(
-    "changes", [{}, {"sliding_window": 3}, {"position_embedding": "learned"}], ids=["rope", "window", "learned"]
-)
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+@pytest.mark.parametrize(("layout", "changes"), CASES, ids=str)
 def test_loss_and_gradients_of_shared_rows_are_those_of_rows_apart(
     layout: ParallelLayout, changes: dict[str, object]
 ) -> None:
@@ -123,6 +121,21 @@ def test_loss_and_gradients_of_shared_rows_are_those_of_rows_apart(
     for there, gradients_there in run_ranks(layout.world_size, observe, model, layout, True):
         assert there == pytest.approx(loss, rel=1e-10)
         assert largest_difference(gradients_there, whole) < 1e-10
+
+
+@pytest.mark.parametrize("changed", range(3))
+def test_no_example_feels_what_shares_its_row(changed: int) -> None:
+    built = build_stage(tiny_model(), Mesh.single(), dtype=torch.float64)
+    initialise(built.parameters, tiny_model(), seed=7)
+    row = [example(5, 1), example(4, 2), example(6, 3)]
+    other = [example(len(one.input_ids), 90) if n == changed else one for n, one in enumerate(row)]
+    with torch.no_grad():
+        before, after = (
+            built.module(None, to_batch(pack([parts], [0], 0), torch.device("cpu")), "logits") for parts in (row, other)
+        )
+    moved = (before != after).any(dim=-1)[0]
+    whose = torch.repeat_interleave(torch.arange(3), torch.tensor([5, 4, 6]))
+    assert moved[whose == changed].any() and not moved[whose != changed].any()
 
 
 def test_the_rows_of_a_step_do_not_depend_on_the_ranks_that_share_them() -> None:
