@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
+from finetune.pieces import pieces_of_example, pieces_of_row, shortened
 from finetune.preflight import Survey, survey
 from finetune.rows import Row
-from finetune.spans import pieces_of_example, pieces_of_row, shortened
 from finetune.tasks.classification import TASK as CLASSIFICATION
 from finetune.tasks.classification import ClassificationTable
 from finetune.tasks.sft import TASK as SFT

@@ -58,10 +58,10 @@ def preview_rows(
     out: Output, source: str, *, tokenizer: Path | None, maps: Sequence[str], seq_len: int, count: int, chars: int
 ) -> None:
     """The first rows of a file, a folder or a dataset, by their shape; answers as tokens when there is a tokenizer."""
+    from finetune.pieces import pieces_of_row, shortened
     from finetune.preflight import survey
     from finetune.rows import read_rows
     from finetune.shapes import ANSWERS, SHAPES, recognise
-    from finetune.spans import pieces_of_row, shortened
     from finetune.tasks.sft import TASK, SftTable
     from workbench.tokenizer import Tokenizer
 
@@ -78,7 +78,7 @@ def preview_rows(
 
 
 def _samples(prepared: Prepared, tokenizer: Tokenizer, count: int, chars: int) -> list[Sample]:
-    from finetune.spans import pieces_of_example, shortened
+    from finetune.pieces import pieces_of_example, shortened
 
     names = prepared.identity.get("labels", [])
     found: list[Sample] = []
