@@ -78,6 +78,7 @@ class NoData:
     """An objective without data: steps are made from rows that never change."""
 
     evaluations = ()
+    loss = None
     identity: Mapping[str, Any] = MappingProxyType({})
 
     def train_rows(self, *_: Any, **__: Any) -> list[Any]:

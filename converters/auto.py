@@ -22,10 +22,14 @@ class AutoClass:
 
 def auto_class(model: ModelConfig) -> AutoClass:
     """The class that loads `model` with the heads that it has."""
+    if model.label_tokens:
+        return AutoClass("AutoModelForTokenClassification", "token-classification", {"logits": "logits"})
     if model.num_labels:
         return AutoClass("AutoModelForSequenceClassification", "text-classification", {"logits": "logits"})
     if model.num_encoder_layers:
         return AutoClass("AutoModelForSeq2SeqLM", "text2text-generation", {"logits": "logits"})
+    if model.causal and not model.lm_head:
+        return AutoClass("AutoModel", "feature-extraction", {"logits": "last_hidden_state"})
     if model.causal:
         return AutoClass("AutoModelForCausalLM", "text-generation", {"logits": "logits"})
     if model.next_sentence:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Final
 
@@ -46,6 +46,9 @@ FIXED: Final = (
     Fixed("auto_map", (None, {})),
 )
 
+LABELS: Final = {"num_labels", "label_tokens", "problem_type"}
+"""Fields that are the class's, or written for all families alike."""
+
 DROPOUTS: Final = {"mlp_dropout": 0.0, "final_dropout": 0.0, "classifier_dropout": 0.0}
 """Fields that few families can say; for inference none needs to."""
 
@@ -65,9 +68,9 @@ class IgnoredTensor:
 class Family:
     """One model family of transformers.
 
-    causal_lm, sequence_classification: the classes of transformers with these heads, where the family has them.
-    other_classes: further classes, each with the features that it stands for; one that is sequence_classification has
-    its features here. The first of all is what a configuration without a class means.
+    causal_lm, sequence_classification, token_classification: the classes of transformers with these heads, and body the
+    one without, where the family has them. other_classes: further classes, each with the features that it stands for;
+    one of those above has its features here. The first of all is what a configuration without a class means.
     prefix: what a model with a head puts before the names of its body; files of the bare body lack it.
     features: fields of ModelConfig that have one value in this family; what is named nowhere has its default, which for
     a feature is to be without it. unused: fields that mean nothing in it.
@@ -81,6 +84,8 @@ class Family:
     model_type: str
     causal_lm: str | None = None
     sequence_classification: str | None = None
+    token_classification: str | None = None
+    body: str | None = None
     other_classes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     prefix: str
     fields: tuple[FieldRule, ...]
@@ -104,18 +109,22 @@ class Family:
     @property
     def classes(self) -> Mapping[str, Mapping[str, Any]]:
         """Every class of transformers that the family has, with the features that it stands for."""
-        plain = [name for name in (self.causal_lm, self.sequence_classification) if name is not None]
-        return {**{name: {} for name in plain if name not in self.other_classes}, **self.other_classes}
+        words: dict[str, Any] = {} if self.body is None else {"lm_head": True}
+        own = {self.causal_lm: words, self.sequence_classification: {}, self.token_classification: {}}
+        plain = {**own, self.body: {"lm_head": False}}
+        return {**{name: features for name, features in plain.items() if name is not None}, **self.other_classes}
 
     def architecture(self, model: ModelConfig) -> str:
         """The class of transformers that this model is; ConversionError when there is none."""
         values = model.model_dump()
         for name, features in self.classes.items():
-            is_classifier = name == self.sequence_classification
-            if is_classifier == bool(model.num_labels) and all(values[key] == features[key] for key in features):
+            labels = {self.sequence_classification: "row", self.token_classification: "tokens"}.get(name)
+            has = None if not model.num_labels else "tokens" if model.label_tokens else "row"
+            if labels == has and all(values[key] == features[key] for key in features):
                 return name
         heads = {key: values[key] for features in self.classes.values() for key in features}
-        said = ", ".join(f"{key}={value!r}" for key, value in {"num_labels": model.num_labels, **heads}.items())
+        labels_said = {"num_labels": model.num_labels, "label_tokens": model.label_tokens}
+        said = ", ".join(f"{key}={value!r}" for key, value in {**labels_said, **heads}.items())
         raise ConversionError(f"none of {', '.join(self.classes)} has {said}")
 
     def current(self, name: str) -> str:
@@ -151,17 +160,21 @@ class Family:
         return {key for rule in self._all_fields for key in rule.keys} | HARMLESS | set(self.harmless)
 
     def _heads(self, given: Mapping[str, Any], faults: list[str]) -> dict[str, Any]:
-        """num_labels, and the features that the class of `given` stands for."""
+        """The head of labels, and the features that the class of `given` stands for."""
         named = given.get("architectures") or list(self.classes)[:1]
         found = [name for name in self.classes if name in named]
         if not found:
             faults.append(f"architectures={named!r}, only {' and '.join(self.classes)}")
             return {"num_labels": 0}
-        if self.sequence_classification not in found:
+        if found[0] not in (self.sequence_classification, self.token_classification):
             return {"num_labels": 0, **self.classes[found[0]]}
         labels = given.get("id2label")
-        count = len(labels) if labels else int(given.get("num_labels") or 2)
-        return {"num_labels": count, **self.classes[self.sequence_classification]}
+        head = {
+            "num_labels": len(labels) if labels else int(given.get("num_labels") or 2),
+            "label_tokens": found[0] == self.token_classification,
+            "problem_type": given.get("problem_type"),
+        }
+        return {**head, **self.classes[found[0]]}
 
     def dump_config(self, model: ModelConfig, dtype: str, original: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """The foreign configuration of `model`, whose weights are of torch type `dtype`.
@@ -196,6 +209,8 @@ class Family:
         architecture = self.architecture(model)
         heading: dict[str, Any] = {"model_type": self.model_type, "architectures": [architecture]}
         heading["dtype" if "torch_dtype" not in original or "dtype" in original else "torch_dtype"] = dtype
+        if model.problem_type is not None or "problem_type" in original:
+            heading["problem_type"] = model.problem_type
         if not model.num_labels or (
             architecture in (original.get("architectures") or ())
             and model.num_labels == self._heads(original, [])["num_labels"]
@@ -217,7 +232,7 @@ class Family:
         named |= {*self.training_only, *self.unused, *DROPOUTS}
         named |= {name for features in self.classes.values() for name in features}
         defaults = {name: field.default for name, field in ModelConfig.model_fields.items()}
-        unnamed = {name: value for name, value in defaults.items() if name not in named | {"num_labels"}}
+        unnamed = {name: value for name, value in defaults.items() if name not in named | LABELS}
         return {**unnamed, **self.features}
 
     def left_out(self, model: ModelConfig) -> dict[str, Any]:
@@ -233,6 +248,7 @@ class Family:
         table = {rule.logical: rule for rule in rules or self.rules(model)}
         bound: dict[str, Rule] = {}
         homeless: list[str] = []
+        absent = "" if model.lm_head or model.num_labels else self.prefix
         for name in logical_tensors(model, "F32"):
             layer = re.fullmatch(r"layers\.(\d+)\..*", name)
             pattern = f"layers.{{i}}.{name.split('.', 2)[2]}" if layer else name
@@ -242,6 +258,7 @@ class Family:
                 bound[name] = table[name]
             else:
                 homeless.append(name)
+        bound = {name: replace(rule, foreign=rule.foreign.removeprefix(absent)) for name, rule in bound.items()}
         if homeless:
             raise ConversionError(f"{summarise(homeless, 'has', 'have')} no place in family {self.name!r}")
         return bound

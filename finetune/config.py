@@ -55,6 +55,10 @@ class FinetuneConfig(EngineConfig):
         """Tokens of the rows that examples share; None when each has its own."""
         return self.batch.seq_len if self.batch.packing else None
 
+    @property
+    def keeps_steps_whole(self) -> bool:
+        return self.task.keeps_steps_whole
+
     @model_validator(mode="after")
     def _fits(self) -> Self:
         found = self.batch.faults(self.parallel.dp) if self.parallel.dp != "auto" else []

@@ -1,6 +1,6 @@
-"""Which examples share a row, in which they do not see each other: less padding, the same loss. No torch.
+"""Several examples in a row, in which they do not see each other: less padding, the same loss. No torch.
 
-It is a function of their lengths and the seed: not of ranks, batch size or steps.
+Which share a row is a function of their lengths and the seed: not of ranks, batch size or steps.
 """
 
 from __future__ import annotations
@@ -8,7 +8,11 @@ from __future__ import annotations
 import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
+from dataclasses import replace
 
+import numpy as np
+
+from finetune.task import Example, Prepared
 from pretrain.data.permutation import Permutation
 from workbench.spec.model import ModelConfig
 
@@ -24,6 +28,22 @@ def packing_faults(model: ModelConfig, row_tokens: int) -> list[str]:
         f"otherwise in sequences of more than {change} tokens, so a long example changes the short ones of its row; "
         f"lower seq_len to {change} or set packing = false"
     ]
+
+
+def packed(prepared: Prepared, row_tokens: int, *, seed: int) -> Prepared:
+    """The data with its training examples in fewer rows of at most `row_tokens` tokens, each a document of its row."""
+    bins = bins_of([len(example.input_ids) for example in prepared.train], row_tokens, seed=seed)
+    rows = [joined([prepared.train[index] for index in one]) for one in bins]
+    return replace(prepared, train=rows, identity={**prepared.identity, "packed_tokens": row_tokens})
+
+
+def joined(examples: Sequence[Example]) -> Example:
+    """The examples as one row."""
+    return Example(
+        np.concatenate([example.input_ids for example in examples]),
+        np.concatenate([example.labels for example in examples]),
+        documents=np.repeat(np.arange(len(examples)), [len(example.input_ids) for example in examples]),
+    )
 
 
 def bins_of(lengths: Sequence[int], capacity: int, *, seed: int) -> list[list[int]]:

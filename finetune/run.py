@@ -5,24 +5,25 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from finetune.config import FinetuneConfig, adapter_of, task_of
 from finetune.objective import TaskObjective, evaluations
-from finetune.packing import packing_faults
+from finetune.packing import packed, packing_faults
 from finetune.task import Prepared, TaskTable
 from pretrain.engine import Pipeline, RunResult, Subject, Trainer, Watcher, evaluate, length_faults, schedule_named
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConfigError, DataError
 from workbench.models.build import build_stage, initialise
+from workbench.models.decoder import DecoderStage
 from workbench.models.state import load
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
 from workbench.spec.lora import A_SUFFIX, B_SUFFIX, AdapterRecord, adapter_tensors
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import logical_tensors, num_parameters
+from workbench.spec.schema import logical_tensors, num_parameters, predicts_words
 from workbench.tokenizer import Tokenizer
 
 
@@ -54,12 +55,12 @@ class Finetuning:
 
         Raises ConfigError, DataError or CheckpointError before anything is trained.
         """
-        self.config, self.base = config, base
+        self.config, self.base, self._dtype = config, base, dtype
         self._watcher = watcher if mesh.world.rank == 0 else None
         tokenizer = tokenizer_of(base, config.tokenizer)
         self.prepared = prepare(config, base.model, tokenizer)
         self.model = tuned_model(base.model, self.prepared)
-        adapter = adapter_of(config)
+        adapter = self._adapter = adapter_of(config)
         adapter.check(config.method, self.model)
         self.record: AdapterRecord | None = adapter.record(
             config.method, base=base.path, base_fingerprint=base.fingerprint
@@ -67,20 +68,22 @@ class Finetuning:
         subject = Subject(
             self.model,
             fill=self._fill,
-            adapt=lambda stage: adapter.attach(config.method, stage),
+            adapt=self._adapt,
             tokenizer=tokenizer.path,
             lineage=base.lineage,
             adapter=self.record,
         )
-        objective = TaskObjective(self.prepared, seed=config.task.seed, packed_tokens=config.packed_tokens)
-        self.trainer = Trainer(config, subject, objective, mesh, watcher=watcher, dtype=dtype)
+        tokens, seed = config.packed_tokens, config.task.seed
+        rows = self.prepared if tokens is None else packed(self.prepared, tokens, seed=seed)
+        self._objective = TaskObjective(rows, seed=seed)
+        self.trainer = Trainer(config, subject, self._objective, mesh, watcher=watcher, dtype=dtype)
 
     def run(self) -> RunResult:
         """Trains, judges by the valid rows while training, and by the test rows at the end."""
         result = self.trainer.run()
         if result.interrupted:
             return result
-        found = self.test()
+        found = {**self.test(), **self.controls()}
         if found and self._watcher is not None:
             self._watcher.measured({"step": result.step, "tokens": result.tokens, **found})
         return replace(result, metrics={**result.metrics, **found})
@@ -89,12 +92,33 @@ class Finetuning:
         """Metrics over the test rows, by `test/<metric>`; none when the task names no test rows."""
         return judge(self.trainer.pipeline, self.prepared, self.config.batch.micro_size, names=("test",))
 
+    def controls(self) -> dict[str, float]:
+        """The same for the same model trained whole and as long from initial weights, where the task asks for it."""
+        if not self.config.task.controls:
+            return {}
+        run = self.config.run.model_copy(update={"dir": str(Path(self.config.run.dir) / "from-scratch")})
+        config = self.config.model_copy(update={"run": run})
+        subject = Subject(self.model, fill=lambda new: initialise(new, self.model, seed=run.seed), adapt=self._freeze)
+        trainer = Trainer(config, subject, self._objective, self.trainer.mesh, dtype=self._dtype)
+        trainer.run()
+        found = judge(trainer.pipeline, self.prepared, config.batch.micro_size, names=("test",))
+        return {f"from_scratch/{name}": value for name, value in found.items()}
+
     @property
     def num_trained(self) -> int:
         """Logical elements that are trained, over all ranks."""
         if self.record is None:
             return num_parameters(self.model)
         return sum(tensor.numel for tensor in adapter_tensors(self.model, self.record.lora, "F32").values())
+
+    def _adapt(self, stage: DecoderStage) -> None:
+        self._adapter.attach(self.config.method, stage)
+        self._freeze(stage)
+
+    def _freeze(self, stage: DecoderStage) -> None:
+        """Of a body without heads the pooler, which nothing reads."""
+        if not self.model.lm_head and stage.has_head and self.model.pooler:
+            stage.pooler.requires_grad_(False)
 
     def _fill(self, parameters: list[LiveParameter]) -> None:
         """The base's values, and initial ones for what the base does not have: adapters and a new head."""
@@ -131,13 +155,12 @@ def evaluate_model(
     prepared = prepare(config, model, tokenizer_of(base, config.tokenizer))
     if not prepared.held_out:
         raise DataError("[task] names neither test nor valid rows, so there is nothing to judge by; give task.test")
-    if prepared.num_labels != model.num_labels:
+    needed = tuned_model(model, prepared)
+    if (needed.num_labels, needed.label_tokens) != (model.num_labels, model.label_tokens):
         raise ConfigError(
-            f"the checkpoint has a head of {model.num_labels or 'no'} labels, but the task "
-            f"{config.task.kind!r} needs {prepared.num_labels or 'the language-model head'}; give the checkpoint that "
-            "was tuned for this task"
+            f"the checkpoint has {_head_words(model)}, but the task {config.task.kind!r} needs {_head_words(needed)}; "
+            "give the checkpoint that was tuned for this task"
         )
-    tuned_model(model, prepared)  # refuses a model that the task's rows do not suit
     built = build_stage(model, mesh)
     load(built.parameters, source)
     pipeline = Pipeline(built, mesh, schedule_named(config.parallel.schedule))
@@ -155,11 +178,14 @@ def prepare(config: FinetuneConfig, model: ModelConfig, tokenizer: Tokenizer) ->
             f"{model.vocab_size}; use the tokenizer that the model was trained with"
         )
     table: TaskTable = config.task
-    return task_of(config).prepare(table, tokenizer, max_tokens=config.batch.seq_len)
+    return task_of(config).prepare(table, tokenizer, model=model, max_tokens=config.batch.seq_len)
+
+
+NO_WORDS: Final = {"head_transform": False, "lm_head_bias": False, "next_sentence": False}
 
 
 def tuned_model(base: ModelConfig, prepared: Prepared) -> ModelConfig:
-    """The base with the head that the task needs; ConfigError when it has lost its language-model head."""
+    """The base with the head that the task needs; ConfigError when it cannot have it."""
     if base.num_encoder_layers:
         raise ConfigError(
             f"the base has an encoder (num_encoder_layers={base.num_encoder_layers}), for which no task makes rows "
@@ -168,21 +194,37 @@ def tuned_model(base: ModelConfig, prepared: Prepared) -> ModelConfig:
     if prepared.num_labels:
         # transformers finds the last token of a padded row by this id, and refuses batches without it.
         pad = prepared.pad_id if base.pad_token_id is None else base.pad_token_id
-        words = {"lm_head": True, "head_transform": False, "lm_head_bias": False, "next_sentence": False}
         # Where no token comes last by what it has seen, the first one speaks, by way of the pooler.
-        heads = {**words, "pooler": not base.causal, "num_labels": prepared.num_labels}
-        return base.model_copy(update={**heads, "pad_token_id": pad})
-    if not base.causal:
+        pooler = not (base.causal or prepared.label_tokens)
+        head = {name: getattr(prepared, name) for name in ("num_labels", "label_tokens", "problem_type")}
+        return base.model_copy(update={**NO_WORDS, **head, "lm_head": True, "pooler": pooler, "pad_token_id": pad})
+    if prepared.words is None:
+        no_labels = {"num_labels": 0, "label_tokens": False, "problem_type": None}
+        # A pooler that nothing reads is what transformers expects of a bare body all the same.
+        return base.model_copy(update={**NO_WORDS, **no_labels, "lm_head": False, "pooler": not base.causal})
+    if prepared.words == "next" and not base.causal:
         raise ConfigError(
             "the base sees the tokens after each as well (causal=false) and cannot learn to go on with a text; use a "
             "task that labels texts, or a base with causal = true"
         )
-    if base.num_labels:
+    if prepared.words == "hidden" and base.causal:
         raise ConfigError(
-            f"the base has a head of {base.num_labels} labels in place of its language-model head, which this task "
-            "needs; start from the model that it was tuned from"
+            "the base sees only the tokens before each (causal=true) and cannot tell hidden words; use the task 'lm', "
+            "or a base with causal = false"
         )
-    return base
+    if not predicts_words(base):
+        raise ConfigError(
+            f"the base has {_head_words(base)} in place of its language-model head, which this task needs; start from "
+            "the model that it was tuned from"
+        )
+    # Pairs of segments are for pretraining; a task has none.
+    return base.model_copy(update={"next_sentence": False, "pooler": False})
+
+
+def _head_words(model: ModelConfig) -> str:
+    if not model.num_labels:
+        return "the language-model head" if model.lm_head else "no head"
+    return f"a head of {model.num_labels} labels" + (" for every token" if model.label_tokens else "")
 
 
 def tokenizer_of(base: Base, given: str | None) -> Tokenizer:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol, Self
 
 import numpy as np
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, Field, model_validator
 
-from finetune.rows import read_rows
-from finetune.shapes import Recognised, Shape, recognise
+from finetune.rows import Row, read_rows
+from finetune.shapes import Shape, recognise
 from workbench.config import Config
 from workbench.registry import discover
+from workbench.spec.model import ModelConfig, ProblemType
 
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.engine import Loss
     from workbench.models.batch import Batch
+    from workbench.models.decoder import Output
     from workbench.tokenizer import Tokenizer
 
 IGNORE: Final = -100
@@ -46,19 +49,35 @@ class TaskTable(Config):
     columns: dict[str, str] = Field(
         default={}, description='What columns of the rows are called, where not as expected: {prompt = "question"}.'
     )
-    seed: int = Field(default=1234, ge=0, description="Decides the order of the training rows, alone.")
+    seed: int = Field(default=1234, ge=0, description="Decides the order of the training rows, and what they hide.")
+    controls: bool = Field(
+        default=False, description="Also train the same model from scratch, by as many steps, and judge it by test."
+    )
+
+    @model_validator(mode="after")
+    def _has_test_rows(self) -> Self:
+        if self.controls and not self.test:
+            raise ValueError("controls = true is judged by test rows, but there are none; give test, or remove it")
+        return self
+
+    @property
+    def keeps_steps_whole(self) -> bool:
+        """Whether the loss of a row depends on all the others of its step."""
+        return False
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as numbers: input_ids [T]; labels [T], the token that follows each position, or [] a class number.
-
-    place: where the row lies, 'train.jsonl:12'.
-    """
+    """One row as numbers: input_ids [T]; labels [T], what is said of each token (by default which one follows), or [] a
+    class number. segments, documents [T]: as in a batch. targets [N]: numbers that a loss of rows compares
+    with. place: where the row lies, 'train.jsonl:12'."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     place: str = ""
+    segments: np.ndarray | None = None
+    documents: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     @property
     def num_labels(self) -> int:
@@ -67,29 +86,33 @@ class Example:
 
 
 class Judge(Protocol):
-    """Metrics of a task. Sums are added over microbatches and ranks, then turned into metrics once."""
+    """Metrics of a task. What microbatches add is put together over all ranks, then turned into metrics once."""
 
     @property
-    def output(self) -> Literal["loss", "token_losses", "logits"]:
+    def output(self) -> Output:
         """What the last stage computes for it."""
         ...
 
     def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        """What a microbatch adds to the sums, a float64 vector of fixed length; rows of ignored labels add nothing."""
+        """What a microbatch adds to the sums, a float64 vector of fixed length; or a matrix, of which every row is
+        kept. Rows of ignored labels add nothing."""
         ...
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """Metrics from the sums over everything."""
+        """Metrics from the sums over everything, or from all rows, one after the other in any order."""
         ...
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A task's data, encoded and checked.
+    """A task's data, encoded and checked, and what it needs of a model.
 
-    held_out: examples by the name of the evaluation (valid, test). num_labels: outputs of the sequence head, 0 for the
-    language-model head. identity: JSON values that must not change between two parts of a run. notes: what the user
-    should know of the data (rows that were cut, say).
+    held_out: examples by the name of the evaluation (valid, test). num_labels: outputs of a head of labels, which reads
+    every token (label_tokens) or one for the row, and what they mean (problem_type). Without such a head the model
+    predicts `words`: the next ones or hidden ones; None: it ends with its last layer. group: so many rows in a row are
+    one sample. loss: None for that of the model's own labels. vary: what a row is in the n-th place of the endless
+    order. identity: JSON values that must not change between two parts of a run. notes: what the user should know of
+    the data (rows that were cut, say).
     """
 
     train: Sequence[Example]
@@ -100,6 +123,12 @@ class Prepared:
     identity: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
     read_as: Mapping[str, str] = field(default_factory=dict)
+    label_tokens: bool = False
+    problem_type: ProblemType | None = None
+    words: Literal["next", "hidden"] | None = "next"
+    group: int = 1
+    loss: Loss | None = None
+    vary: Callable[[Example, int], Example] | None = None
 
 
 class Task(Protocol):
@@ -114,8 +143,9 @@ class Task(Protocol):
     @property
     def table(self) -> type[TaskTable]: ...
 
-    def prepare(self, table: Any, tokenizer: Tokenizer, *, max_tokens: int) -> Prepared:
-        """The data of `table` in at most `max_tokens` tokens a row; DataError names file and line of what is wrong."""
+    def prepare(self, table: Any, tokenizer: Tokenizer, *, model: ModelConfig, max_tokens: int) -> Prepared:
+        """The data of `table` for the base `model` in at most `max_tokens` tokens a row; DataError names file and line
+        of what is wrong."""
         ...
 
 
@@ -124,12 +154,23 @@ def tasks() -> dict[str, Task]:
     return discover("finetune.tasks", "TASK")
 
 
-def read(table: TaskTable, shapes: Sequence[Shape]) -> dict[str, Recognised]:
-    """The rows of train and of each evaluation, recognised as one of `shapes`; DataError for those that are not."""
-    return {
+@dataclass(frozen=True)
+class Data:
+    """The rows of a task, and by the name of each part what was recognised in it."""
+
+    train: list[Row]
+    held_out: Mapping[str, list[Row]]
+    read_as: Mapping[str, str]
+
+
+def read(table: TaskTable, *shapes: Shape) -> Data:
+    """The rows that a table names, each recognised as one of `shapes`; DataError for those that are not."""
+    found = {
         name: recognise(read_rows(paths, columns=table.columns), shapes, columns=table.columns)
         for name, paths in {"train": table.train, **files_of(table)}.items()
     }
+    rows = {name: one.rows for name, one in found.items()}
+    return Data(rows.pop("train"), rows, {name: one.told for name, one in found.items()})
 
 
 def files_of(table: TaskTable) -> dict[str, tuple[str, ...]]:

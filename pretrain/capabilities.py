@@ -60,6 +60,17 @@ def _batch(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> 
     return config.batch.faults(layout.dp)
 
 
+def _whole_steps(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> list[str]:
+    batch = config.batch
+    if not config.keeps_steps_whole or batch.faults(layout.dp) or batch.num_microbatches(layout.dp) == 1:
+        return []
+    return [
+        f"batch.global_size={batch.global_size} is {batch.num_microbatches(layout.dp)} microbatches of "
+        f"micro_size={batch.micro_size} on each of dp={layout.dp}, but this task compares each row with all others of "
+        f"its step; set batch.micro_size = {batch.global_size // layout.dp}"
+    ]
+
+
 def _tokens(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> list[str]:
     length, multiple = config.batch.seq_len, layout.token_multiple
     if length % multiple == 0:
@@ -114,6 +125,7 @@ def _gradient_format(config: EngineConfig, model: ModelConfig, layout: ParallelL
 RULES = (
     Rule("the schedule and its chunks; heads, widths, layers and replicas and what divides them", _shape),
     Rule("the batch and the replicas that share it", _batch),
+    Rule("tasks that compare the rows of a step, and microbatches", _whole_steps),
     Rule("the length of sequences and the ranks that share their tokens", _tokens),
     Rule("backend, torch.compile, fp8, recompute and the schedule", _execution),
     Rule("formats of linear layers and of everything else", _linear_format),

@@ -320,6 +320,11 @@ class EngineConfig(Config):
         """Whether rows hold several documents that do not see each other."""
         return False
 
+    @property
+    def keeps_steps_whole(self) -> bool:
+        """Whether the loss of a row depends on all the others of its step."""
+        return False
+
     def resolve_layout(self, model: ModelConfig, num_ranks: int) -> ParallelLayout:
         """The layout over `num_ranks` ranks; one LayoutError with everything that does not fit model and batch."""
         layout = self.parallel.layout(num_ranks)

@@ -4,9 +4,10 @@ A run is a Trainer over a Subject (what is trained), an Objective (what it learn
 """
 
 from pretrain.config import EngineConfig, length_faults
+from pretrain.data.masking import Vocabulary, draws
 from pretrain.data.permutation import Permutation
 from pretrain.evaluation import evaluate
-from pretrain.objective import Evaluation, NextToken, NextTokenLoss, Objective, Rows, Share, to_batch
+from pretrain.objective import Evaluation, Loss, NextToken, NextTokenLoss, Objective, Rows, Share, to_batch
 from pretrain.pipeline import Pipeline
 from pretrain.schedules import schedule_named
 from pretrain.trainer import RunResult, Subject, Trainer, Watcher
@@ -14,6 +15,7 @@ from pretrain.trainer import RunResult, Subject, Trainer, Watcher
 __all__ = [
     "EngineConfig",
     "Evaluation",
+    "Loss",
     "NextToken",
     "NextTokenLoss",
     "Objective",
@@ -24,7 +26,9 @@ __all__ = [
     "Share",
     "Subject",
     "Trainer",
+    "Vocabulary",
     "Watcher",
+    "draws",
     "evaluate",
     "length_faults",
     "schedule_named",

@@ -19,20 +19,27 @@ def evaluate(
 ) -> dict[str, float]:
     """The metrics of `evaluation` on every rank; communicates on all axes."""
     mesh = pipeline.mesh
-    totals: list[torch.Tensor] = []
+    found: list[torch.Tensor] = []
 
     def take(batch: Batch, output: torch.Tensor) -> None:
         # A loss is that of one context rank's tokens; anything else is whole on all of them.
-        found = evaluation.tally(batch, mesh.cp.all_reduce(output.clone()) if evaluation.output == "loss" else output)
-        if totals:
-            totals[0] += found
-        else:
-            totals.append(found)
+        whole = mesh.cp.all_reduce(output.clone()) if evaluation.output == "loss" else output
+        _put(found, evaluation.tally(batch, whole))
 
     share = Share(micro_size, mesh.dp.rank, mesh.dp.size)
     for rows in evaluation.batches(share, num_microbatches=num_microbatches, max_samples=max_samples):
         pipeline.evaluate([to_batch(r, mesh.device) for r in rows], evaluation.output, take)
-    counts_here = bool(totals) and mesh.tp.rank == 0 and mesh.cp.rank == 0
-    gathered = mesh.world.gather_objects(totals[0].tolist() if counts_here else None)
-    sums = [sum(column) for column in zip(*(part for part in gathered if part is not None), strict=True)]
-    return evaluation.metrics(sums)
+    counts_here = bool(found) and mesh.tp.rank == 0 and mesh.cp.rank == 0
+    totals: list[torch.Tensor] = []
+    for part in mesh.world.gather_objects(torch.cat(found).cpu() if counts_here else None):
+        if part is not None:
+            _put(totals, part)
+    return evaluation.metrics(torch.cat(totals).flatten().tolist())
+
+
+def _put(found: list[torch.Tensor], more: torch.Tensor) -> None:
+    """Adds a vector to the one that is there; a matrix is kept beside the others."""
+    if found and more.dim() == 1:
+        found[0] = found[0] + more
+    else:
+        found.append(more)

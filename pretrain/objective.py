@@ -16,6 +16,7 @@ from workbench.models.batch import Batch
 from workbench.models.decoder import Output
 from workbench.parallel.dropout import DropoutKey
 from workbench.parallel.loss import IGNORE
+from workbench.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Rows:
     """One microbatch as arrays of int64: input_ids [B, T]; labels [B, T] already shifted, or [B] for a sequence head;
     sample_ids [B], global; lengths [B] where rows are padded; documents [B, T] where rows are several that do not see
     each other; segments [B, T], kinds of segments; pair_labels [B], 1 where the second segment does not follow the
-    first; decoder_ids [B, U], what a decoder reads, whose labels [B, U] then are."""
+    first; decoder_ids [B, U], what a decoder reads, whose labels [B, U] then are; targets [B, N] of float64, numbers
+    that a loss of rows compares with."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -33,6 +35,7 @@ class Rows:
     segments: np.ndarray | None = None
     pair_labels: np.ndarray | None = None
     decoder_ids: np.ndarray | None = None
+    targets: np.ndarray | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -59,8 +62,21 @@ class Share:
     dp_size: int
 
 
+class Loss(Protocol):
+    """What is minimised, where that is not the loss that the model itself has for its labels."""
+
+    @property
+    def output(self) -> Output:
+        """What the last stage computes for it: something that is of whole rows, on every rank."""
+        ...
+
+    def __call__(self, output: torch.Tensor, batch: Batch, mesh: Mesh) -> torch.Tensor:
+        """The summed loss of this data-parallel rank's rows, a scalar. May communicate on the dp axis."""
+        ...
+
+
 class Evaluation(Protocol):
-    """A score over held-out rows. Sums are added over microbatches and ranks, then turned into metrics once."""
+    """A score over held-out rows. What microbatches add is put together over all ranks, then turned into metrics."""
 
     @property
     def name(self) -> str:
@@ -77,16 +93,20 @@ class Evaluation(Protocol):
         ...
 
     def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        """What a microbatch adds to the sums, a float64 vector of fixed length on the output's device."""
+        """What a microbatch adds to the sums, a float64 vector of fixed length on the output's device; or a matrix, of
+        which every row is kept."""
         ...
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """Metrics from the sums over everything."""
+        """Metrics from the sums over everything, or from all rows, one after the other in any order."""
         ...
 
 
 class Objective(Protocol):
-    """What the engine needs to know of a task."""
+    """What the engine needs to know of a task. `loss`: None for that of the model's own labels."""
+
+    @property
+    def loss(self) -> Loss | None: ...
 
     @property
     def evaluations(self) -> Sequence[Evaluation]: ...
@@ -126,6 +146,7 @@ def to_batch(
         pair_labels=optional(rows.pair_labels),
         pair_weight=pair_weight,
         decoder_ids=optional(rows.decoder_ids),
+        targets=optional(rows.targets),
     )
 
 
@@ -138,6 +159,8 @@ def document_positions(documents_BT: np.ndarray) -> np.ndarray:
 
 class NextToken:
     """Prediction of tokens over token files: the next one, or those that their rows hide."""
+
+    loss: Loss | None = None
 
     def __init__(self, data: OpenedData, *, seed: int) -> None:
         self._data, self._seed = data, seed

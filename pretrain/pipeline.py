@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from pretrain.objective import Loss
 from pretrain.schedules import Action, Schedule, forward_turns
 from pretrain.simulate import Result, neighbours, result
 from workbench.models.batch import Batch, hidden_shape
@@ -34,11 +35,14 @@ class _Held:
 
 
 class Pipeline:
-    """One stage of a pipeline and the links to its neighbours. Hidden states travel in the stage's compute type."""
+    """One stage of a pipeline and the links to its neighbours. Hidden states travel in the stage's compute type.
 
-    def __init__(self, built: BuiltStage, mesh: Mesh, schedule: Schedule) -> None:
+    loss: what is minimised; None for the loss of the model's labels.
+    """
+
+    def __init__(self, built: BuiltStage, mesh: Mesh, schedule: Schedule, *, loss: Loss | None = None) -> None:
         self.built, self.stage = built, built.module
-        self.mesh, self.schedule = mesh, schedule
+        self.mesh, self.schedule, self.loss = mesh, schedule, loss
 
     def train(self, batches: Sequence[Batch], scale: torch.Tensor) -> torch.Tensor:
         """The summed loss of `batches` where the network ends, zero elsewhere; adds its gradient times `scale` to the
@@ -84,7 +88,8 @@ class _Training:
         self, pipeline: Pipeline, batches: Sequence[Batch], scale: torch.Tensor, actions: Sequence[Action]
     ) -> None:
         self._stage, self._gemm = pipeline.stage, pipeline.built.gemm
-        self._data_parallel = pipeline.built.data_parallel
+        self._data_parallel, self._minimised = pipeline.built.data_parallel, pipeline.loss
+        self._mesh = pipeline.mesh
         self._batches, self._scale = batches, scale.to(accumulation_dtype(self._stage.compute_dtype))
         self.links = _Links(pipeline.mesh, self._stage, pipeline.hidden_shapes(batches), actions)
         self._held: dict[tuple[int, int], _Held] = {}
@@ -100,8 +105,12 @@ class _Training:
         if received is not None:
             received.requires_grad_()
         batch = replace(self._batches[action.microbatch], loss_scale=self._scale)
-        found = self._stage(received, batch, "loss", chunk=action.chunk)
+        minimised = self._minimised
+        found = self._stage(received, batch, minimised.output if minimised else "loss", chunk=action.chunk)
         if self._stage.is_last(action.chunk):
+            if minimised is not None:
+                # Each context rank has whole rows, and stands for its share of their loss.
+                found = minimised(found, batch, self._mesh) / self._mesh.cp.size
             self.loss += found.detach()
         else:
             sent = self.links.send(action, found.detach())

@@ -4,6 +4,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,17 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedRow:
+    """A text or two as tokens: their ids, kinds of segments, the characters that each stands for (none of a special
+    token), and whether something was cut off."""
+
+    ids: list[int]
+    segments: list[int]
+    spans: list[tuple[int, int]]
+    was_cut: bool
 
 
 class Tokenizer:
@@ -56,6 +68,16 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, computed by all cores."""
         return [encoding.ids for encoding in self._backend.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def encode_rows(self, rows: Sequence[str | tuple[str, str]], max_tokens: int) -> "list[EncodedRow]":
+        """Texts, or pairs of them, in at most `max_tokens` tokens each, with the special tokens of the tokenizer's own
+        template: what transformers makes of them by default with truncation."""
+        self._backend.enable_truncation(max_tokens, strategy="longest_first")
+        try:
+            found = self._backend.encode_batch(list(rows), add_special_tokens=True)
+        finally:
+            self._backend.no_truncation()
+        return [EncodedRow(one.ids, one.type_ids, one.offsets, bool(one.overflowing)) for one in found]
 
     def plain(self) -> "Tokenizer":
         """The same tokenizer for text that is data: special tokens written in it are ordinary characters."""
@@ -116,6 +138,13 @@ class Tokenizer:
         full = self._backend.encode("a", add_special_tokens=True).ids
         found = (at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare)
         return tuple(full[: next(found, 0)])
+
+    @cached_property
+    def separates(self) -> bool:
+        """Whether the tokenizer's own template puts something between two texts."""
+        together = 2 * self._backend.encode("a", add_special_tokens=False).ids
+        pair = self._backend.encode("a", "a").ids
+        return not any(pair[at : at + len(together)] == together for at in range(len(pair)))
 
     @property
     def chat_template(self) -> str | None:

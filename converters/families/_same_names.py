@@ -13,7 +13,7 @@ from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors
 
 PREFIX = "model."
-HEADS = ("lm_head.weight", "score.weight")
+HEADS = ("lm_head.weight", "score.weight", "score.bias")
 INVERSE_FREQUENCIES = IgnoredTensor("model.layers.{i}.self_attn.rotary_emb.inv_freq", "computed from rope_theta")
 
 TANH_FIRST = {"gelu_pytorch_tanh": "gelu_tanh", **ACTIVATIONS}

@@ -38,11 +38,10 @@ NO_WORDS = {"head_transform": False, "lm_head_bias": False, "pooler": True, "nex
 OTHER = "belongs to another class than this configuration names"
 
 
-def rules(model: ModelConfig) -> tuple[Rule, ...]:
-    """Where each logical tensor lies; a body without heads has no prefix before its names."""
+def rules(_: ModelConfig) -> tuple[Rule, ...]:
+    """Where each logical tensor lies."""
     layers = {f"{ours}.{kind}": f"{LAYERS[ours]}.{kind}" for ours in LAYERS for kind in ("weight", "bias")}
-    absent = "" if model.lm_head else "bert."
-    return tuple(Rule(ours, theirs.removeprefix(absent)) for ours, theirs in {**layers, **TABLES}.items())
+    return tuple(Rule(ours, theirs) for ours, theirs in {**layers, **TABLES}.items())
 
 
 @dataclass(frozen=True)
@@ -84,10 +83,12 @@ FAMILY = Family(
     name="bert",
     model_type="bert",
     sequence_classification="BertForSequenceClassification",
+    token_classification="BertForTokenClassification",
     other_classes={
         "BertForMaskedLM": HEADS,
         "BertForPreTraining": {**HEADS, "pooler": True, "next_sentence": True},
         "BertForSequenceClassification": {"lm_head": True, **NO_WORDS},
+        "BertForTokenClassification": {"lm_head": True, **NO_WORDS, "pooler": False},
         "BertModel": {"lm_head": False, **NO_WORDS},
     },
     prefix="bert.",

@@ -53,6 +53,7 @@ FAMILY = Family(
     model_type="deepseek_v2",
     causal_lm="DeepseekV2ForCausalLM",
     sequence_classification="DeepseekV2ForSequenceClassification",
+    body="DeepseekV2Model",
     prefix="model.",
     fields=(
         Field("vocab_size", default=102400),

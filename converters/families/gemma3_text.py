@@ -56,6 +56,7 @@ FAMILY = Family(
     model_type="gemma3_text",
     causal_lm="Gemma3ForCausalLM",
     sequence_classification="Gemma3TextForSequenceClassification",
+    body="Gemma3TextModel",
     prefix=PREFIX,
     fields=(
         Field("vocab_size", default=262208),

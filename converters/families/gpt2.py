@@ -25,7 +25,6 @@ PLAIN = {
     "norm.weight": "transformer.ln_f.weight",
     "norm.bias": "transformer.ln_f.bias",
     "lm_head.weight": "lm_head.weight",
-    "score.weight": "score.weight",
 }
 TRANSPOSED = {
     f"{OURS}.self_attn.o_proj.weight": f"{THEIRS}.attn.c_proj.weight",
@@ -38,6 +37,8 @@ def rules(model: ModelConfig) -> tuple[Rule, ...]:
     """Where each logical tensor lies. c_attn is [hidden, 3 * hidden]: columns of q, of k, of v (modeling_gpt2.py)."""
     h = model.hidden_size
     found = [Rule(ours, theirs) for ours, theirs in PLAIN.items()]
+    head = "classifier" if model.label_tokens else "score"
+    found += [Rule(f"score.{kind}", f"{head}.{kind}") for kind in ("weight", "bias")]
     found += [Rule(ours, theirs, (TRANSPOSE,)) for ours, theirs in TRANSPOSED.items()]
     for index, name in enumerate("qkv"):
         ours, theirs = f"{OURS}.self_attn.{name}_proj", f"{THEIRS}.attn.c_attn"
@@ -86,6 +87,8 @@ FAMILY = Family(
     model_type="gpt2",
     causal_lm="GPT2LMHeadModel",
     sequence_classification="GPT2ForSequenceClassification",
+    token_classification="GPT2ForTokenClassification",
+    body="GPT2Model",
     prefix="transformer.",
     fields=(
         Field("vocab_size", default=50257),

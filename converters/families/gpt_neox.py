@@ -26,7 +26,6 @@ PLAIN = {
     "norm.weight": "gpt_neox.final_layer_norm.weight",
     "norm.bias": "gpt_neox.final_layer_norm.bias",
     "lm_head.weight": "embed_out.weight",
-    "score.weight": "score.weight",
 }
 
 
@@ -34,6 +33,8 @@ def rules(model: ModelConfig) -> tuple[Rule, ...]:
     """Where each logical tensor lies. query_key_value is head by head: rows of q, of k, of v (modeling_gpt_neox.py)."""
     heads, d = model.num_attention_heads, model.head_dim
     found = [Rule(ours, theirs) for ours, theirs in PLAIN.items()]
+    head = "classifier" if model.label_tokens else "score"
+    found += [Rule(f"score.{kind}", f"{head}.{kind}") for kind in ("weight", "bias")]
     for index, name in enumerate("qkv"):
         view = (Split(0, (heads, 3, d)), Slice(1, index, 1, 3), Merge(0, (heads, 1, d)))
         for kind in ("weight", "bias"):
@@ -57,6 +58,8 @@ FAMILY = Family(
     model_type="gpt_neox",
     causal_lm="GPTNeoXForCausalLM",
     sequence_classification="GPTNeoXForSequenceClassification",
+    token_classification="GPTNeoXForTokenClassification",
+    body="GPTNeoXModel",
     prefix="gpt_neox.",
     fields=(
         Field("vocab_size", default=50432),

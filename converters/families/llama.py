@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from converters.families._same_names import HEADS
 from converters.family import Family, IgnoredTensor
 from converters.fields import ACTIVATIONS, Field, OptionalField, Switch, TokenId
 from converters.rope_fields import Rope
@@ -25,7 +26,7 @@ NAMES = (
 
 def rules(_: ModelConfig) -> tuple[Rule, ...]:
     """Where each logical tensor lies."""
-    heads = (Rule("lm_head.weight", "lm_head.weight"), Rule("score.weight", "score.weight"))
+    heads = (Rule(name, name) for name in HEADS)
     return (*(Rule(name, f"model.{name}") for name in NAMES), *heads)
 
 
@@ -45,6 +46,8 @@ FAMILY = Family(
     model_type="llama",
     causal_lm="LlamaForCausalLM",
     sequence_classification="LlamaForSequenceClassification",
+    token_classification="LlamaForTokenClassification",
+    body="LlamaModel",
     prefix="model.",
     fields=(
         Field("vocab_size", default=32000),

@@ -13,6 +13,7 @@ FAMILY = Family(
     model_type="olmo2",
     causal_lm="Olmo2ForCausalLM",
     sequence_classification="Olmo2ForSequenceClassification",
+    body="Olmo2Model",
     prefix=PREFIX,
     fields=(
         Field("vocab_size", default=50304),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from converters.families._same_names import HEADS
 from converters.family import Family, IgnoredTensor
 from converters.fields import ACTIVATIONS, Field, OptionalField, TokenId
 from converters.rope_fields import Rope
@@ -35,7 +36,7 @@ def rules(model: ModelConfig) -> tuple[Rule, ...]:
             view = (Slice(0, start, size, total),)
             found.append(Rule(f"{LAYER}.{ours}.weight", f"model.{LAYER}.{theirs}.weight", view))
             start += size
-    return (*found, Rule("lm_head.weight", "lm_head.weight"), Rule("score.weight", "score.weight"))
+    return (*found, *(Rule(name, name) for name in HEADS))
 
 
 def faults(model: ModelConfig) -> list[str]:
@@ -53,6 +54,8 @@ FAMILY = Family(
     model_type="phi3",
     causal_lm="Phi3ForCausalLM",
     sequence_classification="Phi3ForSequenceClassification",
+    token_classification="Phi3ForTokenClassification",
+    body="Phi3Model",
     prefix="model.",
     fields=(
         Field("vocab_size", default=32064),

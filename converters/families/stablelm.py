@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from converters.families._same_names import HEADS
 from converters.family import Family
 from converters.fields import ACTIVATIONS, Field, Fixed, Switch, TokenId
 from converters.rope_fields import Rope
@@ -23,7 +24,7 @@ NAMES = (
 
 def rules(_: ModelConfig) -> tuple[Rule, ...]:
     """Where each logical tensor lies."""
-    heads = (Rule("lm_head.weight", "lm_head.weight"), Rule("score.weight", "score.weight"))
+    heads = (Rule(name, name) for name in HEADS)
     return (*(Rule(name, f"model.{name}") for name in NAMES), *heads)
 
 
@@ -39,6 +40,8 @@ FAMILY = Family(
     model_type="stablelm",
     causal_lm="StableLmForCausalLM",
     sequence_classification="StableLmForSequenceClassification",
+    token_classification="StableLmForTokenClassification",
+    body="StableLmModel",
     prefix="model.",
     fields=(
         Field("vocab_size", default=50304),

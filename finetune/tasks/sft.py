@@ -5,7 +5,6 @@ Rows are of any shape of answers (finetune/shapes.py): prompts, alpaca, messages
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
@@ -19,9 +18,7 @@ from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
-    import torch
-
-    from workbench.models.batch import Batch
+    from workbench.spec.model import ModelConfig
     from workbench.tokenizer import Tokenizer
 
 
@@ -45,27 +42,33 @@ class Sft:
     name = "sft"
     table = SftTable
 
-    def prepare(self, table: SftTable, tokenizer: Tokenizer, *, max_tokens: int) -> Prepared:
+    def prepare(self, table: SftTable, tokenizer: Tokenizer, *, model: ModelConfig, max_tokens: int) -> Prepared:
         """The encoded rows; DataError for rows without an answer, or whose answer is cut off whole."""
-        if tokenizer.eos_id is None:
-            raise DataError(
-                f"{tokenizer.path}: the tokenizer names no end-of-text token, so the model would never learn to stop; "
-                "name an eos_token in its tokenizer_config.json"
-            )
-        encoder = _Encoder(tokenizer, max_tokens, table.too_long)
-        found = read(table, ANSWERS)
-        examples = {name: encoder.examples(one.rows) for name, one in found.items()}
-        train = examples.pop("train")
-        return Prepared(
-            train=train,
-            held_out=examples,
-            judge=AnswerJudge() if table.exact_match else AnswerLoss(),
-            num_labels=0,
-            pad_id=pad_id_of(tokenizer),
-            identity={"kind": self.name, "too_long": table.too_long},
-            notes=[*encoder.notes, *_stops(train, tokenizer)],
-            read_as={name: one.told for name, one in found.items()},
+        return prepare_answers(table, tokenizer, max_tokens)
+
+
+def prepare_answers(table: SftTable, tokenizer: Tokenizer, max_tokens: int) -> Prepared:
+    """The encoded rows, for any model."""
+    if tokenizer.eos_id is None:
+        raise DataError(
+            f"{tokenizer.path}: the tokenizer names no end-of-text token, so the model would never learn to stop; "
+            "name an eos_token in its tokenizer_config.json"
         )
+    from finetune.judges import AnswerJudge, TextLoss
+
+    encoder = _Encoder(tokenizer, max_tokens, table.too_long)
+    found = read(table, *ANSWERS)
+    train = encoder.examples(found.train)
+    return Prepared(
+        train=train,
+        held_out={name: encoder.examples(rows) for name, rows in found.held_out.items()},
+        judge=AnswerJudge() if table.exact_match else TextLoss(),
+        num_labels=0,
+        pad_id=pad_id_of(tokenizer),
+        identity={"kind": table.kind, "too_long": table.too_long},
+        notes=[*encoder.notes, *_stops(train, tokenizer)],
+        read_as=found.read_as,
+    )
 
 
 class _Encoder:
@@ -127,57 +130,6 @@ class _Encoder:
         if self.too_long == "error":
             raise DataError(f"{what}; raise batch.seq_len, or set task.too_long = 'truncate' or 'drop'")
         self.notes.append(f"{what}; they were {'cut' if self.too_long == 'truncate' else 'left out'}")
-
-
-class AnswerLoss:
-    """Mean loss of the answers' tokens."""
-
-    output: Literal["loss", "token_losses", "logits"] = "loss"
-
-    def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        import torch
-
-        assert batch.labels is not None
-        return torch.stack([output.double(), (batch.labels != IGNORE).sum().double()])
-
-    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        loss = sums[0] / max(sums[1], 1.0)
-        return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "tokens": sums[1]}
-
-
-class AnswerJudge(AnswerLoss):
-    """Also the share of tokens, and of whole answers, that the model would choose itself.
-
-    When every token of an answer is the likeliest after those before it, then greedy decoding gives just this answer,
-    and its end; so exact match costs no decoding.
-    """
-
-    output: Literal["loss", "token_losses", "logits"] = "logits"
-
-    def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        import torch
-        import torch.nn.functional as F
-
-        assert batch.labels is not None
-        counted = batch.labels != IGNORE
-        wide = output.flatten(0, 1).to(torch.promote_types(output.dtype, torch.float32))
-        loss = F.cross_entropy(wide, batch.labels.flatten(), ignore_index=IGNORE, reduction="sum")
-        right = (output.argmax(dim=-1) == batch.labels) & counted
-        answers = counted.any(dim=1)
-        whole = answers & (right | ~counted).all(dim=1)
-        counts = [counted.sum(), right.sum(), whole.sum(), answers.sum()]
-        return torch.stack([loss.double(), *(count.double() for count in counts)])
-
-    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        loss, tokens, right, whole, answers = sums
-        share = whole / max(answers, 1.0)
-        return {
-            **super().metrics([loss, tokens]),
-            "token_accuracy": right / max(tokens, 1.0),
-            "exact_match": share,
-            "exact_match_error": math.sqrt(share * (1 - share) / max(answers, 1.0)),
-            "answers": answers,
-        }
 
 
 def _stops(examples: Sequence[Example], tokenizer: Tokenizer) -> list[str]:

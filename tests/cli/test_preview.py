@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 
-from tests.finetune.data import byte_tokenizer, write_rows
+from tests.finetune.adapters import write_base
+from tests.finetune.data import byte_tokenizer, small_model, write_rows
 from tests.finetune.test_chat import MARKED
 from workbench.cli._preview import preview_rows
 from workbench.cli.common import Output
 from workbench.cli.main import main
 
 TALK = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
-SFT = """base = "nowhere"
-tokenizer = "tokenizer"
+SFT = """base = "base"
 [task]
 kind = "sft"
 train = ["talks.jsonl", "answers.csv"]
@@ -35,7 +35,7 @@ steps = 1
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    byte_tokenizer(Path("tokenizer"), chat_template=MARKED)
+    write_base(Path("base"), small_model(), tokenizer=byte_tokenizer(Path("tokenizer"), chat_template=MARKED))
     write_rows(Path("talks.jsonl"), [TALK, TALK | {"system": "s"}])
     Path("questions.csv").write_text("question,answer\ntwo and two?,four\nthree?,3\n")
     Path("answers.csv").write_text("prompt,completion\ntwo and two?,four\n")

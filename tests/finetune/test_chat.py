@@ -10,7 +10,7 @@ import pytest
 from finetune.chat import ChatTemplate, Piece
 from finetune.rows import Row
 from finetune.tasks.sft import TASK, SftTable
-from tests.finetune.data import byte_tokenizer, write_rows
+from tests.finetune.data import byte_tokenizer, small_model, write_rows
 from tests.finetune.test_tasks import CHATML
 from workbench.errors import DataError
 from workbench.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def test_a_broken_template_is_named(template: str, message: str, tmp_path: Path)
 def notes(folder: Path, template: str | None, row: dict[str, Any]) -> list[str]:
     tokenizer = Tokenizer.load(byte_tokenizer(folder, chat_template=template, pad=None))
     table = SftTable(train=(write_rows(folder / "train.jsonl", [row]),))
-    return list(TASK.prepare(table, tokenizer, max_tokens=200).notes)
+    return list(TASK.prepare(table, tokenizer, model=small_model(), max_tokens=200).notes)
 
 
 def test_answers_that_never_teach_the_model_to_stop_are_warned_of(tmp_path: Path) -> None:

@@ -11,11 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune.config import FinetuneConfig
-from finetune.objective import TaskObjective, pack, pad
-from finetune.packing import bins_of, packing_faults
+from finetune.judges import TextLoss
+from finetune.objective import TaskObjective, pad
+from finetune.packing import bins_of, joined, packed, packing_faults
 from finetune.run import Finetuning
 from finetune.task import IGNORE, Example, Prepared
-from finetune.tasks.sft import AnswerLoss
 from pretrain.engine import Pipeline, Rows, Share, schedule_named, to_batch
 from tests.finetune.data import config_of, small_model, write_rows
 from tests.finetune.test_runs import FULL, answers, arrays, base_of, folder  # noqa: F401 - a fixture
@@ -40,7 +40,7 @@ def example(tokens: int, seed: int) -> Example:
 
 
 EXAMPLES = [example(1 + (7 * n) % 11, n) for n in range(14)]
-PREPARED = Prepared(EXAMPLES, {}, AnswerLoss(), num_labels=0, pad_id=0)
+PREPARED = Prepared(EXAMPLES, {}, TextLoss(), num_labels=0, pad_id=0)
 
 
 @given(st.lists(st.integers(1, CAPACITY), min_size=1, max_size=60), st.integers(0, 5))
@@ -64,34 +64,30 @@ def test_the_seed_decides_which_examples_meet() -> None:
 
 
 def test_positions_and_documents_begin_anew_with_each_example() -> None:
-    rows = pack([[example(3, 1), example(2, 2)], [example(7, 3)]], [0, 1], 0)
+    rows = pad([joined([example(3, 1), example(2, 2)]), joined([example(7, 3)])], [0, 1], 0)
     batch = to_batch(rows, torch.device("cpu"))
     assert batch.positions is not None and batch.documents is not None
-    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 0], [0, 1, 2, 3, 4, 5, 6]]
-    assert batch.documents.tolist() == [[0, 0, 0, 3, 3, 5, 6], [0] * 7]
+    assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1], [0, 1, 2, 3, 4, 5, 6]]
+    assert batch.documents.tolist() == [[0, 0, 0, 1, 1, -1, -1], [0] * 7]
     assert rows.num_tokens == 12
 
 
-def microbatches(packed: bool, dp_rank: int, dp_size: int) -> list[Rows]:
+def microbatches(shared: bool, dp_rank: int, dp_size: int) -> list[Rows]:
     """All the examples as microbatches of two rows; those of this rank."""
-    if packed:
-        bins = bins_of([len(one.input_ids) for one in EXAMPLES], CAPACITY, seed=1)
-        rows = [pack([[EXAMPLES[n] for n in bins[at]] for at in ids], ids, 0) for ids in pairs(len(bins))]
-    else:
-        rows = [pad([EXAMPLES[n] for n in ids], ids, 0) for ids in pairs(len(EXAMPLES))]
-    return rows[dp_rank::dp_size]
+    found = packed(PREPARED, CAPACITY, seed=1).train if shared else EXAMPLES
+    return [pad([found[n] for n in ids], ids, 0) for ids in pairs(len(found))][dp_rank::dp_size]
 
 
 def pairs(count: int) -> list[range]:
     return [range(first, min(first + 2, count)) for first in range(0, count, 2)]
 
 
-def observe(model: ModelConfig, layout: ParallelLayout, packed: bool) -> tuple[float, Boxes]:
+def observe(model: ModelConfig, layout: ParallelLayout, shared: bool) -> tuple[float, Boxes]:
     mesh = Mesh.create(layout, torch.device("cpu"))
     built = build_stage(model, mesh, dtype=torch.float64)
     initialise(built.parameters, model, seed=7)
     perturb(built.parameters)
-    batches = [to_batch(rows, mesh.device) for rows in microbatches(packed, mesh.dp.rank, mesh.dp.size)]
+    batches = [to_batch(rows, mesh.device) for rows in microbatches(shared, mesh.dp.rank, mesh.dp.size)]
     count = sum(one.num_labels for one in EXAMPLES)
     pipeline = Pipeline(built, mesh, schedule_named("1f1b"))
     loss = pipeline.train(batches, torch.tensor(1.0 / count, dtype=torch.float64))
@@ -116,7 +112,7 @@ def test_loss_and_gradients_of_shared_rows_are_those_of_rows_apart(
     layout: ParallelLayout, changes: dict[str, object]
 ) -> None:
     model = tiny_model(**changes)
-    loss, gradients = observe(model, ParallelLayout(), packed=False)
+    loss, gradients = observe(model, ParallelLayout(), shared=False)
     whole = {name: values for name, _, values in gradients}
     for there, gradients_there in run_ranks(layout.world_size, observe, model, layout, True):
         assert there == pytest.approx(loss, rel=1e-10)
@@ -131,7 +127,8 @@ def test_no_example_feels_what_shares_its_row(changed: int) -> None:
     other = [example(len(one.input_ids), 90) if n == changed else one for n, one in enumerate(row)]
     with torch.no_grad():
         before, after = (
-            built.module(None, to_batch(pack([parts], [0], 0), torch.device("cpu")), "logits") for parts in (row, other)
+            built.module(None, to_batch(pad([joined(parts)], [0], 0), torch.device("cpu")), "logits")
+            for parts in (row, other)
         )
     moved = (before != after).any(dim=-1)[0]
     whose = torch.repeat_interleave(torch.arange(3), torch.tensor([5, 4, 6]))
@@ -139,7 +136,7 @@ def test_no_example_feels_what_shares_its_row(changed: int) -> None:
 
 
 def test_the_rows_of_a_step_do_not_depend_on_the_ranks_that_share_them() -> None:
-    objective = TaskObjective(PREPARED, seed=3, packed_tokens=CAPACITY)
+    objective = TaskObjective(packed(PREPARED, CAPACITY, seed=3), seed=3)
 
     def step(first: int, share: Share) -> list[tuple[int, tuple[int, ...]]]:
         ranks = (Share(share.micro_size, rank, share.dp_size) for rank in range(share.dp_size))

@@ -14,7 +14,7 @@ from finetune.tasks.classification import TASK as CLASSIFICATION
 from finetune.tasks.classification import ClassificationTable
 from finetune.tasks.sft import TASK as SFT
 from finetune.tasks.sft import SftTable
-from tests.finetune.data import byte_tokenizer, write_rows
+from tests.finetune.data import byte_tokenizer, small_model, write_rows
 from workbench.tokenizer import Tokenizer
 
 ANSWERS = [{"prompt": "p", "completion": "x" * n} for n in (1, 2, 3, 2, 5)]
@@ -27,7 +27,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 def sft(folder: Path, tokenizer: Tokenizer, packed_tokens: int | None = None, **tables: Any) -> Survey:
     files = {name: write_rows(folder / f"{name}.jsonl", rows) for name, rows in {"train": ANSWERS, **tables}.items()}
-    prepared = SFT.prepare(SftTable.model_validate(files), tokenizer, max_tokens=5)
+    prepared = SFT.prepare(SftTable.model_validate(files), tokenizer, model=small_model(), max_tokens=5)
     return survey(prepared, seed=1, packed_tokens=packed_tokens)
 
 
@@ -54,7 +54,7 @@ def test_it_names_rows_that_are_cut_repeated_or_judged_by_what_they_were_learned
 def test_it_shows_how_labels_are_balanced_and_which_are_not_there(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = [{"text": "t" * n, "label": "a" if n % 4 else "b"} for n in range(1, 9)]
     table = ClassificationTable(train=(write_rows(tmp_path / "train.jsonl", rows),), labels=("a", "b", "c"))
-    found = survey(CLASSIFICATION.prepare(table, tokenizer, max_tokens=9), seed=1)
+    found = survey(CLASSIFICATION.prepare(table, tokenizer, model=small_model(), max_tokens=9), seed=1)
     assert found.facts["labels"] == {"a": 6, "b": 2, "c": 0}
     assert found.told[2] == "labels     a 6 (75%), b 2 (25%), c 0 (0%)"
     assert list(found.warnings) == ["no row of train has the label c; add some, or take it out of task.labels"]
@@ -62,7 +62,7 @@ def test_it_shows_how_labels_are_balanced_and_which_are_not_there(tokenizer: Tok
 
 def test_an_example_is_shown_as_the_model_sees_it(tokenizer: Tokenizer, tmp_path: Path) -> None:
     table = SftTable(train=(write_rows(tmp_path / "train.jsonl", [{"prompt": "two? ", "completion": "four"}]),))
-    [example] = SFT.prepare(table, tokenizer, max_tokens=40).train
+    [example] = SFT.prepare(table, tokenizer, model=small_model(), max_tokens=40).train
     pieces = pieces_of_example(example, tokenizer)
     assert pieces == [("two? ", False), ("four<|endoftext|>", True)]
     assert shortened(pieces, 7) == [("two? ", False), ("fo", True)]

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from finetune.judges import AnswerJudge, LabelJudge, TextLoss
 from finetune.objective import TaskEvaluation, TaskObjective, pad
 from finetune.task import IGNORE, Example, Prepared
 from finetune.tasks.classification import TASK as CLASSIFICATION
-from finetune.tasks.classification import ClassificationTable, LabelJudge
+from finetune.tasks.classification import ClassificationTable
 from finetune.tasks.sft import TASK as SFT
-from finetune.tasks.sft import AnswerJudge, AnswerLoss, SftTable
+from finetune.tasks.sft import SftTable
 from pretrain.engine import Share, to_batch
-from tests.finetune.data import byte_tokenizer, write_rows
+from tests.finetune.data import byte_tokenizer, small_model, write_rows
 from workbench.errors import DataError
 from workbench.tokenizer import Tokenizer
 
@@ -39,12 +40,15 @@ def sft(
     path: Path, rows: list[dict[str, Any]], tokenizer: Tokenizer, *, max_tokens: int = 40, **table: Any
 ) -> Prepared:
     file = write_rows(path / "train.jsonl", rows)
-    return SFT.prepare(SftTable.model_validate({"train": file, **table}), tokenizer, max_tokens=max_tokens)
+    return SFT.prepare(
+        SftTable.model_validate({"train": file, **table}), tokenizer, model=small_model(), max_tokens=max_tokens
+    )
 
 
 def labels_of(path: Path, rows: list[dict[str, Any]], tokenizer: Tokenizer, **more: Any) -> Prepared:
     file = write_rows(path / "train.jsonl", rows)
-    return CLASSIFICATION.prepare(ClassificationTable.model_validate({"train": file, **more}), tokenizer, max_tokens=8)
+    table = ClassificationTable.model_validate({"train": file, **more})
+    return CLASSIFICATION.prepare(table, tokenizer, model=small_model(), max_tokens=8)
 
 
 def supervised(example: Example, tokenizer: Tokenizer) -> str:
@@ -131,12 +135,12 @@ def test_a_bad_row_is_named_by_its_line(lines: str, message: str, tokenizer: Tok
     file = tmp_path / "train.jsonl"
     file.write_text(lines)
     with pytest.raises(DataError, match=message):
-        SFT.prepare(SftTable(train=(str(file),)), tokenizer, max_tokens=20)
+        SFT.prepare(SftTable(train=(str(file),)), tokenizer, model=small_model(), max_tokens=20)
 
 
 def test_a_missing_file_is_named(tokenizer: Tokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone.jsonl: no such file"):
-        SFT.prepare(SftTable(train=(str(tmp_path / "gone.jsonl"),)), tokenizer, max_tokens=20)
+        SFT.prepare(SftTable(train=(str(tmp_path / "gone.jsonl"),)), tokenizer, model=small_model(), max_tokens=20)
 
 
 def test_labels_are_numbered_in_order_and_majority_is_that_of_the_training_rows(
@@ -229,7 +233,7 @@ def test_the_loss_alone_is_the_same_loss(tokenizer: Tokenizer, tmp_path: Path) -
     full = AnswerJudge().metrics(AnswerJudge().tally(batch, logits).tolist())
     assert batch.labels is not None
     loss = torch.nn.functional.cross_entropy(logits[0], batch.labels[0], ignore_index=IGNORE, reduction="sum")
-    assert AnswerLoss().metrics(AnswerLoss().tally(batch, loss).tolist())["loss"] == pytest.approx(full["loss"])
+    assert TextLoss().metrics(TextLoss().tally(batch, loss).tolist())["loss"] == pytest.approx(full["loss"])
 
 
 def test_a_row_without_labels_adds_nothing_to_a_score() -> None:
@@ -242,7 +246,7 @@ def test_a_row_without_labels_adds_nothing_to_a_score() -> None:
 
 def test_the_order_of_rows_depends_on_the_seed_alone_and_each_epoch_shows_every_row() -> None:
     examples = [Example(np.array([n]), np.array([n])) for n in range(12)]
-    prepared = Prepared(examples, {}, AnswerLoss(), num_labels=0, pad_id=0)
+    prepared = Prepared(examples, {}, TextLoss(), num_labels=0, pad_id=0)
 
     def seen(seed: int, micro: int, dp: int) -> list[int]:
         objective = TaskObjective(prepared, seed=seed)
@@ -268,7 +272,7 @@ def test_the_order_of_rows_depends_on_the_seed_alone_and_each_epoch_shows_every_
 def test_rows_of_like_length_share_a_microbatch_so_that_little_is_padded() -> None:
     lengths = [1, 9, 2, 8, 1, 9, 2, 8]
     examples = [Example(np.zeros(n, dtype=np.int64), np.zeros(n, dtype=np.int64)) for n in lengths]
-    objective = TaskObjective(Prepared(examples, {}, AnswerLoss(), num_labels=0, pad_id=0), seed=1)
+    objective = TaskObjective(Prepared(examples, {}, TextLoss(), num_labels=0, pad_id=0), seed=1)
     for dp in (1, 2):
         shapes = [
             rows.input_ids.shape[1]

@@ -69,6 +69,8 @@ def sample(index: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 class Noise:
     """An objective over random tokens, that remembers which samples it was asked for."""
 
+    loss = None
+
     def __init__(
         self,
         *,

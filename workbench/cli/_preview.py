@@ -39,17 +39,21 @@ def preview_config(
     from finetune.config import FinetuneConfig, task_of
     from finetune.preflight import survey
     from workbench.cli._tables import kind_of
+    from workbench.cli.finetune import open_base_of
     from workbench.config import load_config
-    from workbench.errors import ConfigError
+    from workbench.errors import ConfigError, DataError
     from workbench.tokenizer import Tokenizer
 
     if kind_of(Path(path)) == "pretrain":
         raise ConfigError(f"{path}: is for `wb pretrain`; look into its token file: wb data preview PATH --seq-len N")
     length = [f"batch.seq_len={seq_len}"] if seq_len else []
     config = load_config(path, FinetuneConfig, [*column_overrides(maps), *length]).config
-    folder = tokenizer or config.tokenizer or _tokenizer_of_base(config)
-    encoder, task = Tokenizer.load(folder), task_of(config)
-    prepared = task.prepare(config.task, encoder, max_tokens=config.batch.seq_len)
+    opened = open_base_of(config)
+    folder = tokenizer or config.tokenizer or opened.tokenizer
+    if folder is None:
+        raise DataError(f"{config.base}: holds no tokenizer; add --tokenizer FOLDER")
+    encoder = Tokenizer.load(folder)
+    prepared = task_of(config).prepare(config.task, encoder, model=opened.model, max_tokens=config.batch.seq_len)
     found = survey(prepared, seed=config.task.seed, packed_tokens=config.packed_tokens)
     _show(out, path, _samples(prepared, encoder, count, chars), found)
 
@@ -62,7 +66,7 @@ def preview_rows(
     from finetune.preflight import survey
     from finetune.rows import read_rows
     from finetune.shapes import ANSWERS, SHAPES, recognise
-    from finetune.tasks.sft import TASK, SftTable
+    from finetune.tasks.sft import SftTable, prepare_answers
     from workbench.tokenizer import Tokenizer
 
     column_overrides(maps)
@@ -70,7 +74,7 @@ def preview_rows(
     recognised = recognise(read_rows([source], columns=columns), SHAPES, columns=columns)
     if tokenizer is not None and recognised.counts.keys() <= set(ANSWERS):
         encoder, table = Tokenizer.load(tokenizer), SftTable(train=(source,), columns=columns)
-        prepared = TASK.prepare(table, encoder, max_tokens=seq_len or WHOLE)
+        prepared = prepare_answers(table, encoder, seq_len or WHOLE)
         _show(out, source, _samples(prepared, encoder, count, chars), survey(prepared, seed=table.seed))
         return
     samples: list[Sample] = [(row.place, {}, shortened(pieces_of_row(row), chars)) for row in recognised.rows[:count]]
@@ -119,13 +123,3 @@ def _coloured(pieces: Sequence[Piece]) -> str:
         styled = Text.assemble(*((text, "bold green" if learned else "dim") for text, learned in pieces))
         console.print(styled, soft_wrap=True, end="")
     return capture.get().lstrip("\n")
-
-
-def _tokenizer_of_base(config: Any) -> Path:
-    from workbench.cli.finetune import open_base_of
-    from workbench.errors import DataError
-
-    found = open_base_of(config).tokenizer
-    if found is None:
-        raise DataError(f"{config.base}: holds no tokenizer; add --tokenizer FOLDER")
-    return found

@@ -30,7 +30,8 @@ class Batch:
     [B, S], the kind of segment of each token; None when all are of kind 0. pair_labels: [B], 0 where the second segment
     follows the first and 1 where it does not, IGNORE for no pair; their loss counts `pair_weight` times. decoder_ids:
     [B, U], what a decoder reads of an encoder's `input_ids`; labels are then [B, U], and lengths those of input_ids.
-    loss_scale: by what the gradient of the summed loss will be multiplied; None where no backward follows.
+    targets: [B, N], numbers that a loss of rows compares with. loss_scale: by what the gradient of the summed loss will
+    be multiplied; None where no backward follows.
     """
 
     input_ids: torch.Tensor
@@ -43,6 +44,7 @@ class Batch:
     pair_labels: torch.Tensor | None = None
     pair_weight: float = 1.0
     decoder_ids: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
     loss_scale: torch.Tensor | None = None
 
 

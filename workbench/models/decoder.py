@@ -12,7 +12,6 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from workbench.models.attention import Attention, KeyValueCache, Positions
@@ -22,10 +21,11 @@ from workbench.models.latent_attention import LatentAttention
 from workbench.models.mlp import MLP
 from workbench.models.moe import SparseMLP
 from workbench.models.norm import build_norm
+from workbench.models.pooling import label_losses, pooled, speaker
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
 from workbench.parallel.chunked_loss import Chunking, chunked_loss, chunked_token_losses
-from workbench.parallel.collectives import gather_copies
+from workbench.parallel.collectives import gather_copies, sum_over
 from workbench.parallel.context import gather_context
 from workbench.parallel.dropout import dropout
 from workbench.parallel.embedding import (
@@ -34,7 +34,7 @@ from workbench.parallel.embedding import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from workbench.parallel.loss import IGNORE, accumulation_dtype, vocab_parallel_cross_entropy
+from workbench.parallel.loss import IGNORE, vocab_parallel_cross_entropy
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.sequence import whole_input
 from workbench.parallel.softcap import soft_cap
@@ -47,7 +47,7 @@ from workbench.spec.schema import block_norms, has_final_norm, predicts_words, s
 
 Memory = tuple[torch.Tensor, LocalBatch]
 """An encoder's output [B, S, D] (this rank's part of it) and the batch that it read."""
-Output = Literal["loss", "token_losses", "logits", "pair_logits"]
+Output = Literal["loss", "token_losses", "logits", "pair_logits", "mean_state", "last_state"]
 
 
 class Block(nn.Module):
@@ -199,10 +199,11 @@ class DecoderStage(nn.Module):
         """Hidden states for the next virtual stage, or on the last one what `output` names.
 
         "loss": the sum of the losses of this context rank's labels, a scalar in fp32 or wider, equal on all tensor
-        ranks. "token_losses": loss of each label [B, S] (or [B]), 0 where ignored. "logits": [B, S, vocab_size], or
-        [B, N] of a sequence head; without a head what the pooler gives, [B, D]. "pair_logits": [B, 2], whether segments
-        follow each other. These three are of whole rows in token order, on every rank. `hidden_BTD` comes from the
-        previous virtual stage; None on the first.
+        ranks. "token_losses": loss of each label [B, S] (or [B]), 0 where ignored. "logits": [B, S, vocab_size]; of a
+        head of labels [B, S, N] or [B, N]; of a pooler that no head reads [B, D]; without any the states [B, S, D].
+        "pair_logits": [B, 2], whether segments follow each other. "mean_state", "last_state": [B, D], of each row's
+        tokens. All but the loss are of whole rows in token order, on every rank. `hidden_BTD` comes from the previous
+        virtual stage; None on the first.
         """
         assert cache is None or self.mesh.layout.token_multiple == 1, "decoding shares no tokens between ranks"
         if self.model.num_encoder_layers:
@@ -257,6 +258,12 @@ class DecoderStage(nn.Module):
         x_BTD = drop_hidden(x_BTD, self.model.final_dropout, local, "final")
         if output == "pair_logits":
             return self._judge(self.next_sentence, x_BTD, local, None, "logits")
+        if output in ("mean_state", "last_state"):
+            return pooled(self._all_tokens(x_BTD), local, self.mesh.cp, output)
+        if self.model.label_tokens:
+            return self._judge_tokens(x_BTD, local, output, length)
+        if not (predicts_words(self.model) or self.model.num_labels or self.model.pooler):
+            return gather_context(self._all_tokens(x_BTD), self.mesh.cp)[:, :length]
         if not predicts_words(self.model):
             head = self.score if self.model.num_labels else nn.Identity()
             return self._judge(head, x_BTD, local, local.labels, output, self.model.classifier_dropout)
@@ -340,26 +347,32 @@ class DecoderStage(nn.Module):
     ) -> torch.Tensor:
         """What `head` gives, after dropout, for the token of each row that speaks for it: the last one, or the first
         one by way of the pooler. One context rank has it; that one counts."""
-        if self.mesh.layout.sequence_parallel:
-            x_BTD = gather_copies(x_BTD, self.mesh.tp)
-        speaker_B = torch.zeros_like(batch.lengths) if self.model.pooler else batch.lengths - 1
-        speaks_BT = batch.tokens == speaker_B.unsqueeze(-1)
-        rows_B = torch.arange(len(speaks_BT), device=x_BTD.device)
-        x_BD = x_BTD[rows_B, speaks_BT.int().argmax(dim=-1)]
+        x_BD, is_here_B = speaker(self._all_tokens(x_BTD), batch, first=self.model.pooler)
         if self.model.pooler:
             x_BD = torch.tanh(self.pooler(x_BD))
         if probability and batch.dropout is not None:
             features_D = torch.arange(x_BD.shape[-1], device=x_BD.device)
             x_BD = dropout(x_BD, probability, batch.dropout.rows("classifier"), (features_D,))
         logits_BN = head(x_BD)
-        is_here_B = speaks_BT.any(dim=-1)
         if output == "logits":
-            return self.mesh.cp.all_reduce(logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0))
+            return sum_over(logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0), self.mesh.cp)
         assert labels_B is not None
-        labels_B = labels_B.masked_fill(~is_here_B, IGNORE)
-        wide_BN = logits_BN.to(accumulation_dtype(logits_BN.dtype))
-        losses_B = F.cross_entropy(wide_BN, labels_B, reduction="none", ignore_index=IGNORE)
+        losses_B = label_losses(logits_BN, labels_B.masked_fill(~is_here_B, IGNORE))
         return losses_B.sum() if output == "loss" else self.mesh.cp.all_reduce(losses_B)
+
+    def _judge_tokens(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output, length: int) -> torch.Tensor:
+        """What the head gives for every token."""
+        x_BTD = drop_hidden(x_BTD, self.model.classifier_dropout, batch, "classifier")
+        logits_BTN = self.score(self._all_tokens(x_BTD))
+        if output == "logits":
+            return gather_context(logits_BTN, self.mesh.cp)[:, :length]
+        assert batch.labels is not None
+        losses_BT = label_losses(logits_BTN, batch.labels)
+        return losses_BT.sum() if output == "loss" else gather_context(losses_BT, self.mesh.cp)[:, :length]
+
+    def _all_tokens(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """The states of all tokens of this context rank, on which all tensor ranks go on to compute the same."""
+        return gather_copies(x_BTD, self.mesh.tp) if self.mesh.layout.sequence_parallel else x_BTD
 
 
 def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: LocalBatch, *site: str) -> torch.Tensor:

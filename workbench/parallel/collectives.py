@@ -32,6 +32,17 @@ class _Reduce(torch.autograd.Function):
         return grad, None
 
 
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+        ctx.axis = axis
+        return axis.all_reduce(tensor.contiguous().clone())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return ctx.axis.all_reduce(grad.contiguous().clone()), None
+
+
 class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, axis: Axis, dim: int) -> torch.Tensor:
@@ -89,6 +100,11 @@ def copy_to(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
 def reduce_from(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
     """The sum of `tensor` over `axis`; backward passes the gradient, equal on all ranks, through (`g`)."""
     return tensor if axis.size == 1 else _Reduce.apply(tensor, axis)
+
+
+def sum_over(tensor: torch.Tensor, axis: Axis) -> torch.Tensor:
+    """The sum of `tensor` over `axis`, from which each rank computes its part of the loss; backward sums as well."""
+    return tensor if axis.size == 1 else _Sum.apply(tensor, axis)
 
 
 def gather_from(tensor: torch.Tensor, axis: Axis, dim: int = 1) -> torch.Tensor:

@@ -16,6 +16,7 @@ from workbench.spec.norm_placement import PLACEMENTS, SUMS
 from workbench.spec.rope import RopeScaling
 
 LayerType = Literal["full_attention", "sliding_attention"]
+ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 def _one_of(word: str, known: Collection[str]) -> str:
@@ -133,7 +134,11 @@ class ModelConfig(Config):
     next_sentence: bool = Field(
         default=False, description="A second head, which tells whether the second segment follows the first."
     )
-    num_labels: int = Field(default=0, ge=0, description="Outputs of a sequence head in place of the LM head; 0: none.")
+    num_labels: int = Field(
+        default=0, ge=0, description="Outputs of a head of labels in place of the LM head; 0: none."
+    )
+    label_tokens: bool = Field(default=False, description="The head of labels reads every token, not one for the row.")
+    problem_type: ProblemType | None = Field(default=None, description="What the outputs of num_labels mean.")
     pad_token_id: int | None = None
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -208,6 +213,11 @@ class ModelConfig(Config):
         for name in ("head_transform", "lm_head_bias", "next_sentence"):
             if getattr(self, name) and not predicts:
                 found.append(f"{name}=true belongs to an LM head, but this model has none; remove it")
+        if self.label_tokens and (self.pooler or not self.num_labels):
+            found.append(
+                f"label_tokens=true is for a head that reads tokens themselves, but num_labels={self.num_labels} and "
+                f"pooler={self.pooler}; set num_labels and pooler = false, or label_tokens = false"
+            )
         if self.pooler and self.causal:
             found.append("pooler=true reads the first token, which sees nothing if causal=true; set causal = false")
         return found

@@ -144,7 +144,7 @@ def head_specs(model: ModelConfig, layout: ParallelLayout) -> tuple[ParameterSpe
     if model.pooler:
         specs += dense_specs("pooler", (hidden, hidden), bias=True)
     if model.num_labels:
-        specs += dense_specs("score", (model.num_labels, hidden), bias=model.pooler)
+        specs += dense_specs("score", (model.num_labels, hidden), bias=model.pooler or model.label_tokens)
     if model.next_sentence:
         specs += dense_specs("next_sentence", (2, hidden), bias=True)
     if not predicts_words(model):
