@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from finetune.adapter import Adapter, adapters
 from finetune.task import Task, TaskTable, tasks
-from pretrain.config import EngineConfig
+from pretrain.config import BatchTable, EngineConfig
 from workbench.config import Config, table_by_kind
 
 if TYPE_CHECKING:
@@ -23,6 +23,16 @@ else:
     AnyMethod = table_by_kind({name: adapter.table for name, adapter in adapters().items()})
 
 
+class FinetuneBatch(BatchTable):
+    """How many rows make a step, and whether examples share them."""
+
+    packing: bool = Field(
+        default=False,
+        description="Put several examples into a row of seq_len tokens, where they do not see each other; global_size "
+        "then counts such rows.",
+    )
+
+
 class FinetuneConfig(EngineConfig):
     """A run that starts from the weights of another."""
 
@@ -32,12 +42,18 @@ class FinetuneConfig(EngineConfig):
     tokenizer: str | None = Field(
         default=None, description="Tokenizer folder; by default the one that lies with the base."
     )
+    batch: FinetuneBatch = FinetuneBatch()
     task: AnyTask = Field(description="What to learn: kind, files.")
     method: AnyMethod = Field(description="How to learn it: kind = full or lora, and its settings.")
 
     @property
     def keeps_documents_apart(self) -> bool:
-        return self.task.keeps_documents_apart
+        return self.batch.packing
+
+    @property
+    def packed_tokens(self) -> int | None:
+        """Tokens of the rows that examples share; None when each has its own."""
+        return self.batch.seq_len if self.batch.packing else None
 
     @property
     def keeps_steps_whole(self) -> bool:
@@ -49,6 +65,12 @@ class FinetuneConfig(EngineConfig):
         steps = self.planned_steps()
         if steps and self.optim.warmup > steps:
             found.append(f"optim.warmup={self.optim.warmup} is longer than the run of {steps} steps; lower it")
+        if self.batch.packing and not self.task.packs:
+            able = ", ".join(name for name, task in tasks().items() if task.table.packs)
+            found.append(
+                f"batch.packing=true: examples of task {self.task.kind!r} cannot share a row (those of {able} can); "
+                "remove it"
+            )
         if found:
             raise ValueError("; ".join(found))
         return self

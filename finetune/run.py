@@ -11,6 +11,7 @@ import torch
 
 from finetune.config import FinetuneConfig, adapter_of, task_of
 from finetune.objective import TaskObjective, evaluations
+from finetune.packing import packed, packing_faults
 from finetune.task import Prepared, TaskTable
 from pretrain.engine import Pipeline, RunResult, Subject, Trainer, Watcher, evaluate, length_faults, schedule_named
 from workbench.checkpoint.source import TensorSource
@@ -72,7 +73,9 @@ class Finetuning:
             lineage=base.lineage,
             adapter=self.record,
         )
-        self._objective = TaskObjective(self.prepared, seed=config.task.seed)
+        tokens, seed = config.packed_tokens, config.task.seed
+        rows = self.prepared if tokens is None else packed(self.prepared, tokens, seed=seed)
+        self._objective = TaskObjective(rows, seed=seed)
         self.trainer = Trainer(config, subject, self._objective, mesh, watcher=watcher, dtype=dtype)
 
     def run(self) -> RunResult:
@@ -166,7 +169,8 @@ def evaluate_model(
 
 def prepare(config: FinetuneConfig, model: ModelConfig, tokenizer: Tokenizer) -> Prepared:
     """The task's data, encoded and checked against the model."""
-    if faults := length_faults(model, config.batch.seq_len):
+    faults = length_faults(model, config.batch.seq_len)
+    if faults := faults + (packing_faults(model, config.batch.seq_len) if config.batch.packing else []):
         raise ConfigError("; ".join(faults))
     if tokenizer.vocab_size > model.vocab_size:
         raise DataError(

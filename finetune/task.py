@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Protocol, Self
 
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
+from finetune.rows import Row, read_rows
+from finetune.shapes import Shape, recognise
 from workbench.config import Config
 from workbench.registry import discover
 from workbench.spec.model import ModelConfig, ProblemType
@@ -34,9 +36,19 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_as_paths)]
 class TaskTable(Config):
     """What every [task] table has."""
 
-    train: Paths = Field(min_length=1, description="JSON-lines files to train on: a path or a list of paths.")
+    packs: ClassVar[bool] = False
+    """Whether several examples may share a row (batch.packing): each token is labelled, and sees those before it."""
+
+    train: Paths = Field(
+        min_length=1,
+        description="What to learn: .jsonl, .json, .csv, .tsv, .parquet, a folder of them, hf:NAME[:CONFIG][:SPLIT]; "
+        "one or a list.",
+    )
     valid: Paths = Field(default=(), description="Rows to judge the model by while it trains.")
     test: Paths = Field(default=(), description="Rows to judge the model by once, at the end; `wb eval` reads these.")
+    columns: dict[str, str] = Field(
+        default={}, description='What columns of the rows are called, where not as expected: {prompt = "question"}.'
+    )
     seed: int = Field(default=1234, ge=0, description="Decides the order of the training rows, and what they hide.")
     controls: bool = Field(
         default=False, description="Also train the same model from scratch, by as many steps, and judge it by test."
@@ -49,11 +61,6 @@ class TaskTable(Config):
         return self
 
     @property
-    def keeps_documents_apart(self) -> bool:
-        """Whether rows hold several texts that do not see each other."""
-        return False
-
-    @property
     def keeps_steps_whole(self) -> bool:
         """Whether the loss of a row depends on all the others of its step."""
         return False
@@ -62,10 +69,12 @@ class TaskTable(Config):
 @dataclass(frozen=True)
 class Example:
     """One row as numbers: input_ids [T]; labels [T], what is said of each token (by default which one follows), or [] a
-    class number. segments, documents [T]: as in a batch. targets [N]: numbers that a loss of rows compares with."""
+    class number. segments, documents [T]: as in a batch. targets [N]: numbers that a loss of rows compares
+    with. place: where the row lies, 'train.jsonl:12'."""
 
     input_ids: np.ndarray
     labels: np.ndarray
+    place: str = ""
     segments: np.ndarray | None = None
     documents: np.ndarray | None = None
     targets: np.ndarray | None = None
@@ -113,6 +122,7 @@ class Prepared:
     pad_id: int
     identity: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    read_as: Mapping[str, str] = field(default_factory=dict)
     label_tokens: bool = False
     problem_type: ProblemType | None = None
     words: Literal["next", "hidden"] | None = "next"
@@ -142,6 +152,25 @@ class Task(Protocol):
 def tasks() -> dict[str, Task]:
     """Every task by name."""
     return discover("finetune.tasks", "TASK")
+
+
+@dataclass(frozen=True)
+class Data:
+    """The rows of a task, and by the name of each part what was recognised in it."""
+
+    train: list[Row]
+    held_out: Mapping[str, list[Row]]
+    read_as: Mapping[str, str]
+
+
+def read(table: TaskTable, *shapes: Shape) -> Data:
+    """The rows that a table names, each recognised as one of `shapes`; DataError for those that are not."""
+    found = {
+        name: recognise(read_rows(paths, columns=table.columns), shapes, columns=table.columns)
+        for name, paths in {"train": table.train, **files_of(table)}.items()
+    }
+    rows = {name: one.rows for name, one in found.items()}
+    return Data(rows.pop("train"), rows, {name: one.told for name, one in found.items()})
 
 
 def files_of(table: TaskTable) -> dict[str, tuple[str, ...]]:

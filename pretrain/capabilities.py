@@ -45,8 +45,8 @@ def te_faults(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) 
     found = execution_faults(config.stage_options("te"), model, layout)
     if config.keeps_documents_apart:
         found.append(
-            "kernels.backend='te' and data.mask_documents=true: its attention sees all earlier tokens of a row, those "
-            "of other documents too; use backend = 'torch' or mask_documents = false"
+            "kernels.backend='te' and rows of several documents (data.mask_documents, batch.packing): its attention "
+            "sees all earlier tokens of a row, those of other documents too; use backend = 'torch' or whole rows"
         )
     return found
 

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from finetune.jsonl import Row, read_rows
-from finetune.task import Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.rows import Row
+from finetune.shapes import Shape
+from finetune.task import Example, Prepared, TaskTable, pad_id_of, read
 from finetune.tasks._texts import TextEncoder, row_example, texts_of
 from workbench.config_faults import nearest
 from workbench.errors import DataError
@@ -35,12 +36,13 @@ class LabelTable(TaskTable):
     label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of a label's target given to all.")
 
 
-def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_tokens: int) -> Prepared:
+def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_tokens: int, *shapes: Shape) -> Prepared:
     """The encoded rows; DataError for rows without a text or with a label that is not known."""
     from finetune.judges import LabelJudge, MultiLabelJudge
     from finetune.losses import LabelLoss, MultiLabelLoss
 
-    rows = read_rows(table.train)
+    found = read(table, *shapes)
+    rows = found.train
     several = "labels" in rows[0].values
     names = list(table.labels) if table.labels is not None else sorted_labels(rows, several=several)
     if len(names) < 2:
@@ -55,10 +57,10 @@ def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_token
         sets = [[class_of(row, label, classes) for label in labels_of(row, several=several)] for row in rows]
         encoded = encoder.encode(rows, [texts_of(row) for row in rows])
         if not several:
-            return [row_example(one, found[0]) for one, found in zip(encoded, sets, strict=True)]
+            return [row_example(one, chosen[0], row) for one, chosen, row in zip(encoded, sets, rows, strict=True)]
         return [
-            row_example(one, 0, [float(index in found) for index in range(len(names))])
-            for one, found in zip(encoded, sets, strict=True)
+            row_example(one, 0, row, [float(index in chosen) for index in range(len(names))])
+            for one, chosen, row in zip(encoded, sets, rows, strict=True)
         ]
 
     train = examples(rows)
@@ -68,12 +70,13 @@ def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_token
     loss = MultiLabelLoss if several else None if plain else LabelLoss
     return Prepared(
         train=train,
-        held_out={name: examples(read_rows(paths)) for name, paths in files_of(table).items()},
+        held_out={name: examples(rows) for name, rows in found.held_out.items()},
         judge=MultiLabelJudge(common) if several else LabelJudge(int(common[0])),
         num_labels=len(names),
         pad_id=pad_id_of(tokenizer),
         identity={"kind": kind, "labels": names},
         notes=encoder.notes,
+        read_as=found.read_as,
         problem_type="multi_label_classification" if several else "single_label_classification",
         loss=None if loss is None else loss(weights, table.label_smoothing),
     )

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
+from finetune.shapes import LABEL_SETS, LABELS
 from finetune.task import Prepared
 from finetune.tasks._labels import LabelTable, prepare_labels
 
@@ -31,7 +32,7 @@ class Classification:
         self, table: ClassificationTable, tokenizer: Tokenizer, *, model: ModelConfig, max_tokens: int
     ) -> Prepared:
         """The encoded rows; DataError for rows without a text or with a label that is not known."""
-        return prepare_labels(table, self.name, tokenizer, max_tokens)
+        return prepare_labels(table, self.name, tokenizer, max_tokens, LABELS, LABEL_SETS)
 
 
 TASK = Classification()

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
-from finetune.jsonl import Row, read_rows, text_of
-from finetune.task import IGNORE, Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.rows import Row, text_of
+from finetune.shapes import QUERIES
+from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
 from finetune.tasks._texts import TextEncoder, row_example
 from workbench.errors import DataError
 
@@ -47,7 +48,8 @@ class Embedding:
         from finetune.losses import ContrastiveLoss
 
         encoder = TextEncoder(tokenizer, max_tokens)
-        rows = read_rows(table.train)
+        found = read(table, QUERIES)
+        rows = found.train
         keys = ("query", "positive", *(("negative",) if "negative" in rows[0].values else ()))
 
         def examples(rows: Sequence[Row]) -> list[Example]:
@@ -55,17 +57,21 @@ class Embedding:
                 raise DataError(f"{over[0].place}: has a 'negative', but the first training row has none; give all one")
             owners = [row for row in rows for _ in keys]
             encoded = encoder.encode(owners, [text_of(row, key) for row in rows for key in keys])
-            return [row_example(one, IGNORE if place % len(keys) else 0) for place, one in enumerate(encoded)]
+            return [
+                row_example(one, IGNORE if place % len(keys) else 0, row)
+                for place, (one, row) in enumerate(zip(encoded, owners, strict=True))
+            ]
 
         pooling: Pooling = "mean_state" if table.pooling == "mean" else "last_state"
         return Prepared(
             train=examples(rows),
-            held_out={name: examples(read_rows(paths)) for name, paths in files_of(table).items()},
+            held_out={name: examples(rows) for name, rows in found.held_out.items()},
             judge=VectorJudge(pooling, len(keys)),
             num_labels=0,
             pad_id=pad_id_of(tokenizer),
             identity={"kind": self.name, "pooling": table.pooling, "temperature": table.temperature},
             notes=encoder.notes,
+            read_as=found.read_as,
             words=None,
             group=len(keys),
             loss=ContrastiveLoss(pooling, len(keys), table.temperature),

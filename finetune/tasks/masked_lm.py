@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from finetune.jsonl import read_rows
-from finetune.task import IGNORE, Example, Prepared, TaskTable, files_of
+from finetune.rows import Row
+from finetune.shapes import TEXTS
+from finetune.task import IGNORE, Example, Prepared, TaskTable, read
 from finetune.tasks._texts import token_lists
 from workbench.errors import DataError
 
@@ -52,29 +53,31 @@ class MaskedLm:
             ids, labels = vocabulary.hide(example.input_ids, draws(2 * table.seed + stream, number))
             return replace(example, input_ids=ids, labels=labels)
 
-        def examples(paths: Sequence[str]) -> list[Example]:
+        def examples(rows: Sequence[Row]) -> list[Example]:
             pieces = [
-                [specials.first, *text[at : at + room], specials.separator]
-                for text in token_lists(read_rows(paths), tokenizer)
+                (row.place, [specials.first, *text[at : at + room], specials.separator])
+                for row, text in zip(rows, token_lists(rows, tokenizer), strict=True)
                 for at in range(0, len(text), room)
             ]
-            return [Example(np.array(ids, dtype=np.int64), np.full(len(ids), IGNORE)) for ids in pieces]
+            return [Example(np.array(ids), np.full(len(ids), IGNORE), place) for place, ids in pieces]
 
+        found = read(table, TEXTS)
         held_out = {
-            name: [hidden(example, number, stream=1) for number, example in enumerate(examples(paths))]
-            for name, paths in files_of(table).items()
+            name: [hidden(example, number, stream=1) for number, example in enumerate(examples(rows))]
+            for name, rows in found.held_out.items()
         }
         return Prepared(
-            train=examples(table.train),
+            train=examples(found.train),
             held_out=held_out,
             judge=TextLoss(),
             num_labels=0,
             pad_id=specials.padding,
             identity={"kind": self.name},
+            read_as=found.read_as,
             notes=[
-                f"{name}: {plain} of {len(found)} rows hide nothing: each of their words is more than 15 % of them"
-                for name, found in held_out.items()
-                if (plain := sum(not example.num_labels for example in found))
+                f"{name}: {plain} of {len(shown)} rows hide nothing: each of their words is more than 15 % of them"
+                for name, shown in held_out.items()
+                if (plain := sum(not example.num_labels for example in shown))
             ],
             words="hidden",
             vary=hidden,

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from finetune.jsonl import Row, read_rows, text_of
-from finetune.task import IGNORE, Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.rows import Row, text_of
+from finetune.shapes import CHOICES
+from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
 from finetune.tasks._texts import TEXT, TextEncoder, row_example
 from workbench.errors import DataError
 
@@ -40,8 +41,8 @@ class MultipleChoice:
         from finetune.judges import ChoiceJudge
         from finetune.losses import ChoiceLoss
 
-        files = {"train": table.train, **files_of(table)}
-        rows = {name: read_rows(paths) for name, paths in files.items()}
+        data = read(table, CHOICES)
+        rows = {"train": data.train, **data.held_out}
         group = max(len(choices_of(row)) for found in rows.values() for row in found)
         encoder = TextEncoder(tokenizer, max_tokens)
         absent = Example(
@@ -70,6 +71,7 @@ class MultipleChoice:
             pad_id=pad_id_of(tokenizer),
             identity={"kind": self.name},
             notes=encoder.notes,
+            read_as=data.read_as,
             group=group,
             loss=ChoiceLoss(group),
         )
@@ -88,7 +90,7 @@ def _sample(row: Row, choices: Sequence[EncodedRow]) -> list[Example]:
     label = row.values.get("label")
     if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < len(choices):
         raise DataError(f"{row.place}: needs the place of the right choice, 0 to {len(choices) - 1}, not {label!r}")
-    return [row_example(one, IGNORE if place else label, [1.0]) for place, one in enumerate(choices)]
+    return [row_example(one, IGNORE if place else label, row, [1.0]) for place, one in enumerate(choices)]
 
 
 TASK = MultipleChoice()

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from finetune.jsonl import read_rows, text_of
+from finetune.shapes import PAIR_SETS, PAIRS
 from finetune.task import Prepared
 from finetune.tasks._labels import LabelTable, prepare_labels
-from finetune.tasks._texts import PAIR
 
 if TYPE_CHECKING:
     from workbench.spec.model import ModelConfig
@@ -32,9 +31,7 @@ class Pair:
 
     def prepare(self, table: PairTable, tokenizer: Tokenizer, *, model: ModelConfig, max_tokens: int) -> Prepared:
         """The encoded rows; DataError for rows without both texts or with a label that is not known."""
-        for row in read_rows((*table.train, *table.valid, *table.test)):
-            text_of(row, PAIR)
-        return prepare_labels(table, self.name, tokenizer, max_tokens)
+        return prepare_labels(table, self.name, tokenizer, max_tokens, PAIRS, PAIR_SETS)
 
 
 TASK = Pair()

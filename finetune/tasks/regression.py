@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from finetune.jsonl import Row, read_rows
-from finetune.task import Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.rows import Row
+from finetune.shapes import LABELS
+from finetune.task import Example, Prepared, TaskTable, pad_id_of, read
 from finetune.tasks._texts import TextEncoder, row_example, texts_of
 from workbench.errors import DataError
 
@@ -38,22 +39,24 @@ class Regression:
         from finetune.judges import NumberJudge
         from finetune.losses import SquaredLoss
 
+        found = read(table, LABELS)
         encoder = TextEncoder(tokenizer, max_tokens)
 
         def examples(rows: Sequence[Row]) -> list[Example]:
             numbers = [_number(row) for row in rows]
             encoded = encoder.encode(rows, [texts_of(row) for row in rows])
-            return [row_example(one, 0, [number]) for one, number in zip(encoded, numbers, strict=True)]
+            return [row_example(one, 0, row, [n]) for one, row, n in zip(encoded, rows, numbers, strict=True)]
 
-        train = examples(read_rows(table.train))
+        train = examples(found.train)
         return Prepared(
             train=train,
-            held_out={name: examples(read_rows(paths)) for name, paths in files_of(table).items()},
+            held_out={name: examples(rows) for name, rows in found.held_out.items()},
             judge=NumberJudge(float(np.mean([example.targets for example in train]))),
             num_labels=1,
             pad_id=pad_id_of(tokenizer),
             identity={"kind": self.name},
             notes=encoder.notes,
+            read_as=found.read_as,
             problem_type="regression",
             loss=SquaredLoss(),
         )

@@ -1,19 +1,20 @@
 """Supervised fine-tuning: the model learns to answer, and only the answer's tokens (its end included) are supervised.
 
-A row is {"prompt", "completion"}, {"instruction", "input" (or not), "output"}, or {"messages": [{"role", "content"}]}.
+Rows are of any shape of answers (finetune/shapes.py): prompts, alpaca, messages, sharegpt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 from pydantic import Field
 
 from finetune.chat import ChatTemplate, Piece
-from finetune.jsonl import Row, places, read_rows, text_of
-from finetune.task import IGNORE, Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.rows import Row, places, text_of
+from finetune.shapes import ANSWERS
+from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 class SftTable(TaskTable):
     """[task] kind = "sft": learn to answer prompts."""
+
+    packs: ClassVar[bool] = True
 
     kind: Literal["sft"] = "sft"
     too_long: Literal["truncate", "drop", "error"] = Field(
@@ -41,25 +44,31 @@ class Sft:
 
     def prepare(self, table: SftTable, tokenizer: Tokenizer, *, model: ModelConfig, max_tokens: int) -> Prepared:
         """The encoded rows; DataError for rows without an answer, or whose answer is cut off whole."""
-        if tokenizer.eos_id is None:
-            raise DataError(
-                f"{tokenizer.path}: the tokenizer names no end-of-text token, so the model would never learn to stop; "
-                "name an eos_token in its tokenizer_config.json"
-            )
-        from finetune.judges import AnswerJudge, TextLoss
+        return prepare_answers(table, tokenizer, max_tokens)
 
-        encoder = _Encoder(tokenizer, max_tokens, table.too_long)
-        train = encoder.examples(read_rows(table.train))
-        held_out = {name: encoder.examples(read_rows(paths)) for name, paths in files_of(table).items()}
-        return Prepared(
-            train=train,
-            held_out=held_out,
-            judge=AnswerJudge() if table.exact_match else TextLoss(),
-            num_labels=0,
-            pad_id=pad_id_of(tokenizer),
-            identity={"kind": self.name, "too_long": table.too_long},
-            notes=encoder.notes,
+
+def prepare_answers(table: SftTable, tokenizer: Tokenizer, max_tokens: int) -> Prepared:
+    """The encoded rows, for any model."""
+    if tokenizer.eos_id is None:
+        raise DataError(
+            f"{tokenizer.path}: the tokenizer names no end-of-text token, so the model would never learn to stop; "
+            "name an eos_token in its tokenizer_config.json"
         )
+    from finetune.judges import AnswerJudge, TextLoss
+
+    encoder = _Encoder(tokenizer, max_tokens, table.too_long)
+    found = read(table, *ANSWERS)
+    train = encoder.examples(found.train)
+    return Prepared(
+        train=train,
+        held_out={name: encoder.examples(rows) for name, rows in found.held_out.items()},
+        judge=AnswerJudge() if table.exact_match else TextLoss(),
+        num_labels=0,
+        pad_id=pad_id_of(tokenizer),
+        identity={"kind": table.kind, "too_long": table.too_long},
+        notes=[*encoder.notes, *_stops(train, tokenizer)],
+        read_as=found.read_as,
+    )
 
 
 class _Encoder:
@@ -71,6 +80,8 @@ class _Encoder:
         self._template: ChatTemplate | None = None
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
+        if empty := [row for row in rows if "messages" not in row.values and not text_of(row, "completion").strip()]:
+            raise DataError(f"{len(empty)} rows have an empty answer, nothing to learn ({places(empty)}); remove them")
         conversations = [self._pieces(row) for row in rows]
         ids = iter(self.tokenizer.encode_batch([text for pieces in conversations for text, _ in pieces]))
         encoded = [[(next(ids), learned) for _, learned in pieces] for pieces in conversations]
@@ -95,11 +106,7 @@ class _Encoder:
         if "messages" in row.values:
             self._template = self._template or ChatTemplate(self.tokenizer)
             return self._template.pieces(row)
-        if "instruction" in row.values:
-            context = text_of(row, "input") if row.values.get("input") else ""
-            prompt = "".join(f"{part}\n\n" for part in (text_of(row, "instruction"), context) if part)
-            return [(prompt, False), (_answer(row, "output"), True)]
-        return [(text_of(row, "prompt"), False), (_answer(row, "completion"), True)]
+        return [(text_of(row, "prompt"), False), (text_of(row, "completion"), True)]
 
     def _example(self, row: Row, pieces: Sequence[tuple[list[int], bool]]) -> tuple[Example, bool]:
         """The example, and whether it was longer than allowed. Each token is labelled with the one after it."""
@@ -114,7 +121,7 @@ class _Encoder:
         cut = len(ids) > self.max_tokens + 1
         ids, learned = ids[: self.max_tokens + 1], learned[: self.max_tokens + 1]
         labels = np.where(learned[1:], ids[1:], IGNORE) if len(ids) > 1 else np.full(1, IGNORE)
-        return Example(np.array(ids[:-1] or ids, dtype=np.int64), labels.astype(np.int64)), cut
+        return Example(np.array(ids[:-1] or ids, dtype=np.int64), labels.astype(np.int64), row.place), cut
 
     def _report(self, rows: Sequence[Row]) -> None:
         if not rows:
@@ -125,11 +132,19 @@ class _Encoder:
         self.notes.append(f"{what}; they were {'cut' if self.too_long == 'truncate' else 'left out'}")
 
 
-def _answer(row: Row, key: str) -> str:
-    answer = text_of(row, key)
-    if not answer:
-        raise DataError(f"{row.place}: {key!r} is empty; every row needs an answer to learn")
-    return answer
+def _stops(examples: Sequence[Example], tokenizer: Tokenizer) -> list[str]:
+    """A warning when no row teaches the token that ends a generation."""
+    eos = tokenizer.eos_id
+    assert eos is not None
+    if any((example.labels == eos).any() for example in examples):
+        return []
+    last = examples[0].labels[examples[0].labels != IGNORE][-3:]
+    return [
+        f"no row teaches the end of text {tokenizer.decode([eos], skip_special_tokens=False)!r}: answers end with "
+        f"{tokenizer.decode(last, skip_special_tokens=False)!r}, so a generation that waits for it never stops; make "
+        "eos_token in tokenizer_config.json what the chat template ends a turn with, or raise batch.seq_len if all "
+        "answers are cut"
+    ]
 
 
 TASK = Sft()

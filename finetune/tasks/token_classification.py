@@ -8,14 +8,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from pydantic import Field
 
-from finetune.jsonl import Row, read_rows
+from finetune.rows import Row
+from finetune.shapes import WORDS
 from finetune.spans import are_bio
-from finetune.task import IGNORE, Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
 from finetune.tasks._labels import Label, class_of, labels_of, sorted_labels
 from finetune.tasks._texts import TextEncoder
 from workbench.errors import DataError
@@ -46,7 +48,8 @@ class TokenClassification:
         """The encoded rows; DataError for rows without a label for each word, or with one that is not known."""
         from finetune.judges import TokenJudge
 
-        rows = read_rows(table.train)
+        found = read(table, WORDS)
+        rows = found.train
         names = list(table.labels) if table.labels is not None else sorted_labels(rows, several=True)
         if len(names) < 2:
             raise DataError(f"{rows[0].path}: needs two labels or more to tell apart, but has {names}")
@@ -56,22 +59,23 @@ class TokenClassification:
         def examples(rows: Sequence[Row]) -> list[Example]:
             labels = [_classes(row, classes) for row in rows]
             words = [words_of(row) for row in rows]
-            encoded = encoder.encode(rows, [" ".join(found) for found in words])
+            encoded = encoder.encode(rows, [" ".join(spoken) for spoken in words])
             return [
-                labelled(one, found, classes, last=model.causal)
-                for one, found, classes in zip(encoded, words, labels, strict=True)
+                replace(labelled(one, spoken, numbers, last=model.causal), place=row.place)
+                for one, spoken, numbers, row in zip(encoded, words, labels, rows, strict=True)
             ]
 
         train = examples(rows)
         common = Counter(int(i) for example in train for i in example.labels if i != IGNORE).most_common(1)[0][0]
         return Prepared(
             train=train,
-            held_out={name: examples(read_rows(paths)) for name, paths in files_of(table).items()},
+            held_out={name: examples(rows) for name, rows in found.held_out.items()},
             judge=TokenJudge([str(name) for name in names], common=common, entities=are_bio(names)),
             num_labels=len(names),
             pad_id=pad_id_of(tokenizer),
             identity={"kind": self.name, "labels": names},
             notes=encoder.notes,
+            read_as=found.read_as,
             label_tokens=True,
             problem_type="single_label_classification",
         )

@@ -76,12 +76,26 @@ def test_a_dry_run_reads_everything_and_starts_nothing(folder: Path, capsys: pyt
     assert found["rows"] == {"train": 48, "test": 21} and not (folder / "dry").exists()
 
 
+def test_rows_of_other_columns_are_surveyed_before_any_rank_starts(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"sentence": row["text"], "kind": row["label"]} for row in letters(8)]
+    train = write_rows(folder / "other.jsonl", [*rows, rows[0]])
+    maps = ["--map", "text=sentence", "--map", "label=kind"]
+    words = ["finetune", str(folder / "lora.toml"), f"task.train={train}", "task.test=[]", *maps, "--dry-run"]
+    assert main(words) == 0
+    captured = capsys.readouterr()
+    assert "train      9 rows of labels (text, label)" in captured.out and "labels     even " in captured.out
+    assert "warning: 1 rows of train are there before" in captured.err and "other.jsonl:9)" in captured.err
+
+
 @pytest.mark.parametrize(
     ("overrides", "code", "message"),
     [
         (["base=nowhere"], 5, "nowhere: no such checkpoint"),
         (['method.targets=["q_prj"]'], 2, "no projection 'q_prj'; did you mean 'q_proj'?"),
         (["task.train=gone.jsonl"], 5, "gone.jsonl: no such file"),
+        (["batch.packing=true"], 2, "examples of task 'classification' cannot share a row"),
         (["parallel.tp=3", "--nproc", "3"], 3, "num_attention_heads=4 cannot be split over tp=3"),
         (["method.rr=3"], 2, "method.rr: unknown key"),
     ],

@@ -122,9 +122,9 @@ def test_a_prompt_that_leaves_no_room_for_an_answer_is_refused(tokenizer: Tokeni
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ('{"prompt": "a"}', r"train.jsonl:1: needs text under 'completion', but it has prompt"),
+        ('{"prompt": "a"}', r"train.jsonl:1\): the first has prompt; recognised .*--map completion=NAME"),
         ('{"prompt": "a", "completion": 3}', r"train.jsonl:1: needs text under 'completion', but it is 3"),
-        ('{"prompt": "a", "completion": ""}', r"train.jsonl:1: 'completion' is empty"),
+        ('{"prompt": "a", "completion": ""}', r"1 rows have an empty answer, nothing to learn \(.*train.jsonl:1\)"),
         ('{"prompt": "a", "completion": "b"}\nnonsense', r"train.jsonl:2: not JSON"),
         ("\n\n[1]", r"train.jsonl:3: \[1\] is not an object"),
         ("", r"train.jsonl: no rows"),

@@ -67,9 +67,10 @@ def _pretraining(config: PretrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
 def _finetuning(config: FinetuneConfig) -> tuple[ModelConfig, dict[str, Any]]:
     from converters.open import open_checkpoint
     from finetune.config import adapter_of, task_of
+    from finetune.rows import parts_of
     from finetune.task import files_of
     from pretrain.config import length_faults
-    from workbench.errors import ConfigError, DataError
+    from workbench.errors import ConfigError
 
     opened = open_checkpoint(Path(config.base))
     model = opened.model
@@ -77,16 +78,13 @@ def _finetuning(config: FinetuneConfig) -> tuple[ModelConfig, dict[str, Any]]:
     if faults := length_faults(model, config.batch.seq_len):
         raise ConfigError("; ".join(faults))
     paths = [*config.task.train, *(path for paths in files_of(config.task).values() for path in paths)]
-    if missing := [path for path in dict.fromkeys(paths) if not Path(path).is_file()]:
-        raise DataError(
-            f"no such file: {', '.join(missing)}; set task.train, task.valid and task.test to what there is"
-        )
+    files = [part for path in paths for part in parts_of(path)]
     return model, {
         "base": config.base,
         "base_format": opened.format,
         "task": task_of(config).name,
         "method": adapter_of(config).name,
-        "files": paths,
+        "files": files,
     }
 
 

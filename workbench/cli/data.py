@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.cli._preview import preview_config, preview_rows
 from workbench.cli.common import Command, Group, Output, count_text, size_text, time_text
 
 if TYPE_CHECKING:
@@ -115,8 +116,17 @@ def info(
 
 def preview(
     out: Output,
-    path: Annotated[Path, typer.Argument(help="A token file, with or without .bin or .idx.")],
-    tokenizer: Annotated[Path | None, typer.Option(help="What to decode with; else the one it was built with.")] = None,
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="A token file; a configuration of `wb finetune`; a data file, a folder of them or hf:NAME[:SPLIT].",
+            metavar="CONFIG|DATA",
+        ),
+    ],
+    tokenizer: Annotated[Path | None, typer.Option(help="In place of the one that belongs to the data.")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--map", metavar="NAME=COLUMN", help="Name a column of rows: prompt=question.")
+    ] = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many to show.")] = 3,
     seq_len: Annotated[
         int, typer.Option(min=0, help="Show training samples of this length, in training order, not documents.")
@@ -124,10 +134,21 @@ def preview(
     seed: Annotated[int, typer.Option(help="With --seq-len: data.seed.")] = 1234,
     chars: Annotated[int, typer.Option(min=1, help="Characters to show of each.")] = 400,
 ) -> None:
-    """Show documents as text, or with --seq-len the samples that a training run meets first."""
+    """Show what a run learns from: documents of token files, rows with the learned part coloured (or in brackets).
+
+    With --seq-len: the samples that a training run over token files meets first.
+    """
+    from finetune.rows import is_rows
     from pretrain.data.config import DataConfig, open_data
     from pretrain.data.indexed import IndexedTokens
+    from workbench.errors import ConfigError
 
+    if path.endswith(".toml") or is_rows(path):
+        show = preview_config if path.endswith(".toml") else preview_rows
+        show(out, path, tokenizer=tokenizer, maps=column or (), seq_len=seq_len, count=count, chars=chars)
+        return
+    if column:
+        raise ConfigError(f"--map {column[0]}: {path} is a token file, which has no columns; leave it out")
     tokens = IndexedTokens(path)
     decoder = _decoder(tokens, tokenizer)
     shown: list[dict[str, Any]] = []
@@ -199,7 +220,9 @@ COMMAND = Group(
             "preview",
             preview,
             example="wb data preview data/corpus-train -n 2\n"
-            "wb data preview data/corpus-train --seq-len 512 --seed 1234",
+            "wb data preview data/corpus-train --seq-len 512 --seed 1234\n"
+            "wb data preview sft.toml\n"
+            "wb data preview answers.csv --map prompt=question --map completion=answer",
         ),
     ),
     panel="Data",

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.cli._preview import column_overrides
 from workbench.cli._training import (
     Outcome,
     Terminal,
@@ -34,6 +35,9 @@ def finetune(
         Path, typer.Argument(help="A TOML file with base, [task], [method], [run] and more.", metavar="CONFIG.toml")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file: method.r=8")] = None,
+    column: Annotated[
+        list[str] | None, typer.Option("--map", metavar="NAME=COLUMN", help="Name a column of rows: prompt=question.")
+    ] = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
     ] = None,
@@ -46,10 +50,9 @@ def finetune(
     """
     from converters.merge import base_fingerprint
     from finetune.config import FinetuneConfig, adapter_of
-    from finetune.run import prepare, tokenizer_of
     from workbench.config import load_config
 
-    loaded = load_config(config, FinetuneConfig, overrides or ())
+    loaded = load_config(config, FinetuneConfig, [*(overrides or ()), *column_overrides(column or ())])
     settings = loaded.config
     ranks = find_ranks(settings, nproc)
     opened = open_base_of(settings)
@@ -59,20 +62,15 @@ def finetune(
     if ranks.speaks:
         out.say(f"base       {settings.base} ({opened.format}), {settings.method.kind} on {settings.task.kind}")
         say_plan(out, facts, settings, opened.model)
+        seen = preflight(out, settings, _base(settings, opened, ""))
     if dry_run:
-        tokenizer = tokenizer_of(_base(settings, opened, ""), settings.tokenizer)
-        prepared = prepare(settings, opened.model, tokenizer)
         if ranks.speaks:
-            held_out = {name: len(examples) for name, examples in prepared.held_out.items()}
-            rows = {"train": len(prepared.train), **held_out}
-            _warn(out, prepared.notes)
-            out.result({"dry_run": True, **facts, "rows": rows}, text=f"rows {rows}; nothing was started (--dry-run)")
+            out.result({"dry_run": True, **facts, **seen}, text="nothing was started (--dry-run)")
         return
     fingerprint = base_fingerprint(opened)
     lineage = {"kind": "finetune", "parents": list(_base(settings, opened, fingerprint).lineage)}
     outcome = run_in_folder(out, loaded, ranks, tune, settings, layout, voice_of(out), fingerprint, lineage=lineage)
     if ranks.speaks:
-        _warn(out, outcome.pop("notes"))
         out.result({**facts, **outcome}, text=_summary(outcome, settings))
 
 
@@ -92,7 +90,22 @@ def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerpri
     finally:
         if terminal is not None:
             terminal.close()
-    return {**outcome, "trained_parameters": run.num_trained, "notes": list(run.prepared.notes)}
+    return {**outcome, "trained_parameters": run.num_trained}
+
+
+def preflight(out: Output, config: FinetuneConfig, base: Base) -> dict[str, Any]:
+    """Reads and checks the data before any rank starts; says what it holds and warns of what is suspicious."""
+    from finetune.preflight import survey
+    from finetune.run import prepare, tokenizer_of, tuned_model
+
+    prepared = prepare(config, base.model, tokenizer_of(base, config.tokenizer))
+    tuned_model(base.model, prepared)
+    found = survey(prepared, seed=config.task.seed, packed_tokens=config.packed_tokens)
+    for line in found.told:
+        out.say(line)
+    for warning in found.warnings:
+        out.warn(warning)
+    return found.facts
 
 
 def open_base_of(config: FinetuneConfig) -> OpenedCheckpoint:
@@ -123,11 +136,6 @@ def _base(config: FinetuneConfig, opened: OpenedCheckpoint, fingerprint: str) ->
     )
 
 
-def _warn(out: Output, notes: Any) -> None:
-    for note in notes:
-        out.warn(note)
-
-
 def _summary(outcome: Outcome, config: FinetuneConfig) -> str:
     """What a finished run is told as."""
     lines = [
@@ -153,5 +161,8 @@ COMMAND = Command(
     finetune,
     panel="Core",
     order=30,
-    example=("wb finetune sft.toml\nwb finetune sft.toml base=runs/tiny method.kind=lora method.r=16 parallel.tp=2"),
+    example=(
+        "wb finetune sft.toml\nwb finetune sft.toml base=runs/tiny method.kind=lora method.r=16 parallel.tp=2\n"
+        "wb finetune sft.toml task.train=answers.csv --map prompt=question --map completion=answer"
+    ),
 )
