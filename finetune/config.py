@@ -33,7 +33,7 @@ class FinetuneConfig(EngineConfig):
         default=None, description="Tokenizer folder; by default the one that lies with the base."
     )
     task: AnyTask = Field(description="What to learn: kind, files.")
-    method: AnyMethod = Field(description="How to learn it: kind = full or lora, and its settings.")
+    method: AnyMethod = Field(description="How to learn it: kind = full, freeze or lora, and its settings.")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from finetune.adapter import require_fit
+from finetune.adapters._lora_layers import fill_magnitudes
 from finetune.config import FinetuneConfig, adapter_of, task_of
 from finetune.objective import TaskObjective, evaluations
 from finetune.task import Prepared, TaskTable
@@ -16,12 +18,12 @@ from pretrain.engine import Pipeline, RunResult, Subject, Trainer, Watcher, eval
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConfigError, DataError
 from workbench.models.build import build_stage, initialise
-from workbench.models.state import load
+from workbench.models.state import load, stored_boxes
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
-from workbench.spec.lora import A_SUFFIX, B_SUFFIX, AdapterRecord, adapter_tensors
+from workbench.spec.lora import AdapterRecord, is_factor
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import logical_tensors, num_parameters
+from workbench.spec.schema import logical_tensors
 from workbench.tokenizer import Tokenizer
 
 
@@ -59,7 +61,7 @@ class Finetuning:
         self.prepared = prepare(config, base.model, tokenizer)
         self.model = tuned_model(base.model, self.prepared)
         adapter = adapter_of(config)
-        adapter.check(config.method, self.model)
+        require_fit(adapter, config.method, config, self.model)
         self.record: AdapterRecord | None = adapter.record(
             config.method, base=base.path, base_fingerprint=base.fingerprint
         )
@@ -70,6 +72,7 @@ class Finetuning:
             tokenizer=tokenizer.path,
             lineage=base.lineage,
             adapter=self.record,
+            rate=lambda spec: adapter.rate(config.method, self.model, spec),
         )
         objective = TaskObjective(self.prepared, seed=config.task.seed)
         self.trainer = Trainer(config, subject, objective, mesh, watcher=watcher, dtype=dtype)
@@ -90,20 +93,22 @@ class Finetuning:
 
     @property
     def num_trained(self) -> int:
-        """Logical elements that are trained, over all ranks."""
-        if self.record is None:
-            return num_parameters(self.model)
-        return sum(tensor.numel for tensor in adapter_tensors(self.model, self.record.lora, "F32").values())
+        """Logical elements that are trained, over all ranks. Collective over the mesh."""
+        built = self.trainer.built
+        boxes = stored_boxes([parameter for parameter in built.parameters if parameter.trainable])
+        here = torch.tensor(sum(stored.box.numel for stored in boxes), device=built.module.mesh.device)
+        return int(built.module.mesh.world.all_reduce(here))
 
     def _fill(self, parameters: list[LiveParameter]) -> None:
         """The base's values, and initial ones for what the base does not have: adapters and a new head."""
         new = [parameter for parameter in parameters if self._is_new(parameter)]
         load([parameter for parameter in parameters if not self._is_new(parameter)], self.base.source)
         initialise(new, self.model, seed=self.config.run.seed)
+        fill_magnitudes(new, self.base.source)
 
     def _is_new(self, parameter: LiveParameter) -> bool:
         names = [part.name for part in parameter.spec.parts]
-        if all(name.endswith((A_SUFFIX, B_SUFFIX)) for name in names):
+        if all(map(is_factor, names)):
             return True
         ours, theirs = (logical_tensors(model, "F32") for model in (self.model, self.base.model))
         return all(theirs.get(name) != ours[name] for name in names)
@@ -166,10 +171,7 @@ def tuned_model(base: ModelConfig, prepared: Prepared) -> ModelConfig:
     if prepared.num_labels:
         # transformers finds the last token of a padded row by this id, and refuses batches without it.
         pad = prepared.pad_id if base.pad_token_id is None else base.pad_token_id
-        words = {"lm_head": True, "head_transform": False, "lm_head_bias": False, "next_sentence": False}
-        # Where no token comes last by what it has seen, the first one speaks, by way of the pooler.
-        heads = {**words, "pooler": not base.causal, "num_labels": prepared.num_labels}
-        return base.model_copy(update={**heads, "pad_token_id": pad})
+        return base.with_labels(prepared.num_labels).model_copy(update={"pad_token_id": pad})
     if not base.causal:
         raise ConfigError(
             "the base sees the tokens after each as well (causal=false) and cannot learn to go on with a text; use a "
