@@ -55,7 +55,7 @@ def facts(model: Any, path: str) -> dict[str, Any]:
         "scaling": {
             name: module.scaling["default"]
             for name, module in model.named_modules()
-            if "default" in (getattr(module, "scaling", None) or {})
+            if isinstance(getattr(module, "scaling", None), dict) and "default" in module.scaling
         },
     }
 
