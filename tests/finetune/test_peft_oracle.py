@@ -20,6 +20,7 @@ from workbench.parallel.mesh import Mesh
 from workbench.spec.lora import LoraSpec, is_factor
 
 PREFIX = "base_model.model."
+TOLERANCE = 1e-6  # transformers norms and rotates in fp32, whatever its weights are
 CASES = {
     "rank-stabilised": LoraSpec(r=3, rslora=True),
     "magnitudes": LoraSpec(r=3, dora=True, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj", "lm_head")),
@@ -38,7 +39,7 @@ def engine_gradients(
     loss = built.module(None, Batch(ids, labels))
     loss.backward()
     found = {s.name: view for p in factors for s, view in shard_views(p, p.require_grad())}
-    return float(loss), found
+    return loss.item(), found
 
 
 @pytest.mark.slow
@@ -57,7 +58,7 @@ def test_loss_and_gradients_are_those_of_peft(name: str, tmp_path: Path) -> None
     ).double()
     theirs = F.cross_entropy(model(input_ids=ids).logits.flatten(0, 1), labels.flatten(), reduction="sum")
     theirs.backward()
-    assert float(theirs) == pytest.approx(loss, rel=1e-9)
+    assert theirs.item() == pytest.approx(loss, rel=TOLERANCE)
     found = {
         key.removeprefix(PREFIX).removeprefix("model.").replace(".default", "").removesuffix(".weight"): p.grad
         for key, p in model.named_parameters()
@@ -67,4 +68,4 @@ def test_loss_and_gradients_are_those_of_peft(name: str, tmp_path: Path) -> None
     for key, ours in gradients.items():
         expected = found[key.removesuffix(".weight")]
         assert expected is not None and expected.abs().max() > 0
-        torch.testing.assert_close(ours, expected, rtol=1e-7, atol=1e-9 * float(expected.abs().max()))
+        torch.testing.assert_close(ours, expected, rtol=0, atol=10 * TOLERANCE * float(expected.abs().max()))
