@@ -17,17 +17,21 @@ from converters.verify import compute_fingerprints
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import LoraSpec, adapter_tensors, factor_names
+from workbench.spec.lora import EMBEDDING, LoraSpec, adapter_tensors, factor_names, magnitude_name, module_of
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors
 
+_LEAST = np.finfo(np.float32).tiny
+"""Of the length of a row: one of zeros stays as it is."""
+
 
 class MergedSource:
-    """The weights W + s B A of an adapted model, added in fp32 and then rounded once to the base's dtype."""
+    """The weights W + s B A of an adapted model, added in fp32 and then rounded once to the base's dtype; with
+    magnitudes m (DoRA) each row of the sum has the length that m says."""
 
     def __init__(self, base: TensorSource, adapter: TensorSource, model: ModelConfig, lora: LoraSpec) -> None:
         """`model` is the adapted model. Raises ConversionError when base and adapter do not fit together."""
-        self._base, self._adapter, self._scaling = base, adapter, lora.scaling
+        self._base, self._adapter, self._lora = base, adapter, lora
         factors = adapter_tensors(model, lora, "F32")
         expected = logical_tensors(model, "F32")
         own = {name for name in expected if name in factors}  # a head that was trained whole
@@ -67,23 +71,34 @@ class MergedSource:
         """The box with its update added."""
         if name in self._own:
             return self._adapter.read(name, box)
-        array = self._base.read(name, box)
-        if name not in self._adapted:
-            return array
         dtype = self._schema[name].dtype
-        merged = as_float32(array, dtype) + self._update(name, box)
-        return cast_array(merged, "F32", dtype)
+        if name not in self._adapted:
+            return self._base.read(name, box)
+        if magnitude_name(name) not in self._adapter.schema:
+            return cast_array(self._sum(name, box), "F32", dtype)
+        # The length of a row is that of all its columns.
+        columns = self._schema[name].shape[1]
+        rows = self._sum(name, Box((box.offset[0], 0), (box.size[0], columns)))
+        lengths = np.linalg.norm(rows, axis=1)
+        gains = self._factor(magnitude_name(name), Box(box.offset[:1], box.size[:1])) / np.maximum(lengths, _LEAST)
+        return cast_array(rows[:, box.slices[1]] * gains[:, None], "F32", dtype)
 
-    def _update(self, name: str, box: Box) -> np.ndarray:
-        """s B A in the rows and columns of `box`, fp32."""
+    def _sum(self, name: str, box: Box) -> np.ndarray:
+        """W + s B A in the rows and columns of `box`, fp32."""
         a_name, b_name = factor_names(name)
-        schema = self._adapter.schema
-        rank = schema[a_name].shape[0]
-        a = self._adapter.read(a_name, Box((0, box.offset[1]), (rank, box.size[1])))
-        b = self._adapter.read(b_name, Box((box.offset[0], 0), (box.size[0], rank)))
-        product = as_float32(b, schema[b_name].dtype) @ as_float32(a, schema[a_name].dtype)
-        update: np.ndarray = product * np.float32(self._scaling)
-        return update
+        rank = self._adapter.schema[b_name].shape[1]
+        # What an embedding looks up are rows of its weight, and columns of A.
+        looks_up = name == f"{EMBEDDING}.weight"
+        of_a, of_b = (0, 1) if looks_up else (1, 0)
+        a = self._factor(a_name, Box((0, box.offset[of_a]), (rank, box.size[of_a])))
+        b = self._factor(b_name, Box((box.offset[of_b], 0), (box.size[of_b], rank)))
+        product = (b @ a).T if looks_up else b @ a
+        base = as_float32(self._base.read(name, box), self._schema[name].dtype)
+        merged: np.ndarray = base + product * np.float32(self._lora.scaling_of(module_of(name)))
+        return merged
+
+    def _factor(self, name: str, box: Box) -> np.ndarray:
+        return as_float32(self._adapter.read(name, box), self._adapter.schema[name].dtype)
 
 
 def open_merged(

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, Protocol
 
+from workbench.errors import ConfigError
 from workbench.registry import discover
 
 if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
     from workbench.config import Config
     from workbench.models.decoder import DecoderStage
+    from workbench.spec.geometry import ParameterSpec
     from workbench.spec.lora import AdapterRecord
     from workbench.spec.model import ModelConfig
 
@@ -29,8 +32,16 @@ class Adapter(Protocol):
         """Raises ConfigError when the model cannot be adapted so."""
         ...
 
+    def faults(self, table: Any, config: FinetuneConfig, model: ModelConfig) -> list[str]:
+        """Why the method does not go with the rest of the run's configuration, if it does not."""
+        ...
+
     def attach(self, table: Any, stage: DecoderStage) -> None:
         """Changes the modules of a stage whose parameters are still on the meta device, and freezes what stays."""
+        ...
+
+    def rate(self, table: Any, model: ModelConfig, spec: ParameterSpec) -> float:
+        """By what the learning rate of a parameter is multiplied."""
         ...
 
     def record(self, table: Any, *, base: str, base_fingerprint: str) -> AdapterRecord | None:
@@ -41,3 +52,10 @@ class Adapter(Protocol):
 def adapters() -> dict[str, Adapter]:
     """Every adapter by name."""
     return discover("finetune.adapters", "ADAPTER")
+
+
+def require_fit(adapter: Adapter, table: Any, config: FinetuneConfig, model: ModelConfig) -> None:
+    """ConfigError naming all that the model does not have, or that does not go with the rest of the run."""
+    adapter.check(table, model)
+    if faults := adapter.faults(table, config, model):
+        raise ConfigError("; ".join(faults))

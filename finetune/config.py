@@ -44,7 +44,7 @@ class FinetuneConfig(EngineConfig):
     )
     batch: FinetuneBatch = FinetuneBatch()
     task: AnyTask = Field(description="What to learn: kind, files.")
-    method: AnyMethod = Field(description="How to learn it: kind = full or lora, and its settings.")
+    method: AnyMethod = Field(description="How to learn it: kind = full, freeze or lora, and its settings.")
 
     @property
     def keeps_documents_apart(self) -> bool:

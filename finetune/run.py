@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import torch
 
+from finetune.adapter import require_fit
+from finetune.adapters._lora_layers import fill_magnitudes
 from finetune.config import FinetuneConfig, adapter_of, task_of
 from finetune.objective import TaskObjective, evaluations
 from finetune.packing import packed, packing_faults
@@ -18,12 +20,12 @@ from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConfigError, DataError
 from workbench.models.build import build_stage, initialise
 from workbench.models.decoder import DecoderStage
-from workbench.models.state import load
+from workbench.models.state import load, stored_boxes
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
-from workbench.spec.lora import A_SUFFIX, B_SUFFIX, AdapterRecord, adapter_tensors
+from workbench.spec.lora import AdapterRecord, is_factor
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import logical_tensors, num_parameters, predicts_words
+from workbench.spec.schema import logical_tensors, predicts_words
 from workbench.tokenizer import Tokenizer
 
 
@@ -61,7 +63,7 @@ class Finetuning:
         self.prepared = prepare(config, base.model, tokenizer)
         self.model = tuned_model(base.model, self.prepared)
         adapter = self._adapter = adapter_of(config)
-        adapter.check(config.method, self.model)
+        require_fit(adapter, config.method, config, self.model)
         self.record: AdapterRecord | None = adapter.record(
             config.method, base=base.path, base_fingerprint=base.fingerprint
         )
@@ -72,6 +74,7 @@ class Finetuning:
             tokenizer=tokenizer.path,
             lineage=base.lineage,
             adapter=self.record,
+            rate=lambda spec: adapter.rate(config.method, self.model, spec),
         )
         tokens, seed = config.packed_tokens, config.task.seed
         rows = self.prepared if tokens is None else packed(self.prepared, tokens, seed=seed)
@@ -106,10 +109,11 @@ class Finetuning:
 
     @property
     def num_trained(self) -> int:
-        """Logical elements that are trained, over all ranks."""
-        if self.record is None:
-            return num_parameters(self.model)
-        return sum(tensor.numel for tensor in adapter_tensors(self.model, self.record.lora, "F32").values())
+        """Logical elements that are trained, over all ranks. Collective over the mesh."""
+        built = self.trainer.built
+        boxes = stored_boxes([parameter for parameter in built.parameters if parameter.trainable])
+        here = torch.tensor(sum(stored.box.numel for stored in boxes), device=built.module.mesh.device)
+        return int(built.module.mesh.world.all_reduce(here))
 
     def _adapt(self, stage: DecoderStage) -> None:
         self._adapter.attach(self.config.method, stage)
@@ -125,10 +129,11 @@ class Finetuning:
         new = [parameter for parameter in parameters if self._is_new(parameter)]
         load([parameter for parameter in parameters if not self._is_new(parameter)], self.base.source)
         initialise(new, self.model, seed=self.config.run.seed)
+        fill_magnitudes(new, self.base.source)
 
     def _is_new(self, parameter: LiveParameter) -> bool:
         names = [part.name for part in parameter.spec.parts]
-        if all(name.endswith((A_SUFFIX, B_SUFFIX)) for name in names):
+        if all(map(is_factor, names)):
             return True
         ours, theirs = (logical_tensors(model, "F32") for model in (self.model, self.base.model))
         return all(theirs.get(name) != ours[name] for name in names)

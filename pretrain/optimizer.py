@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -14,9 +14,15 @@ from pretrain.muon import Muon
 from workbench.parallel.gradients import clip_gradients, complete_gradients, gradient_norm
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
+from workbench.spec.geometry import ParameterSpec
 from workbench.spec.schema import OPTIMIZER_PREFIX
 
 UNDECAYED_ROLES = ("bias", "norm")
+
+
+def full_rate(spec: ParameterSpec) -> float:
+    """1: the whole learning rate, for every parameter."""
+    return 1.0
 
 
 class Optimizer:
@@ -30,8 +36,10 @@ class Optimizer:
         *,
         compute_dtype: torch.dtype | None = None,
         seed: int = 0,
+        rate: Callable[[ParameterSpec], float] = full_rate,
     ) -> None:
         """compute_dtype: in which Muon multiplies; by default the parameters'. seed: of the rounding of bf16 moments.
+        rate: by what the learning rate of a parameter is multiplied.
 
         Collective over the mesh.
         """
@@ -40,21 +48,26 @@ class Optimizer:
         self.step_count = 0
         matrices = [p for p in self._parameters if config.name == "muon" and p.spec.role == "matrix"]
         taken = {p.path for p in matrices}
-        others = [p for p in self._parameters if p.path not in taken]
-        self._rules: list[AdamW | Muon] = []
-        for decays, weight_decay in ((True, config.weight_decay), (False, 0.0)):
-            some = [p for p in others if (p.spec.role not in UNDECAYED_ROLES) == decays]
-            self._rules.append(AdamW(some, config, weight_decay=weight_decay, seed=seed))
-        if config.name == "muon":
-            dtype = compute_dtype or (matrices[0].data.dtype if matrices else torch.float32)
-            self._rules.append(Muon(matrices, mesh, config, compute_dtype=dtype, seed=seed))
+        groups: dict[tuple[bool, float], list[LiveParameter]] = {(True, 1.0): [], (False, 1.0): []}
+        for p in (p for p in self._parameters if p.path not in taken):
+            groups.setdefault((p.spec.role not in UNDECAYED_ROLES, rate(p.spec)), []).append(p)
+        # Each with the share of the learning rate that it gets.
+        self._rules: list[tuple[AdamW | Muon, float]] = []
+        for (decays, share), some in groups.items():
+            decay = config.weight_decay if decays else 0.0
+            self._rules.append((AdamW(some, config, weight_decay=decay, seed=seed), share))
+        dtype = compute_dtype or (matrices[0].data.dtype if matrices else torch.float32)
+        # Muon is collective over a stage, so its ranks must have the same groups, in the same order.
+        for share in sorted({rate(p.spec) for p in matrices}) if config.name == "muon" else ():
+            some = [p for p in matrices if rate(p.spec) == share]
+            self._rules.append((Muon(some, mesh, config, compute_dtype=dtype, seed=seed), share))
 
     def moments(self) -> dict[str, dict[str, torch.Tensor]]:
         """By logical prefix (`optim.exp_avg`), then by parameter path: moments of the parameter's local shape."""
         if self._config.offload and self._mesh.device.type == "cuda":
             torch.cuda.current_stream().synchronize()  # the last update may still be on its way to the host
         found: dict[str, dict[str, torch.Tensor]] = {}
-        for rule in self._rules:
+        for rule, _ in self._rules:
             for kind, values in rule.moments.at_rest.items():
                 found.setdefault(f"{OPTIMIZER_PREFIX}{kind}", {}).update(values)
         return found
@@ -73,8 +86,8 @@ class Optimizer:
             if self._config.clip > 0 or scale != 1.0:
                 clip_gradients(self._parameters, norm, self._config.clip or math.inf, scale=scale)
             self.step_count += 1
-            for rule in self._rules:
-                rule.update(lr, self.step_count)
+            for rule, share in self._rules:
+                rule.update(lr * share, self.step_count)
         for parameter in self._parameters:
             parameter.parameter.grad = None
         return norm

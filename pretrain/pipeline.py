@@ -27,10 +27,11 @@ from workbench.parallel.pending import Work
 
 @dataclass(frozen=True)
 class _Held:
-    """What a forward leaves for its backward: not its output, which only the next stage needs, but where that ends."""
+    """What a forward leaves for its backward: not its output, which only the next stage needs, but where that ends;
+    None where nothing on the way to it is trained, so that there is no backward."""
 
     received: torch.Tensor | None
-    end: GradientEdge
+    end: GradientEdge | None
     sent: Work | None
 
 
@@ -114,7 +115,8 @@ class _Training:
             self.loss += found.detach()
         else:
             sent = self.links.send(action, found.detach())
-        self._held[action.microbatch, action.chunk] = _Held(received, get_gradient_edge(found), sent)
+        end = get_gradient_edge(found) if found.requires_grad else None
+        self._held[action.microbatch, action.chunk] = _Held(received, end, sent)
 
     def backward(self, action: Action) -> None:
         """The whole backward, or only the half that the stage before this one waits for."""
@@ -127,7 +129,8 @@ class _Training:
             # Its gradient has come back, so the activation has arrived: this does not wait, it frees the buffer.
             self.links.release(held.sent)
         self._data_parallel.before_backward(last=action is self._last and not self._reduces_apart)
-        torch.autograd.backward(held.end, gradient)
+        if held.end is not None:
+            torch.autograd.backward(held.end, gradient)
         if held.received is not None:
             assert held.received.grad is not None
             self.links.send(action, held.received.grad)

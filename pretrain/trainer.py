@@ -20,7 +20,7 @@ from pretrain.interrupt import StopSignal
 from pretrain.loss_scale import LossScale
 from pretrain.meter import Budget, Meter
 from pretrain.objective import Objective, Share
-from pretrain.optimizer import Optimizer
+from pretrain.optimizer import Optimizer, full_rate
 from pretrain.pipeline import Pipeline
 from pretrain.resume import find_checkpoint, require_same_adapter, require_same_run
 from pretrain.schedules import schedule_named
@@ -35,6 +35,7 @@ from workbench.parallel.determinism import make_deterministic
 from workbench.parallel.host_memory import keep_freed_memory
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
+from workbench.spec.geometry import ParameterSpec
 from workbench.spec.lora import AdapterRecord
 from workbench.spec.model import ModelConfig
 
@@ -45,7 +46,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 class Subject:
     """What is trained. `fill` gives every parameter its first value; `adapt` may change modules before they are
     wrapped; `tokenizer` and `lineage` are carried into checkpoints. With `adapter`, checkpoints hold only what is
-    trained, and `fill` gives the rest its values on a resume as well."""
+    trained, and `fill` gives the rest its values on a resume as well. `rate` says by what the learning rate of a
+    parameter is multiplied."""
 
     model: ModelConfig
     fill: Callable[[list[LiveParameter]], None]
@@ -53,6 +55,7 @@ class Subject:
     tokenizer: Path | None = None
     lineage: Sequence[Mapping[str, Any]] = ()
     adapter: AdapterRecord | None = None
+    rate: Callable[[ParameterSpec], float] = full_rate
 
 
 class Watcher(Protocol):
@@ -134,7 +137,7 @@ class Trainer:
             options=config.stage_options(self._choice.backend),
         )
         self.optimizer = Optimizer(
-            self.built.parameters, mesh, config.optim, compute_dtype=compute, seed=config.run.seed
+            self.built.parameters, mesh, config.optim, compute_dtype=compute, seed=config.run.seed, rate=subject.rate
         )
         self.loss_scale = LossScale(config.precision) if compute == torch.float16 else None
         self.pipeline = Pipeline(self.built, mesh, schedule, loss=objective.loss)

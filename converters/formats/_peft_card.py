@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from converters.auto import auto_class
 from converters.format import WriteRequest
 
 
 def adapter_card(request: WriteRequest, config: Mapping[str, Any]) -> str:
     """What the adapter is, what it belongs to, and how to load it."""
     base, model = config["base_model_name_or_path"], request.model
-    loader = "AutoModelForSequenceClassification" if model.num_labels else "AutoModelForCausalLM"
+    loader = auto_class(model).name
     labels = f", num_labels={model.num_labels}" if model.num_labels else ""
     targets = ", ".join(f"`{name}`" for name in config["target_modules"])
+    kind = "DoRA" if config["use_dora"] else "LoRA"
     lines = [
         "---",
         "library_name: peft",
@@ -25,7 +27,7 @@ def adapter_card(request: WriteRequest, config: Mapping[str, Any]) -> str:
         "",
         f"# {request.path.name}",
         "",
-        f"A LoRA adapter of rank {config['r']} (alpha {config['lora_alpha']}) to {targets} of `{base}`.",
+        f"A {kind} adapter of rank {config['r']} (alpha {config['lora_alpha']}) to {targets} of `{base}`.",
         "",
         "```python",
         "from peft import PeftModel",

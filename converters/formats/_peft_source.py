@@ -8,19 +8,17 @@ from pathlib import Path
 import numpy as np
 
 from converters.family import Family
-from converters.formats._peft_table import HEAD, PREFIX, WEIGHTS, PeftModule, peft_modules
+from converters.formats._peft_table import PREFIX, WEIGHTS, PeftModule, judging_keys, peft_modules
 from converters.names import summarise
 from workbench.checkpoint.safetensors_io import RangedFile, read_header
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import LoraSpec, adapter_tensors, factor_names, projections
+from workbench.spec.lora import LoraSpec, adapter_tensors, factor_names, magnitude_name
 from workbench.spec.model import ModelConfig
 
 Arrays = dict[str, tuple[str, np.ndarray]]
 """dtype and elements, by name."""
-
-SCORE = f"{HEAD}.weight"
 
 
 class ArraySource:
@@ -61,19 +59,6 @@ def read_file(folder: Path) -> tuple[Mapping[str, str], Arrays]:
     return header.metadata, found
 
 
-def file_targets(file: Arrays, family: Family, model: ModelConfig, where: str) -> tuple[str, ...]:
-    """The projections that the tensors of a file adapt, in network order; ConversionError when there is none."""
-    known = peft_modules(family, model, LoraSpec(targets="all"))
-    found = {weight.split(".")[-2] for m in known if m.keys[0] in file for weight, _ in m.parts}
-    if not found:
-        some = next(iter(file), "nothing")
-        raise ConversionError(
-            f"{where}: adapts no projection of family {family.name!r}; it holds {some!r}, and names must begin with "
-            f"{PREFIX!r}"
-        )
-    return tuple(name for name in projections(model) if name in found)
-
-
 def to_logical(file: Arrays, family: Family, model: ModelConfig, lora: LoraSpec, where: str) -> Arrays:
     """The logical tensors of a file's; ConversionError for a name or a shape that has no place, or is missing."""
     found: Arrays = {}
@@ -81,22 +66,25 @@ def to_logical(file: Arrays, family: Family, model: ModelConfig, lora: LoraSpec,
     faults: list[str] = []
     missing: list[str] = []
     for module in peft_modules(family, model, lora):
-        if any(key not in left for key in module.keys):
-            missing += [key for key in module.keys if key not in left]
+        keys = (*module.keys, module.magnitude_key) if lora.dora else module.keys
+        if any(key not in left for key in keys):
+            missing += [key for key in keys if key not in left]
             continue
-        a, b = (left.pop(key) for key in module.keys)
+        a, b, *magnitudes = (left.pop(key) for key in keys)
         try:
-            found |= _pairs(module, a, b, lora.r)
+            found |= _pairs(module, a, b)
+            found |= {n: m for magnitude in magnitudes for n, m in _magnitudes(module, magnitude).items()}
         except ConversionError as error:
             faults.append(str(error))
-    if model.num_labels:
-        head = left.pop(f"{PREFIX}{SCORE}", None)
-        if head is None:
-            missing.append(f"{PREFIX}{SCORE}")
+    for name, key in judging_keys(family, model).items():
+        if key in left:
+            found[name] = left.pop(key)
         else:
-            found[SCORE] = head
+            missing.append(key)
     if missing:
-        faults.append(f"{summarise(missing, 'is', 'are')} missing")
+        unprefixed = any(key.removeprefix(PREFIX) in left for key in missing)
+        hint = f" (names must begin with {PREFIX!r})" if unprefixed else ""
+        faults.append(f"{summarise(missing, 'is', 'are')} missing{hint}")
     if left:
         faults.append(f"{summarise(left, 'has', 'have')} no place")
     if faults:
@@ -104,7 +92,7 @@ def to_logical(file: Arrays, family: Family, model: ModelConfig, lora: LoraSpec,
     return {name: found[name] for name in adapter_tensors(model, lora, "F32")}
 
 
-def _pairs(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarray], r: int) -> Arrays:
+def _pairs(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarray]) -> Arrays:
     """Our pairs of one adapter: unstacked where it was stacked, else with A repeated for each projection."""
     rank = a[1].shape[0]
     if a[1].shape != (rank, module.inputs) or b[1].shape != (module.outputs, rank):
@@ -113,23 +101,31 @@ def _pairs(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarr
             f"inputs and {module.outputs} outputs"
         )
     found: Arrays = {}
-    if rank == r:
+    if set(module.ranks) == {rank}:
         for weight, rows in module.parts:
             a_name, b_name = factor_names(weight)
             found[a_name], found[b_name] = a, (b[0], b[1][rows])
         return found
-    blocks = np.zeros_like(b[1])
-    for index, (weight, rows) in enumerate(module.parts[: rank // r]):
+    blocks, first = np.zeros_like(b[1]), 0
+    for (weight, rows), r in zip(module.parts, module.ranks, strict=True):
         a_name, b_name = factor_names(weight)
-        ranks = slice(index * r, (index + 1) * r)
+        ranks = slice(first, first + r)
         found[a_name], found[b_name] = (a[0], a[1][ranks]), (b[0], b[1][rows, ranks])
         blocks[rows, ranks] = b[1][rows, ranks]
-    if rank != r * len(module.parts) or not np.array_equal(blocks, b[1]):
-        raise ConversionError(f"{module.path}: has rank {rank}, the others {r}; adapters here have one rank")
+        first += r
+    if rank != first or not np.array_equal(blocks, b[1]):
+        raise ConversionError(f"{module.path}: has rank {rank}, and its configuration says {module.ranks[0]}")
     return found
 
 
-def to_file(logical: Arrays, modules: Sequence[PeftModule]) -> Arrays:
+def _magnitudes(module: PeftModule, magnitude: tuple[str, np.ndarray]) -> Arrays:
+    dtype, array = magnitude
+    if array.shape != (module.outputs,):
+        raise ConversionError(f"{module.path}: {list(array.shape)} magnitudes for {module.outputs} outputs")
+    return {magnitude_name(weight): (dtype, array[rows]) for weight, rows in module.parts}
+
+
+def to_file(logical: Arrays, modules: Sequence[PeftModule], judging: Mapping[str, str]) -> Arrays:
     """The tensors of adapter_model.safetensors, by name."""
     found: Arrays = {}
     for module in modules:
@@ -137,11 +133,14 @@ def to_file(logical: Arrays, modules: Sequence[PeftModule]) -> Arrays:
         a_key, b_key = module.keys
         dtype = pairs[0][0][0]
         a = np.concatenate([a for (_, a), _ in pairs])
-        b = np.zeros((module.outputs, len(a)), a.dtype)
-        for index, ((_, rows), (_, (_, block))) in enumerate(zip(module.parts, pairs, strict=True)):
-            ranks = block.shape[1]
-            b[rows, index * ranks : (index + 1) * ranks] = block
+        b, first = np.zeros((module.outputs, len(a)), a.dtype), 0
+        for (_, rows), (_, (_, block)) in zip(module.parts, pairs, strict=True):
+            b[rows, first : first + block.shape[1]] = block
+            first += block.shape[1]
         found[a_key], found[b_key] = (dtype, a), (dtype, b)
-    if SCORE in logical:
-        found[f"{PREFIX}{SCORE}"] = logical[SCORE]
-    return found
+        if magnitude_name(module.parts[0][0]) in logical:
+            magnitudes = np.zeros(module.outputs, a.dtype)
+            for weight, rows in module.parts:
+                magnitudes[rows] = logical[magnitude_name(weight)][1]
+            found[module.magnitude_key] = (dtype, magnitudes)
+    return {**found, **{key: logical[name] for name, key in judging.items()}}

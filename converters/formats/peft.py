@@ -11,30 +11,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from pydantic import ValidationError
 
+from converters.cast import as_float32
 from converters.claim import claim
 from converters.family import Family, family_for, family_named
 from converters.format import OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._huggingface_files import read_json
 from converters.formats._peft_card import adapter_card
-from converters.formats._peft_source import SCORE, Arrays, ArraySource, file_targets, read_file, to_file, to_logical
-from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, lora_of, peft_modules
+from converters.formats._peft_config import RECORDED, spec_of
+from converters.formats._peft_source import Arrays, ArraySource, read_file, to_file, to_logical
+from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, judging_keys, peft_modules
 from workbench.checkpoint.safetensors_io import lay_out
 from workbench.checkpoint.store import CHECKPOINTS
 from workbench.checkpoint.writer import discard, partial_folder, publish
 from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import AdapterRecord, LoraSpec, projections
+from workbench.spec.lora import AdapterRecord
 from workbench.tokenizer import TOKENIZER_FILES
 
 if TYPE_CHECKING:
     from workbench.checkpoint.source import TensorSource
 
-_TARGETS = (
-    "workbench_targets"  # in the metadata of the weights: peft drops what it does not know from its configuration
-)
+_HEADS = ("score", "classifier")
+_BASE_WEIGHT = ".base_layer.weight"
 
 
 @dataclass(frozen=True)
@@ -82,20 +82,13 @@ def base_path(path: Path) -> Path | None:
 
 def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
     """The adapter at `path` to the model `base`; ConversionError for what has no place here."""
-    config = read_json(path / CONFIG)
-    r, alpha, rslora = lora_of(config, str(path / CONFIG))
     metadata, arrays = read_file(path)
     family = family_named(base.family) if base.family else family_for(base.model)
-    head = arrays.get(f"{PREFIX}{SCORE}")
-    labels = len(head[1]) if head is not None and head[1].ndim else base.model.num_labels
-    model = base.model.model_copy(update={"num_labels": labels})
-    recorded = metadata.get(_TARGETS)
-    targets = tuple(recorded.split(",")) if recorded else file_targets(arrays, family, model, str(path))
-    try:
-        lora = LoraSpec(r=r, alpha=alpha, rslora=rslora, targets=targets)
-    except ValidationError as error:
-        faults = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())
-        raise ConversionError(f"{path / CONFIG}: {faults}") from None
+    heads = (arrays.get(f"{PREFIX}{name}.weight") for name in _HEADS)
+    labels = next((len(head[1]) for head in heads if head is not None and head[1].ndim), base.model.num_labels)
+    model = base.model.with_labels(labels) if labels != base.model.num_labels else base.model
+    lora = spec_of(read_json(path / CONFIG), metadata.get(RECORDED), arrays, family, model, str(path))
+    arrays = _without_base(arrays, family, base, path)
     logical = to_logical(arrays, family, model, lora, str(path / WEIGHTS))
     return OpenedCheckpoint(
         format=FORMAT.name,
@@ -105,9 +98,25 @@ def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
         tokenizer=path if (path / "tokenizer.json").is_file() else base.tokenizer,
         family=family.name,
         lineage=base.lineage,
-        info={"base": str(base.path), "r": str(r), "alpha": f"{alpha:g}", "targets": ", ".join(targets)},
+        info={"base": str(base.path), "r": str(lora.r), "alpha": f"{lora.alpha:g}", "targets": ", ".join(lora.targets)},
         adapter=AdapterRecord(lora=lora, base=str(base.path), base_fingerprint=""),
     )
+
+
+def _without_base(arrays: Arrays, family: Family, base: OpenedCheckpoint, path: Path) -> Arrays:
+    """The tensors but for weights of the base that peft saves with an adapted embedding or head; they must be those of
+    the base, or the adapter is not to it."""
+    kept = {key: array for key, array in arrays.items() if not key.endswith(_BASE_WEIGHT)}
+    names = {f"{PREFIX}{rule.foreign}": name for name, rule in family.bind(base.model).items() if not rule.view}
+    for key in arrays.keys() - kept.keys():
+        name, (dtype, array) = names.get(key.removesuffix(_BASE_WEIGHT) + ".weight", ""), arrays[key]
+        held = base.source.schema.get(name)
+        if held is None or held.shape != array.shape:
+            raise ConversionError(f"{path / WEIGHTS}: {key!r} is not a weight of {base.path}")
+        whole = as_float32(base.source.read(name, Box.whole(held.shape)), held.dtype)
+        if not np.array_equal(whole, as_float32(array, dtype)):
+            raise ConversionError(f"{path / WEIGHTS}: {key!r} holds other values than {name!r} of {base.path}")
+    return kept
 
 
 class PeftDestination:
@@ -116,6 +125,7 @@ class PeftDestination:
     def __init__(self, request: WriteRequest, adapter: AdapterRecord, family: Family) -> None:
         self._request, self._adapter, self._family = request, adapter, family
         self._modules = peft_modules(family, request.model, adapter.lora)
+        self._judging = judging_keys(family, request.model)
         config = adapter_config(family, request.model, adapter.lora, base=base_name(request))
         self._texts = {
             CONFIG: (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),
@@ -162,7 +172,10 @@ class PeftDestination:
     def check(self, progress: Progress) -> None:
         """Writes the folder, reads it back and compares every element."""
         self._flush()
-        found = self.reopen()
+        try:
+            found = self.reopen()
+        except ConversionError as error:
+            raise VerificationError(f"what was written is not the adapter: {error}") from error
         for name, (_, array) in self._arrays.items():
             if not np.array_equal(_bits(found.read(name, Box.whole(array.shape))), _bits(array)):
                 raise VerificationError(f"{self._partial / WEIGHTS}: {name!r} reads back other than written")
@@ -195,11 +208,10 @@ class PeftDestination:
         """Writes every file, once."""
         if (self._partial / WEIGHTS).exists():
             return
-        tensors = to_file(self._arrays, self._modules)
-        targets = [name for name in projections(self._request.model) if self._adapts(name)]
+        tensors = to_file(self._arrays, self._modules, self._judging)
         layout = lay_out(
             [(key, dtype, array.shape) for key, (dtype, array) in tensors.items()],
-            {"format": "pt", _TARGETS: ",".join(targets)},
+            {"format": "pt", RECORDED: self._adapter.lora.model_dump_json()},
         )
         with (self._partial / WEIGHTS).open("xb") as file:
             file.write(layout.prefix)
@@ -214,9 +226,6 @@ class PeftDestination:
         for name in TOKENIZER_FILES if folder is not None else ():
             if folder is not None and (folder / name).is_file():
                 (self._partial / name).write_bytes((folder / name).read_bytes())
-
-    def _adapts(self, projection: str) -> bool:
-        return any(name.split(".")[-3] == projection for name in self.schema if ".lora_A." in name)
 
 
 def base_name(request: WriteRequest) -> str:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from workbench.errors import ConfigError
-from workbench.spec.lora import AdapterRecord, LoraSpec, resolved_targets
+from pydantic import Field
+
+from workbench.spec.lora import HEAD, AdapterRecord, LoraSpec, is_factor, resolved_targets
 
 if TYPE_CHECKING:
+    from finetune.config import FinetuneConfig
     from workbench.models.decoder import DecoderStage
+    from workbench.spec.geometry import ParameterSpec
     from workbench.spec.model import ModelConfig
 
 
@@ -16,21 +19,15 @@ class LoraTable(LoraSpec):
     """[method] kind = "lora": train an update of low rank beside frozen weights."""
 
     kind: Literal["lora"] = "lora"
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Of the adapters' inputs, while training.")
+    b_lr_ratio: float = Field(
+        default=1.0, gt=0, description="Learning rate of B over that of A; 16 in LoRA+ (arXiv:2402.12354)."
+    )
 
     @property
     def spec(self) -> LoraSpec:
         """The shape of the adapter, as a checkpoint records it."""
-        return LoraSpec(r=self.r, alpha=self.alpha, rslora=self.rslora, targets=self.targets)
-
-
-def head_faults(model: ModelConfig) -> list[str]:
-    """Why an adapter cannot carry what is trained beside it, if it cannot."""
-    if model.causal:
-        return []
-    return [
-        "method.kind='lora' on a base with causal=false: an adapter does not carry the pooler and the biases of its "
-        "sequence head; use kind = 'full'"
-    ]
+        return LoraSpec.model_validate(self.model_dump(include=set(LoraSpec.model_fields)))
 
 
 class Lora:
@@ -41,15 +38,38 @@ class Lora:
 
     def check(self, table: LoraTable, model: ModelConfig) -> None:
         """Raises ConfigError naming each target that the model does not have, or why it cannot be adapted at all."""
-        if faults := head_faults(model):
-            raise ConfigError("; ".join(faults))
         resolved_targets(model, table.spec)
+
+    def faults(self, table: LoraTable, config: FinetuneConfig, model: ModelConfig) -> list[str]:
+        """Why adapters do not go with the rest of the run."""
+        modules, found = resolved_targets(model, table.spec), []
+        if HEAD in modules and config.kernels.loss_chunk_tokens:
+            found.append(
+                f"kernels.loss_chunk_tokens={config.kernels.loss_chunk_tokens} multiplies with the head's weight "
+                f"alone, but method.targets has {HEAD!r}; set loss_chunk_tokens = 0 or leave the head out"
+            )
+        if table.dropout and any(".experts." in module for module in modules):
+            found.append(
+                f"method.dropout={table.dropout:g} of experts, whose rows have left their places; set dropout = 0"
+            )
+        if table.dropout and model.num_encoder_layers:
+            found.append(f"method.dropout={table.dropout:g} with an encoder, whose tokens are others; set dropout = 0")
+        if table.dropout and config.kernels.compile:
+            found.append(
+                f"method.dropout={table.dropout:g} and kernels.compile=true: its masks depend on the batch, which "
+                "breaks the graph of each layer; set compile = false or dropout = 0"
+            )
+        return found
 
     def attach(self, table: LoraTable, stage: DecoderStage) -> None:
         """Adds the adapters, without values yet, and freezes what they adapt."""
         from finetune.adapters._lora_layers import attach
 
-        attach(stage, table.spec)
+        attach(stage, table.spec, table.dropout)
+
+    def rate(self, table: LoraTable, model: ModelConfig, spec: ParameterSpec) -> float:
+        """b_lr_ratio for B: of the two factors, the one that begins as zero."""
+        return table.b_lr_ratio if is_factor(spec.parts[0].name) and spec.init == "zeros" else 1.0
 
     def record(self, table: LoraTable, *, base: str, base_fingerprint: str) -> AdapterRecord | None:
         """What the checkpoint says of the adapter."""

@@ -8,6 +8,9 @@ from typing import Any
 
 import pytest
 
+from converters.formats import peft
+from converters.formats._peft_source import to_file
+from converters.formats._peft_table import adapter_config
 from tests.finetune.adapters import write_adapter, write_base
 from tests.helpers.models import gated_model
 from tests.helpers.tokenizers import make_tokenizer
@@ -75,3 +78,52 @@ def test_generate_runs_an_adapter_on_its_base(
         assert code == 0 and again["tokens"] == adapted["tokens"]
     finally:
         moved.rename(checkpoints[0])
+
+
+def without_prefix(tensors: dict[str, Any]) -> None:
+    for name in list(tensors):
+        tensors[name.removeprefix("base_model.model.")] = tensors.pop(name)
+
+
+def only_a(tensors: dict[str, Any]) -> None:
+    for name in [name for name in tensors if ".lora_B." in name]:
+        del tensors[name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("damage", "cause"),
+    [
+        (without_prefix, "names must begin with 'base_model.model.'"),
+        (only_a, "lora_B.weight' are missing"),
+        ({"target_modules": ["q_proj"]}, "target_modules or modules_to_save in adapter_config.json pass over"),
+        ({"use_rslora": True}, "use_rslora, lora_alpha or alpha_pattern in adapter_config.json scale"),
+        ({"lora_alpha": 3}, "by 1, not 16"),
+        ({"use_dora": True}, "use_dora=true in adapter_config.json, but"),
+    ],
+    ids=["no prefix", "only A", "fewer targets", "other scaling", "other alpha", "no magnitudes"],
+)
+def test_what_peft_would_pass_over_in_silence_is_no_export(
+    damage: Any,
+    cause: str,
+    checkpoints: tuple[Path, Path],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Planted in what is written, each is found, named, and nothing is left behind."""
+
+    def damaged_config(*args: Any, **keywords: Any) -> dict[str, Any]:
+        return {**adapter_config(*args, **keywords), **(damage if isinstance(damage, dict) else {})}
+
+    def damaged_file(*args: Any) -> dict[str, Any]:
+        tensors = to_file(*args)
+        if callable(damage):
+            damage(tensors)
+        return tensors
+
+    monkeypatch.setattr(peft, "adapter_config", damaged_config)
+    monkeypatch.setattr(peft, "to_file", damaged_file)
+    code, result = run(capsys, "export", checkpoints[1], tmp_path / "out", "--to", "peft")
+    assert code == 4 and cause in result["error"]["message"]
+    assert not any(tmp_path.iterdir())

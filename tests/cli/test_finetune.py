@@ -64,6 +64,9 @@ def test_a_lora_run_is_judged_merged_and_judged_again_alike(folder: Path, capsys
     merged = answer(["eval", str(folder / "merged"), "--task-config", config], capsys)["metrics"]
     assert merged == attached
 
+    named = ["--adapter", f"ours={folder / 'run'}"]
+    switched = answer(["eval", str(folder / "base"), *named, "--task-config", config], capsys)["metrics"]
+    assert switched == {f"ours/{name}": value for name, value in attached.items()}
     untrained = answer(["eval", str(folder / "base"), "--task-config", config], capsys, code=2)["error"]["message"]
     assert "has a head of no labels, but the task 'classification' needs 2" in untrained
     again = answer(["merge", str(folder / "merged"), str(folder / "twice")], capsys, code=3)["error"]["message"]

@@ -13,7 +13,7 @@ from workbench.models.build import BuiltStage, build_stage, initialise
 from workbench.parallel.initial import normal
 from workbench.parallel.live import LiveParameter, shard_views
 from workbench.parallel.mesh import Mesh
-from workbench.spec.lora import AdapterRecord, LoraSpec
+from workbench.spec.lora import AdapterRecord, LoraSpec, is_factor
 from workbench.spec.model import ModelConfig
 
 
@@ -29,11 +29,11 @@ def write_base(path: Path, model: ModelConfig, mesh: Mesh | None = None, *, toke
 
 
 def adapted_stage(model: ModelConfig, lora: LoraSpec, mesh: Mesh) -> BuiltStage:
-    """A stage with adapters whose B is not zero any more; all else as `write_base` has it."""
+    """A stage with adapters of which nothing is as it began; all else as `write_base` has it."""
     built = build_stage(model, mesh, adapt=lambda stage: attach(stage, lora))
     initialise(built.parameters, model, seed=3)
     stir([p for p in built.parameters if p.spec.role in ("norm", "bias")], std=0.1)
-    stir([p for p in built.parameters if p.path.endswith("lora_B")], std=0.3)
+    stir([p for p in built.parameters if is_factor(p.spec.parts[0].name) and p.spec.init == "zeros"], std=0.3)
     return built
 
 

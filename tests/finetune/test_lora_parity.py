@@ -74,7 +74,7 @@ def backward(pipeline: Pipeline, model: ModelConfig, step: int) -> float:
     batches = []
     for first in range(2 * mesh.dp.rank, SAMPLES, 2 * mesh.dp.size):
         ids = range(first, first + 2)
-        batches.append(to_batch(pad([rows[n] for n in ids], ids, 0), mesh.device))
+        batches.append(to_batch(pad([rows[n] for n in ids], ids, 0), mesh.device, seed=3, step=step))
     loss = pipeline.train(batches, torch.tensor(1.0 / count, dtype=torch.float64))
     return float(mesh.pp.all_reduce(mesh.data.all_reduce(loss.clone()))) / count
 

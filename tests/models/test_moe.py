@@ -23,7 +23,7 @@ from workbench.cli.main import main
 from workbench.errors import ConfigError
 from workbench.spec.execution import StageOptions, execution_faults
 from workbench.spec.layout import ParallelLayout
-from workbench.spec.lora import LoraSpec, layer_pairs, resolved_targets
+from workbench.spec.lora import LoraSpec, adapted_pairs, resolved_targets
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import num_active_parameters, num_parameters
 
@@ -186,11 +186,21 @@ def test_what_does_not_compute_experts_is_refused(options: StageOptions, message
     assert any(message in fault for fault in execution_faults(options, sparse_model(), ParallelLayout()))
 
 
-def test_adapters_leave_experts_alone_and_say_so() -> None:
-    with pytest.raises(ConfigError, match="the model has experts, to which there are no adapters; name some of q_proj"):
-        resolved_targets(sparse_model(), LoraSpec())
-    assert resolved_targets(sparse_model(), LoraSpec(targets=("q_proj",))) == ("q_proj",)
-    assert len(list(layer_pairs(sparse_model(), LoraSpec(targets=("q_proj",)), ParallelLayout(), 1))) == 1
+def test_adapters_of_a_model_with_experts_are_named_by_its_projections() -> None:
+    everything = resolved_targets(sparse_model(), LoraSpec())
+    assert "layers.1.mlp.experts.3.down_proj" in everything and "layers.0.mlp.down_proj" in everything
+    layer, query = LoraSpec(targets=("layers.1.*",)), LoraSpec(targets=("q_proj",))
+    assert {pair.path for pair in adapted_pairs(sparse_model(), layer, ParallelLayout())} == {
+        "layers.1.self_attn.qkv_proj.delta.0",
+        "layers.1.self_attn.o_proj.delta.0",
+        "layers.1.mlp.experts.up_proj_delta.0",
+        "layers.1.mlp.experts.down_proj_delta.0",
+    }
+    assert all(name.endswith("q_proj") for name in resolved_targets(sparse_model(), query))
+    with pytest.raises(ConfigError, match=r"adapted alike, but not those of layers.1.mlp.experts.\*.up_proj"):
+        resolved_targets(sparse_model(), LoraSpec(targets=("layers.1.mlp.experts.2.up_proj",)))
+    with pytest.raises(ConfigError, match="no magnitudes of experts"):
+        resolved_targets(sparse_model(), LoraSpec(dora=True))
 
 
 @pytest.mark.parametrize(

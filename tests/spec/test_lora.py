@@ -13,7 +13,15 @@ from tests.helpers.models import biased_model, gated_model, latent_model
 from workbench.parallel.initial import uniform
 from workbench.spec.geometry import Box, coverage_fault
 from workbench.spec.layout import ParallelLayout
-from workbench.spec.lora import LoraSpec, adapter_specs, adapter_tensors, factor_names, projections, resolved_targets
+from workbench.spec.lora import (
+    LoraSpec,
+    adaptable_modules,
+    adapter_specs,
+    adapter_tensors,
+    factor_names,
+    projections,
+    resolved_targets,
+)
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors, parameter_specs
 from workbench.spec.stored import stored_tensors
@@ -32,7 +40,8 @@ def test_what_ranks_store_covers_every_factor_once_at_any_rank_and_layout(
     model: ModelConfig, layout: ParallelLayout, r: int, data: st.DataObject
 ) -> None:
     targets = data.draw(st.lists(st.sampled_from(projections(model)), min_size=1, unique=True))
-    lora = LoraSpec(r=r, targets=tuple(targets))
+    dora = data.draw(st.booleans()) and "embed_tokens" not in targets
+    lora = LoraSpec(r=r, dora=dora, targets=tuple(targets), rank_pattern={targets[0]: r + 1})
     stored = stored_tensors(model, layout, adapter_specs(model, lora, layout))
     tensors = adapter_tensors(model, lora, "F32")
     assert set(stored) == set(tensors)
@@ -81,11 +90,7 @@ def test_names_are_those_of_the_weights_with_the_factor_behind() -> None:
 
 def test_scaling_and_all_targets() -> None:
     assert LoraSpec(r=4, alpha=8).scaling == 2 and LoraSpec(r=4, alpha=8, rslora=True).scaling == 4
-    assert resolved_targets(biased_model(), LoraSpec()) == (
-        "q_proj",
-        "k_proj",
-        "v_proj",
-        "o_proj",
-        "up_proj",
-        "down_proj",
-    )
+    leaves = ("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj")
+    assert projections(biased_model()) == ("embed_tokens", *leaves, "lm_head")
+    layers = [name for name in adaptable_modules(biased_model()) if name.startswith("layers.")]
+    assert resolved_targets(biased_model(), LoraSpec()) == tuple(layers)

@@ -66,6 +66,7 @@ def _pretraining(config: PretrainConfig) -> tuple[ModelConfig, dict[str, Any]]:
 
 def _finetuning(config: FinetuneConfig) -> tuple[ModelConfig, dict[str, Any]]:
     from converters.open import open_checkpoint
+    from finetune.adapter import require_fit
     from finetune.config import adapter_of, task_of
     from finetune.rows import parts_of
     from finetune.task import files_of
@@ -74,7 +75,7 @@ def _finetuning(config: FinetuneConfig) -> tuple[ModelConfig, dict[str, Any]]:
 
     opened = open_checkpoint(Path(config.base))
     model = opened.model
-    adapter_of(config).check(config.method, model)
+    require_fit(adapter_of(config), config.method, config, model)
     if faults := length_faults(model, config.batch.seq_len):
         raise ConfigError("; ".join(faults))
     paths = [*config.task.train, *(path for paths in files_of(config.task).values() for path in paths)]

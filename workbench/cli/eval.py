@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,6 +22,9 @@ def evaluate(
     task_config: Annotated[Path, typer.Option(help="The TOML file of the task: that of `wb finetune`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file.")] = None,
     base: Annotated[Path | None, typer.Option(help="Where an adapter's base is, if not where it remembers.")] = None,
+    adapter: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="An adapter to the checkpoint, to judge in its place.")
+    ] = None,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
     ] = None,
@@ -32,14 +36,28 @@ def evaluate(
     from workbench.parallel.launch import run_on_ranks
 
     settings = load_config(task_config, FinetuneConfig, overrides or ()).config
-    opened = open_merged(checkpoint, base=base)
     ranks = find_ranks(settings, nproc)
-    layout = settings.resolve_layout(opened.model, ranks.count)
-    metrics = run_on_ranks(judge, settings, layout, checkpoint, base, nproc=ranks.count)
+    metrics: dict[str, float] = {}
+    for prefix, path, its_base in _judged(checkpoint, base, adapter or ()):
+        layout = settings.resolve_layout(open_merged(path, base=its_base).model, ranks.count)
+        found = run_on_ranks(judge, settings, layout, path, its_base, nproc=ranks.count)
+        metrics |= {f"{prefix}{name}": value for name, value in found.items()}
     if ranks.speaks:
         facts = {"checkpoint": str(checkpoint), "task": settings.task.kind}
         lines = [f"{name:<22} {value:.6g}" for name, value in metrics.items()]
         out.result({**facts, "metrics": metrics}, text="\n".join(lines))
+
+
+def _judged(checkpoint: Path, base: Path | None, adapters: Sequence[str]) -> list[tuple[str, Path, Path | None]]:
+    """What stands before the names of its metrics, where it is and where its base is, of each model to be judged."""
+    from workbench.errors import ConfigError
+
+    if not adapters:
+        return [("", checkpoint, base)]
+    pairs = [text.partition("=") for text in adapters]
+    if wrong := [text for text, (name, _, path) in zip(adapters, pairs, strict=True) if not (name and path)]:
+        raise ConfigError(f"--adapter {wrong[0]!r} is not NAME=PATH; write it as sft=runs/sft")
+    return [(f"{name}/", Path(path), checkpoint) for name, _, path in pairs]
 
 
 def judge(config: FinetuneConfig, layout: ParallelLayout, checkpoint: Path, base: Path | None) -> dict[str, float]:
@@ -61,5 +79,6 @@ COMMAND = Command(
     evaluate,
     panel="Models",
     order=70,
-    example="wb eval runs/sft --task-config sft.toml\nwb eval out/merged --task-config sft.toml parallel.tp=2",
+    example="wb eval runs/sft --task-config sft.toml\nwb eval out/merged --task-config sft.toml parallel.tp=2\n"
+    "wb eval models/base --task-config sft.toml --adapter a=runs/a --adapter b=runs/b",
 )

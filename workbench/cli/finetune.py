@@ -49,6 +49,7 @@ def finetune(
     merged first). Goes on by itself when the run folder already holds a checkpoint.
     """
     from converters.merge import base_fingerprint
+    from finetune.adapter import require_fit
     from finetune.config import FinetuneConfig, adapter_of
     from workbench.config import load_config
 
@@ -56,7 +57,7 @@ def finetune(
     settings = loaded.config
     ranks = find_ranks(settings, nproc)
     opened = open_base_of(settings)
-    adapter_of(settings).check(settings.method, opened.model)
+    require_fit(adapter_of(settings), settings.method, settings, opened.model)
     layout = settings.resolve_layout(opened.model, ranks.count)
     facts = {**plan_facts(settings, opened.model, layout), "base": settings.base, "method": settings.method.kind}
     if ranks.speaks:
@@ -145,7 +146,7 @@ def _summary(outcome: Outcome, config: FinetuneConfig) -> str:
         *(f"{name:<22} {_number(value)}" for name, value in outcome["metrics"].items()),
         f"checkpoint {outcome['checkpoint']}",
     ]
-    if config.method.kind == "full":
+    if config.method.kind in ("full", "freeze"):
         lines.append(f"next       wb export {config.run.dir} DST")
     else:
         lines.append(f"next       wb export {config.run.dir} DST --to peft    wb merge {config.run.dir} DST")

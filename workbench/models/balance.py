@@ -60,9 +60,10 @@ def take_load(stage: DecoderStage, mesh: Mesh) -> ExpertLoad | None:
 @torch.no_grad()
 def balance_experts(stage: DecoderStage, load: ExpertLoad) -> None:
     """Raises by one step the biases of experts that had fewer tokens than the mean, and lowers those of the others
-    (arXiv:2408.15664, algorithm 1)."""
+    (arXiv:2408.15664, algorithm 1). Frozen routers stay as they are."""
     for layer, tokens_E in zip(load.layers, load.tokens_LE, strict=True):
         router = stage.layers[str(layer)].mlp.gate
-        if router.e_score_correction_bias is not None and router.moe.bias_update_rate:
+        moves = router.moe.bias_update_rate and router.weight.requires_grad
+        if router.e_score_correction_bias is not None and moves:
             towards_E = (tokens_E.mean() - tokens_E).sign()
             router.e_score_correction_bias.add_(towards_E, alpha=router.moe.bias_update_rate)

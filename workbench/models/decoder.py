@@ -52,7 +52,8 @@ Output = Literal["loss", "token_losses", "logits", "pair_logits", "mean_state", 
 
 class Block(nn.Module):
     """One transformer layer: x + norm(attention(norm(x))), then the same with the MLP, or both of one x in parallel;
-    which of the norms there are, and whether they are of the sums, is the model's `norm_placement`."""
+    which of the norms there are, and whether they are of the sums, is the model's `norm_placement`. `entering` hears
+    of each batch before the layer computes it, also of one that is computed again."""
 
     def __init__(self, model: ModelConfig, mesh: Mesh, specs: dict[str, ParameterSpec], layer: int) -> None:
         super().__init__()
@@ -76,6 +77,7 @@ class Block(nn.Module):
         self.dropout = model.hidden_dropout
         self.recompute = False
         self.saving: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.entering: Callable[[LocalBatch], None] | None = None
 
     def forward(
         self,
@@ -96,6 +98,8 @@ class Block(nn.Module):
         cache: KeyValueCache | None,
         memory: Memory | None,
     ) -> torch.Tensor:
+        if self.entering is not None:
+            self.entering(batch)
         before_attention, after_attention, before_mlp, after_mlp = (self._norm(name) for name in self.norms)
         normed_BTD = before_attention(x_BTD)
         attended_BTD = self.self_attn(normed_BTD, positions, batch, cache)

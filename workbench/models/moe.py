@@ -29,21 +29,34 @@ from workbench.spec.model import ModelConfig
 
 
 class Experts(ParallelModule):
-    """The experts that this rank holds, as one weight of inputs and one of outputs. Communicates nothing."""
+    """The experts that this rank holds, as one weight of inputs and one of outputs. Communicates nothing.
+
+    What a delta makes of the rows, when it is set, is added to the product (an adapter).
+    """
 
     up_proj: nn.Parameter
     down_proj: nn.Parameter
+    up_proj_delta: nn.Module | None
+    down_proj_delta: nn.Module | None
 
     def __init__(self, model: ModelConfig, mesh: Mesh, up: ParameterSpec, down: ParameterSpec) -> None:
         super().__init__(mesh, up_proj=up, down_proj=down)
         self.activation = load("workbench.models.activations", model.hidden_act, "ACTIVATION")
         self.gated = model.gated_mlp
         self.recompute = False
+        self.up_proj_delta = self.down_proj_delta = None
 
     def forward(self, x_RD: torch.Tensor, sizes_E: torch.Tensor) -> torch.Tensor:
         """[R, D], of which each tensor rank has part, for rows in order of their experts, `sizes_E` for each."""
-        projected = self.gemm.grouped(x_RD, self.up_proj, sizes_E)
-        return self.gemm.grouped(recomputed(self.recompute, self._activate, projected), self.down_proj, sizes_E)
+        projected = self._product(x_RD, self.up_proj, sizes_E, self.up_proj_delta)
+        inner_RF = recomputed(self.recompute, self._activate, projected)
+        return self._product(inner_RF, self.down_proj, sizes_E, self.down_proj_delta)
+
+    def _product(
+        self, x: torch.Tensor, weight: nn.Parameter, sizes_E: torch.Tensor, delta: nn.Module | None
+    ) -> torch.Tensor:
+        y = self.gemm.grouped(x, weight, sizes_E)
+        return y if delta is None else y + delta(x, sizes_E)
 
     def _activate(self, projected: torch.Tensor) -> torch.Tensor:
         """[R, F] from the first product."""

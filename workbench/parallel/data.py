@@ -46,7 +46,8 @@ class DataParallel:
         self._shard = mesh.layout.shard
         layers = [module for module in stage.modules() if isinstance(module, ParallelModule)]
         # Different experts have other replicas than the rest of their layer. What no gradient changes is kept whole.
-        dealt = [(layer, next(iter(layer.specs.values()))) for layer in layers if layer.is_dealt]
+        # Inner modules come first, as FSDP2 wants it.
+        dealt = [(layer, next(iter(layer.specs.values()))) for layer in reversed(layers) if layer.is_dealt]
         kept = {getattr(m, name) for m in layers for name, spec in m.specs.items() if spec.role == "balance"}
         policy = MixedPrecisionPolicy(
             param_dtype=compute_dtype, reduce_dtype=reduce_dtype or accumulation_dtype(compute_dtype)

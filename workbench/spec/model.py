@@ -143,6 +143,12 @@ class ModelConfig(Config):
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
+    def with_labels(self, num_labels: int) -> ModelConfig:
+        """The model with a head that judges rows in place of those over the vocabulary. Where no token comes last by
+        what it has seen, the first one speaks, by way of the pooler."""
+        words = {"lm_head": True, "head_transform": False, "lm_head_bias": False, "next_sentence": False}
+        return self.model_copy(update={**words, "pooler": not self.causal, "num_labels": num_labels})
+
     @property
     def rotary_dim(self) -> int:
         """Dimensions of each head that rotary positions turn."""
