@@ -35,6 +35,17 @@ class TaskTable(Config):
     valid: Paths = Field(default=(), description="Rows to judge the model by while it trains.")
     test: Paths = Field(default=(), description="Rows to judge the model by once, at the end; `wb eval` reads these.")
     seed: int = Field(default=1234, ge=0, description="Decides the order of the training rows, alone.")
+    neftune_alpha: float = Field(
+        default=0.0, ge=0, description="Noise on the embeddings while training (NEFTune); 5 is usual, 0 is none."
+    )
+
+
+class LabelledTable(TaskTable):
+    """What every [task] table has whose loss is a cross-entropy with labels."""
+
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each label that is spread evenly over all, while training."
+    )
 
 
 @dataclass(frozen=True)

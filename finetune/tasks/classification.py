@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import Field
 
 from finetune.jsonl import Row, places, read_rows, text_of
-from finetune.task import IGNORE, Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.task import IGNORE, Example, LabelledTable, Prepared, files_of, pad_id_of
 from workbench.config_faults import nearest
 from workbench.errors import DataError
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 Label = str | int
 
 
-class ClassificationTable(TaskTable):
+class ClassificationTable(LabelledTable):
     """[task] kind = "classification": tell which label a text has."""
 
     kind: Literal["classification"] = "classification"

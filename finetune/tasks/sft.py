@@ -14,7 +14,7 @@ from pydantic import Field
 
 from finetune.chat import ChatTemplate, Piece
 from finetune.jsonl import Row, places, read_rows, text_of
-from finetune.task import IGNORE, Example, Prepared, TaskTable, files_of, pad_id_of
+from finetune.task import IGNORE, Example, LabelledTable, Prepared, files_of, pad_id_of
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from workbench.tokenizer import Tokenizer
 
 
-class SftTable(TaskTable):
+class SftTable(LabelledTable):
     """[task] kind = "sft": learn to answer prompts."""
 
     kind: Literal["sft"] = "sft"

@@ -21,6 +21,9 @@ def evaluate(
     task_config: Annotated[Path, typer.Option(help="The TOML file of the task: that of `wb finetune`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file.")] = None,
     base: Annotated[Path | None, typer.Option(help="Where an adapter's base is, if not where it remembers.")] = None,
+    best: Annotated[
+        bool, typer.Option("--best", help="Of a run folder, its best checkpoint by eval.metric, not its latest.")
+    ] = False,
     nproc: Annotated[
         int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
     ] = None,
@@ -28,9 +31,12 @@ def evaluate(
     """Judge a model by the valid and test rows of a task; an adapter is merged into its base on the way."""
     from converters.merge import open_merged
     from finetune.config import FinetuneConfig
+    from workbench.checkpoint.store import CHECKPOINTS, Store
     from workbench.config import load_config
     from workbench.parallel.launch import run_on_ranks
 
+    if best:
+        checkpoint = Store(checkpoint / CHECKPOINTS).best()
     settings = load_config(task_config, FinetuneConfig, overrides or ()).config
     opened = open_merged(checkpoint, base=base)
     ranks = find_ranks(settings, nproc)

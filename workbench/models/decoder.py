@@ -21,6 +21,7 @@ from workbench.models.cross import CrossAttention, RelativeBias
 from workbench.models.latent_attention import LatentAttention
 from workbench.models.mlp import MLP
 from workbench.models.moe import SparseMLP
+from workbench.models.noise import add_noise
 from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
@@ -139,6 +140,7 @@ class DecoderStage(nn.Module):
         specs = {spec.path: spec for spec in stage_specs(model, layout, stage)}
         self.model, self.mesh, self.compute_dtype = model, mesh, compute_dtype
         self.loss_chunk_tokens = 0
+        self.label_smoothing = self.embedding_noise = 0.0
         self.region: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.virtual = tuple(virtual_stage(layout.placement, layout.pp, stage, chunk) for chunk in range(layout.vpp))
         self.num_virtual = layout.num_virtual
@@ -279,6 +281,7 @@ class DecoderStage(nn.Module):
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
         if self.model.scale_embeddings:
             x_BTD = x_BTD * self.embed_scale
+        x_BTD = add_noise(x_BTD, self.embedding_noise, batch, site)
         if self.model.position_embedding == "learned":
             x_BTD = x_BTD + self.embed_positions(batch.hidden_positions, self.compute_dtype)
         if self.model.type_vocab_size:
@@ -287,6 +290,10 @@ class DecoderStage(nn.Module):
         if self.model.embed_norm:
             x_BTD = self.embed_norm(x_BTD)
         return drop_hidden(x_BTD, self.model.embed_dropout, batch, site)
+
+    @property
+    def _smoothing(self) -> float:
+        return self.label_smoothing if self.training else 0.0
 
     def _ropes(self, batch: LocalBatch) -> tuple[Positions, Positions]:
         """The rotations of layers that see all tokens, and of those that slide."""
@@ -310,14 +317,24 @@ class DecoderStage(nn.Module):
             return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None
         losses_N = vocab_parallel_cross_entropy(
-            logits_BTV.flatten(0, 1), batch.labels.flatten(), self.mesh.tp, vocab_size=self.model.vocab_size
+            logits_BTV.flatten(0, 1),
+            batch.labels.flatten(),
+            self.mesh.tp,
+            vocab_size=self.model.vocab_size,
+            smoothing=self._smoothing,
         )
         return losses_N.sum() if output == "loss" else losses_N.view(batch.labels.shape)
 
     def _chunked_losses(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         assert batch.labels is not None
         x_ND = whole_input(x_BTD, self.mesh).flatten(0, 1)
-        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens, self.model.final_logit_softcapping)
+        how = Chunking(
+            self.mesh.tp,
+            self.model.vocab_size,
+            self.loss_chunk_tokens,
+            self.model.final_logit_softcapping,
+            self._smoothing,
+        )
         arguments = (x_ND, self._head_weight, self.lm_head.bias, batch.labels.flatten(), how)
         if output == "loss":
             return chunked_loss(*arguments)
@@ -358,7 +375,9 @@ class DecoderStage(nn.Module):
         assert labels_B is not None
         labels_B = labels_B.masked_fill(~is_here_B, IGNORE)
         wide_BN = logits_BN.to(accumulation_dtype(logits_BN.dtype))
-        losses_B = F.cross_entropy(wide_BN, labels_B, reduction="none", ignore_index=IGNORE)
+        losses_B = F.cross_entropy(
+            wide_BN, labels_B, reduction="none", ignore_index=IGNORE, label_smoothing=self._smoothing
+        )
         return losses_B.sum() if output == "loss" else self.mesh.cp.all_reduce(losses_B)
 
 
