@@ -117,6 +117,12 @@ class Tokenizer:
         found = (at for at in range(len(full) - len(bare) + 1) if full[at : at + len(bare)] == bare)
         return tuple(full[: next(found, 0)])
 
+    @cached_property
+    def end_ids(self) -> tuple[int, ...]:
+        """The special tokens that the tokenizer's own template puts after a text, such as a separator."""
+        bare = len(self._backend.encode("a", add_special_tokens=False).ids)
+        return tuple(self._backend.encode("a", add_special_tokens=True).ids[len(self.start_ids) + bare :])
+
     @property
     def chat_template(self) -> str | None:
         """The Jinja template of the tokenizer's folder."""

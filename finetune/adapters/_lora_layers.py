@@ -15,7 +15,7 @@ from workbench.parallel.collectives import gather_from
 from workbench.parallel.linear import ColumnParallelLinear
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
-from workbench.spec.lora import LoraPair, LoraSpec, layer_pairs
+from workbench.spec.lora import LoraPair, LoraSpec, judging_specs, layer_pairs
 
 
 class LoraDelta(ParallelModule):
@@ -55,12 +55,13 @@ class LoraDelta(ParallelModule):
 
 
 def attach(stage: DecoderStage, lora: LoraSpec) -> None:
-    """Freezes the stage but for a sequence head, and gives its projections adapters that are still without values."""
+    """Freezes the stage but for what judges rows, and gives its projections adapters that are still without values."""
     stage.requires_grad_(False)
     for layer in stage.layers:
         for pair in layer_pairs(stage.model, lora, stage.mesh.layout, int(layer)):
             linear = stage.get_submodule(pair.base.path.removesuffix(".weight"))
             gathers = isinstance(linear, ColumnParallelLinear) and linear.gathers
             linear.delta = LoraDelta(stage.mesh, pair, lora.scaling, gathers=gathers)
-    if stage.has_head and stage.model.num_labels:
-        stage.score.requires_grad_(True)
+    if stage.has_head:
+        for spec in judging_specs(stage.model, stage.mesh.layout):
+            stage.get_parameter(spec.path).requires_grad_(True)

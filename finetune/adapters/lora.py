@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-from workbench.errors import ConfigError
 from workbench.spec.lora import AdapterRecord, LoraSpec, resolved_targets
 
 if TYPE_CHECKING:
@@ -23,16 +22,6 @@ class LoraTable(LoraSpec):
         return LoraSpec(r=self.r, alpha=self.alpha, rslora=self.rslora, targets=self.targets)
 
 
-def head_faults(model: ModelConfig) -> list[str]:
-    """Why an adapter cannot carry what is trained beside it, if it cannot."""
-    if model.causal:
-        return []
-    return [
-        "method.kind='lora' on a base with causal=false: an adapter does not carry the pooler and the biases of its "
-        "sequence head; use kind = 'full'"
-    ]
-
-
 class Lora:
     """Freezes the base and attaches a pair of factors to each target; a sequence head is trained whole."""
 
@@ -41,8 +30,6 @@ class Lora:
 
     def check(self, table: LoraTable, model: ModelConfig) -> None:
         """Raises ConfigError naming each target that the model does not have, or why it cannot be adapted at all."""
-        if faults := head_faults(model):
-            raise ConfigError("; ".join(faults))
         resolved_targets(model, table.spec)
 
     def attach(self, table: LoraTable, stage: DecoderStage) -> None:

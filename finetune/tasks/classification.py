@@ -75,15 +75,16 @@ class _Encoder:
 
     def examples(self, rows: Sequence[Row]) -> list[Example]:
         labels = [self._class(row) for row in rows]
-        start = self.tokenizer.start_ids
-        ids = [[*start, *tokens] for tokens in self.tokenizer.encode_batch([text_of(row, "text") for row in rows])]
+        start, end = self.tokenizer.start_ids, self.tokenizer.end_ids
+        room = self.max_tokens - len(start) - len(end)
+        ids = self.tokenizer.encode_batch([text_of(row, "text") for row in rows])
         if empty := [row for row, tokens in zip(rows, ids, strict=True) if not tokens]:
             raise DataError(f"{len(empty)} rows have an empty text ({places(empty)}); remove them")
-        if cut := [row for row, tokens in zip(rows, ids, strict=True) if len(tokens) > self.max_tokens]:
+        if cut := [row for row, tokens in zip(rows, ids, strict=True) if len(tokens) > room]:
             what = f"{len(cut)} rows are longer than {self.max_tokens} tokens ({places(cut)})"
             self.notes.append(f"{what}; only their beginning is read")
         return [
-            Example(np.array(tokens[: self.max_tokens], dtype=np.int64), np.array(label, dtype=np.int64))
+            Example(np.array([*start, *tokens[:room], *end], dtype=np.int64), np.array(label, dtype=np.int64))
             for tokens, label in zip(ids, labels, strict=True)
         ]
 

@@ -95,7 +95,7 @@ def generate_batch(
 
     A row ends before the first of `stop`, or when `ends(row)` says so after its token was taken. What a row says does
     not depend on the others: its draws have a seed of their own. Collective over the tensor axis, whose ranks choose
-    alike. Raises ConfigError when prompt and new tokens are more than the model has positions for, or a prompt is empty.
+    alike. Raises ConfigError for an empty prompt, or more tokens than the model has positions for.
     """
     _require_speech(stage.model)
     for prompt in prompts:

@@ -110,8 +110,13 @@ def layer_pairs(model: ModelConfig, lora: LoraSpec, layout: ParallelLayout, laye
 def adapter_specs(model: ModelConfig, lora: LoraSpec, layout: ParallelLayout) -> tuple[ParameterSpec, ...]:
     """Every run-time parameter that an adapter checkpoint holds: the pairs, and the sequence head if there is one."""
     pairs = (pair for layer in range(model.num_hidden_layers) for pair in layer_pairs(model, lora, layout, layer))
-    heads = [spec for spec in head_specs(model, layout) if model.num_labels and spec.role == "head"]
-    return (*(spec for pair in pairs for spec in (pair.a, pair.b)), *heads)
+    return (*(spec for pair in pairs for spec in (pair.a, pair.b)), *judging_specs(model, layout))
+
+
+def judging_specs(model: ModelConfig, layout: ParallelLayout) -> list[ParameterSpec]:
+    """The sequence head and its pooler, which are trained whole beside an adapter; none without labels."""
+    judging = ("pooler.", "score.")
+    return [spec for spec in head_specs(model, layout) if model.num_labels and spec.path.startswith(judging)]
 
 
 def adapter_tensors(model: ModelConfig, lora: LoraSpec, dtype: str) -> dict[str, LogicalTensor]:
