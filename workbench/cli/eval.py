@@ -1,4 +1,4 @@
-"""`wb eval`: the score of a checkpoint on the held-out rows of a task."""
+"""`wb eval`: the score of a checkpoint on the held-out rows of a task, or on public benchmarks."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from workbench.cli._harness import run_harness
 from workbench.cli._training import find_ranks
 from workbench.cli.common import Command, Output
 
@@ -18,8 +19,12 @@ if TYPE_CHECKING:
 def evaluate(
     out: Output,
     checkpoint: Annotated[Path, typer.Argument(help="A checkpoint, a run folder, an adapter, a Hugging Face folder.")],
-    task_config: Annotated[Path, typer.Option(help="The TOML file of the task: that of `wb finetune`.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file.")] = None,
+    task_config: Annotated[Path | None, typer.Option(help="The TOML file of the task: that of `wb finetune`.")] = None,
+    harness: Annotated[
+        str, typer.Option(help="Tasks of lm-evaluation-harness instead, with commas between them, on an export.")
+    ] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Rows of each harness task at most.")] = None,
     base: Annotated[Path | None, typer.Option(help="Where an adapter's base is, if not where it remembers.")] = None,
     best: Annotated[
         bool, typer.Option("--best", help="Of a run folder, its best checkpoint by eval.metric, not its latest.")
@@ -28,13 +33,22 @@ def evaluate(
         int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
     ] = None,
 ) -> None:
-    """Judge a model by the valid and test rows of a task; an adapter is merged into its base on the way."""
+    """Judge a model by the valid and test rows of a task, or by public benchmarks.
+
+    An adapter is merged into its base on the way.
+    """
     from converters.merge import open_merged
     from finetune.config import FinetuneConfig
     from workbench.checkpoint.store import CHECKPOINTS, Store
     from workbench.config import load_config
+    from workbench.errors import ConfigError
     from workbench.parallel.launch import run_on_ranks
 
+    if (task_config is None) == (not harness):
+        raise ConfigError("give --task-config or --harness" + (", not both" if harness else ""))
+    if task_config is None:
+        _report(out, checkpoint, harness, run_harness(checkpoint, harness, limit=limit))
+        return
     if best:
         checkpoint = Store(checkpoint / CHECKPOINTS).best()
     settings = load_config(task_config, FinetuneConfig, overrides or ()).config
@@ -43,9 +57,12 @@ def evaluate(
     layout = settings.resolve_layout(opened.model, ranks.count)
     metrics = run_on_ranks(judge, settings, layout, checkpoint, base, nproc=ranks.count)
     if ranks.speaks:
-        facts = {"checkpoint": str(checkpoint), "task": settings.task.kind}
-        lines = [f"{name:<22} {value:.6g}" for name, value in metrics.items()]
-        out.result({**facts, "metrics": metrics}, text="\n".join(lines))
+        _report(out, checkpoint, settings.task.kind, metrics)
+
+
+def _report(out: Output, checkpoint: Path, task: str, metrics: dict[str, float]) -> None:
+    lines = [f"{name:<22} {value:.6g}" for name, value in metrics.items()]
+    out.result({"checkpoint": str(checkpoint), "task": task, "metrics": metrics}, text="\n".join(lines))
 
 
 def judge(config: FinetuneConfig, layout: ParallelLayout, checkpoint: Path, base: Path | None) -> dict[str, float]:
@@ -67,5 +84,6 @@ COMMAND = Command(
     evaluate,
     panel="Models",
     order=70,
-    example="wb eval runs/sft --task-config sft.toml\nwb eval out/merged --task-config sft.toml parallel.tp=2",
+    example="wb eval runs/sft --task-config sft.toml --best\nwb eval out/merged --task-config sft.toml parallel.tp=2\n"
+    "wb eval out/hf --harness hellaswag,arc_easy",
 )
