@@ -1,7 +1,7 @@
 """One fine-tuning run by one program in a process of its own: `python _finetune_side.py SIDE FOLDER`, JSON on stdout.
 
 FOLDER holds case.json (method, rows in the order of training, held-out rows), the base in both formats, a tokenizer.
-Sides: workbench, transformers (with peft where the method is LoRA), trl.
+Sides: workbench, transformers (with peft where the method is LoRA), transformers-grouped (on our microbatches), trl.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def workbench(folder: Path, case: dict[str, Any], clock: Clock) -> dict[str, flo
     return dict(Finetuning(config, base, Mesh.single(), watcher=clock).run().metrics)
 
 
-def peer(folder: Path, case: dict[str, Any], clock: Clock, *, trl: bool) -> dict[str, float]:
-    """Metrics of the run of transformers' Trainer, or of TRL's, on the same microbatches in the same order."""
+def peer(folder: Path, case: dict[str, Any], clock: Clock, side: str) -> dict[str, float]:
+    """Metrics of the run of transformers' Trainer, or of TRL's, on the same rows in each step."""
     from torch.utils.data import SequentialSampler
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, TrainerCallback
 
@@ -110,7 +110,8 @@ def peer(folder: Path, case: dict[str, Any], clock: Clock, *, trl: bool) -> dict
         "gradient_checkpointing": False,
     }
     given = {"model": model, "data_collator": lambda rows: collate(rows, case["pad"]), "callbacks": [Told()]}
-    if trl:
+    listed = case["grouped" if side.endswith("grouped") else "train"]
+    if side == "trl":
         from datasets import Dataset
         from pyarrow import Table
         from trl import SFTConfig as Arguments
@@ -118,13 +119,13 @@ def peer(folder: Path, case: dict[str, Any], clock: Clock, *, trl: bool) -> dict
 
         common["dataset_kwargs"] = {"skip_prepare_dataset": True}
         # Named here: some versions of datasets and pyarrow cannot hash a table together.
-        rows: Any = Dataset(Table.from_pylist(case["train"]), fingerprint="rows")
+        rows: Any = Dataset(Table.from_pylist(listed), fingerprint="rows")
         given["processing_class"] = AutoTokenizer.from_pretrained(folder / "hf")
     else:
         from transformers import Trainer
         from transformers import TrainingArguments as Arguments
 
-        rows = case["train"]
+        rows = listed
 
     class InOrder(Trainer):
         def _get_train_sampler(self, *args: Any) -> Any:
@@ -174,7 +175,7 @@ def run(side: str, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(2)
     case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
     clock = Clock()
-    metrics = workbench(folder, case, clock) if side == "workbench" else peer(folder, case, clock, trl=side == "trl")
+    metrics = workbench(folder, case, clock) if side == "workbench" else peer(folder, case, clock, side)
     return {"seconds": clock.seconds(), "peak_bytes": clock.peak, "metrics": metrics}
 
 
