@@ -69,13 +69,13 @@ def test_generate_runs_an_adapter_on_its_base(
     code, plain = run(capsys, "generate", checkpoints[0], *words)
     assert code == 0, plain
     code, adapted = run(capsys, "generate", checkpoints[1], *words)
-    assert code == 0 and adapted["tokens"] != plain["tokens"]
+    assert code == 0 and adapted["answers"][0]["tokens"] != plain["answers"][0]["tokens"]
     moved = checkpoints[0].rename(tmp_path / "moved")
     try:
         code, result = run(capsys, "generate", checkpoints[1], *words)
         assert code == 5 and "--base" in result["error"]["message"]
         code, again = run(capsys, "generate", checkpoints[1], *words, "--base", moved)
-        assert code == 0 and again["tokens"] == adapted["tokens"]
+        assert code == 0 and again["answers"] == adapted["answers"]
     finally:
         moved.rename(checkpoints[0])
 
