@@ -62,11 +62,6 @@ def test_two_layouts_see_the_same(folder: Path, tmp_path: Path) -> None:
         assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_an_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"method.kind='lora' on a base with causal=false"):
-        Finetuning(config(folder, tmp_path, "lora"), base_of(folder), Mesh.single())
-
-
 def test_a_task_of_text_to_go_on_with_is_refused(folder: Path, tmp_path: Path) -> None:
     rows = write_rows(tmp_path / "sft.jsonl", [{"prompt": "a", "completion": "b"}])
     task = {"kind": "sft", "train": rows}
