@@ -95,7 +95,7 @@ def only_a(tensors: dict[str, Any]) -> None:
     ("damage", "cause"),
     [
         (without_prefix, "names must begin with 'base_model.model.'"),
-        (only_a, "lora_B.weight' are missing"),
+        (only_a, "down_proj.lora_B.weight', 4 tensors"),
         ({"target_modules": ["q_proj"]}, "target_modules or modules_to_save in adapter_config.json pass over"),
         ({"use_rslora": True}, "use_rslora, lora_alpha or alpha_pattern in adapter_config.json scale"),
         ({"lora_alpha": 3}, "by 1, not 16"),
