@@ -71,7 +71,7 @@ def test_a_lora_run_is_judged_merged_and_judged_again_alike(folder: Path, capsys
     switched = answer(["eval", str(folder / "base"), *named, "--task-config", config], capsys)["metrics"]
     assert switched == {f"ours/{name}": value for name, value in attached.items()}
     untrained = answer(["eval", str(folder / "base"), "--task-config", config], capsys, code=2)["error"]["message"]
-    assert "has a head of no labels, but the task 'classification' needs 2" in untrained
+    assert "has the language-model head, but the task 'classification' needs a head of 2 labels" in untrained
     again = answer(["merge", str(folder / "merged"), str(folder / "twice")], capsys, code=3)["error"]["message"]
     assert "is a whole model, so there is nothing to merge" in again
 

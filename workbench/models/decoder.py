@@ -20,7 +20,7 @@ from workbench.models.cross import CrossAttention, RelativeBias
 from workbench.models.latent_attention import LatentAttention
 from workbench.models.mlp import MLP
 from workbench.models.moe import SparseMLP
-from workbench.models.noise import add_noise
+from workbench.models.noise import add_noise, drop_hidden
 from workbench.models.norm import build_norm
 from workbench.models.pooling import label_losses, pooled, speaker
 from workbench.models.recompute import recomputed
@@ -394,11 +394,3 @@ class DecoderStage(nn.Module):
     def _all_tokens(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """The states of all tokens of this context rank, on which all tensor ranks go on to compute the same."""
         return gather_copies(x_BTD, self.mesh.tp) if self.mesh.layout.sequence_parallel else x_BTD
-
-
-def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: LocalBatch, *site: str) -> torch.Tensor:
-    """Dropout on the hidden states of this rank's tokens; the same elements fall at every layout."""
-    if not probability or batch.dropout is None:
-        return x_BTD
-    coordinates = (batch.hidden_tokens, torch.arange(x_BTD.shape[-1], device=x_BTD.device))
-    return dropout(x_BTD, probability, batch.dropout.rows(*site), coordinates)
