@@ -1,11 +1,13 @@
 """Encoded examples as the engine wants them: microbatches in an order that the seed alone decides, padded to the right.
 
-The n-th row of a run is a function of n: not of ranks, batch size or steps, so a resume only needs to know n.
+The n-th row of a run is a function of n: not of ranks, batch size or steps, so a resume only needs to know n. Where
+rows belong together (`Prepared.group`), the n-th group is.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 
 from finetune.task import IGNORE, Example, Judge, Prepared
-from pretrain.engine import Evaluation, Permutation, Rows, Share
+from pretrain.engine import Criterion, Evaluation, Permutation, Rows, Share, SummedLoss
 from workbench.models.batch import Batch
 from workbench.models.decoder import Output
 
@@ -23,7 +25,8 @@ class TaskObjective:
 
     def __init__(self, prepared: Prepared, *, seed: int, judged_by: Sequence[str] = ("valid",)) -> None:
         self._prepared = prepared
-        size = len(prepared.train)
+        self.criterion: Criterion = prepared.criterion or SummedLoss()
+        size = len(prepared.train) // prepared.group
         self._order = lru_cache(maxsize=4)(lambda epoch: Permutation(size, key=f"seed {seed}/rows/epoch {epoch}"))
         self.evaluations: tuple[Evaluation, ...] = evaluations(prepared, judged_by)
         self.identity: dict[str, Any] = {**prepared.identity, "seed": seed, "rows": size}
@@ -38,27 +41,32 @@ class TaskObjective:
         return [self._rows(order[start : start + share.micro_size]) for start in starts]
 
     def _length(self, sample: int) -> int:
-        return len(self._prepared.train[self._row(sample)].input_ids)
+        return longest(self._examples(sample))
 
-    def _rows(self, ids: Sequence[int]) -> Rows:
-        return pad([self._prepared.train[self._row(n)] for n in ids], ids, self._prepared.pad_id)
+    def _rows(self, samples: Sequence[int]) -> Rows:
+        group = self._prepared.group
+        ids = [n * group + row for n in samples for row in range(group)]
+        rows = pad([example for n in samples for example in self._examples(n)], ids, self._prepared.pad_id)
+        return rows if group == 1 else replace(rows, terms=len(samples))
 
-    def _row(self, sample: int) -> int:
-        epoch, position = divmod(sample, len(self._prepared.train))
-        return self._order(epoch)(position)
+    def _examples(self, sample: int) -> Sequence[Example]:
+        epoch, position = divmod(sample, self.identity["rows"])
+        return group_of(self._prepared.train, self._order(epoch)(position), self._prepared.group)
 
 
 class TaskEvaluation:
     """The judge's metrics over all held-out rows (`Evaluation`). Rows of like length share a batch."""
 
-    def __init__(self, name: str, examples: Sequence[Example], judge: Judge, pad_id: int) -> None:
-        self.name, self.output = name, _output(judge)
-        self._examples, self._judge, self._pad_id = examples, judge, pad_id
+    def __init__(self, name: str, examples: Sequence[Example], prepared: Prepared) -> None:
+        self.name, self.output = name, _output(prepared.judge)
+        self._examples, self._judge = examples, prepared.judge
+        self._pad_id, self._group = prepared.pad_id, prepared.group
 
     def batches(self, share: Share, *, num_microbatches: int, max_samples: int | None) -> Iterator[list[Rows]]:
-        """This rank's microbatches; the same number on each, filled up with rows without labels."""
-        total = min(len(self._examples), max_samples or len(self._examples))
-        order = sorted(range(total), key=lambda index: (len(self._examples[index].input_ids), index))
+        """This rank's microbatches; the same number on each, filled up with rows without labels, whose id is -1."""
+        groups = len(self._examples) // self._group
+        total = min(groups, max_samples or groups)
+        order = sorted(range(total), key=lambda index: (longest(group_of(self._examples, index, self._group)), index))
         across = share.micro_size * share.dp_size
         for first in range(0, total, across * num_microbatches):
             starts = range(first + share.dp_rank * share.micro_size, first + across * num_microbatches, across)
@@ -71,19 +79,28 @@ class TaskEvaluation:
         return self._judge.metrics(sums)
 
     def _rows(self, indices: Sequence[int], size: int) -> Rows:
-        examples = [self._examples[index] for index in indices]
-        like = self._examples[0].labels
-        empty = Example(np.full(1, self._pad_id), np.full(like.shape and 1, IGNORE))
-        missing = size - len(examples)
-        return pad([*examples, *[empty] * missing], [*indices, *[0] * missing], self._pad_id)
+        examples = [example for index in indices for example in group_of(self._examples, index, self._group)]
+        like = self._examples[0]
+        empty = Example(np.full(1, self._pad_id), np.full(like.labels.shape and 1, IGNORE), like.values)
+        missing = size * self._group - len(examples)
+        ids = [index * self._group + row for index in indices for row in range(self._group)]
+        return pad([*examples, *[empty] * missing], [*ids, *[-1] * missing], self._pad_id)
+
+
+def group_of(examples: Sequence[Example], index: int, group: int) -> Sequence[Example]:
+    """The rows of the group at `index`."""
+    return examples[index * group : (index + 1) * group]
+
+
+def longest(examples: Sequence[Example]) -> int:
+    """Tokens of the longest row."""
+    return max(len(example.input_ids) for example in examples)
 
 
 def evaluations(prepared: Prepared, names: Sequence[str]) -> tuple[Evaluation, ...]:
     """Those of the task's evaluations that are called one of `names`."""
     return tuple(
-        TaskEvaluation(name, examples, prepared.judge, prepared.pad_id)
-        for name, examples in prepared.held_out.items()
-        if name in names
+        TaskEvaluation(name, examples, prepared) for name, examples in prepared.held_out.items() if name in names
     )
 
 
@@ -100,7 +117,8 @@ def pad(examples: Sequence[Example], sample_ids: Sequence[int], pad_id: int) -> 
             labels[row, : lengths[row]] = example.labels
         else:
             labels[row] = example.labels
-    return Rows(input_ids, labels, np.array(sample_ids, dtype=np.int64), lengths)
+    values = {name: np.array([example.values[name] for example in examples]) for name in examples[0].values}
+    return Rows(input_ids, labels, np.array(sample_ids, dtype=np.int64), lengths, values=values)
 
 
 def _output(judge: Judge) -> Output:

@@ -11,6 +11,7 @@ import torch
 
 from finetune.config import FinetuneConfig, adapter_of, task_of
 from finetune.objective import TaskObjective, evaluations
+from finetune.reference import with_reference, with_saved_reference
 from finetune.task import Prepared, TaskTable
 from pretrain.engine import Pipeline, RunResult, Subject, Trainer, Watcher, evaluate, length_faults, schedule_named
 from workbench.checkpoint.source import TensorSource
@@ -71,8 +72,18 @@ class Finetuning:
             lineage=base.lineage,
             adapter=self.record,
         )
-        objective = TaskObjective(self.prepared, seed=config.task.seed)
-        self.trainer = Trainer(config, subject, objective, mesh, watcher=watcher, dtype=dtype)
+        self.trainer = Trainer(config, subject, self._objective(), mesh, watcher=watcher, dtype=dtype)
+        if self.prepared.reference:
+            begins = self.trainer.state.step == 0
+            self.prepared = with_reference(
+                self.prepared,
+                self.trainer.pipeline,
+                Path(config.run.dir),
+                micro_size=config.batch.micro_size,
+                begins=begins,
+                is_base=begins or self.record is not None,
+            )
+            self.trainer.objective = self._objective()
 
     def run(self) -> RunResult:
         """Trains, judges by the valid rows while training, and by the test rows at the end."""
@@ -94,6 +105,9 @@ class Finetuning:
         if self.record is None:
             return num_parameters(self.model)
         return sum(tensor.numel for tensor in adapter_tensors(self.model, self.record.lora, "F32").values())
+
+    def _objective(self) -> TaskObjective:
+        return TaskObjective(self.prepared, seed=self.config.task.seed)
 
     def _fill(self, parameters: list[LiveParameter]) -> None:
         """The base's values, and initial ones for what the base does not have: adapters and a new head."""
@@ -136,6 +150,8 @@ def evaluate_model(
             f"{config.task.kind!r} needs {prepared.num_labels or 'the language-model head'}; give the checkpoint that "
             "was tuned for this task"
         )
+    if prepared.reference:
+        prepared = with_saved_reference(prepared, Path(config.run.dir), mesh)
     tuned_model(model, prepared)  # refuses a model that the task's rows do not suit
     built = build_stage(model, mesh)
     load(built.parameters, source)

@@ -15,6 +15,7 @@ from workbench.registry import discover
 if TYPE_CHECKING:
     import torch
 
+    from pretrain.engine import Criterion
     from workbench.models.batch import Batch
     from workbench.tokenizer import Tokenizer
 
@@ -39,10 +40,12 @@ class TaskTable(Config):
 
 @dataclass(frozen=True)
 class Example:
-    """One row as numbers: input_ids [T]; labels [T], the token that follows each position, or [] a class number."""
+    """One row as numbers: input_ids [T]; labels [T], the token that follows each position, or [] a class number; values
+    that the task's criterion and judge want to know of it, by name."""
 
     input_ids: np.ndarray
     labels: np.ndarray
+    values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def num_labels(self) -> int:
@@ -73,7 +76,9 @@ class Prepared:
 
     held_out: examples by the name of the evaluation (valid, test). num_labels: outputs of the sequence head, 0 for the
     language-model head. identity: JSON values that must not change between two parts of a run. notes: what the user
-    should know of the data (rows that were cut, say).
+    should know of the data (rows that were cut, say). criterion: what is learned by; by default the summed loss of all
+    labels. group: rows that belong together and stay in one microbatch, where they count as one. reference: whether
+    criterion and judge want the log-probability of each row under the base, as its value `reference`.
     """
 
     train: Sequence[Example]
@@ -83,6 +88,9 @@ class Prepared:
     pad_id: int
     identity: Mapping[str, Any] = field(default_factory=dict)
     notes: Sequence[str] = ()
+    criterion: Criterion | None = None
+    group: int = 1
+    reference: bool = False
 
 
 class Task(Protocol):

@@ -4,6 +4,7 @@ A run is a Trainer over a Subject (what is trained), an Objective (what it learn
 """
 
 from pretrain.config import EngineConfig, length_faults
+from pretrain.criterion import Criterion, SummedLoss
 from pretrain.data.permutation import Permutation
 from pretrain.evaluation import evaluate
 from pretrain.objective import Evaluation, NextToken, NextTokenLoss, Objective, Rows, Share, to_batch
@@ -12,6 +13,7 @@ from pretrain.schedules import schedule_named
 from pretrain.trainer import RunResult, Subject, Trainer, Watcher
 
 __all__ = [
+    "Criterion",
     "EngineConfig",
     "Evaluation",
     "NextToken",
@@ -23,6 +25,7 @@ __all__ = [
     "RunResult",
     "Share",
     "Subject",
+    "SummedLoss",
     "Trainer",
     "Watcher",
     "evaluate",

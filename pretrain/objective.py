@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from pretrain.criterion import Criterion, SummedLoss
 from pretrain.data.config import OpenedData
 from pretrain.data.loader import EvaluationLoader, Microbatch
 from workbench.models.batch import Batch
@@ -23,7 +24,8 @@ class Rows:
     """One microbatch as arrays of int64: input_ids [B, T]; labels [B, T] already shifted, or [B] for a sequence head;
     sample_ids [B], global; lengths [B] where rows are padded; documents [B, T] where rows are several that do not see
     each other; segments [B, T], kinds of segments; pair_labels [B], 1 where the second segment does not follow the
-    first; decoder_ids [B, U], what a decoder reads, whose labels [B, U] then are."""
+    first; decoder_ids [B, U], what a decoder reads, whose labels [B, U] then are. values: float64 [B], what a criterion
+    wants to know of each row, by name; terms: what the loss is a mean of, where it is not one of labels."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -33,6 +35,8 @@ class Rows:
     segments: np.ndarray | None = None
     pair_labels: np.ndarray | None = None
     decoder_ids: np.ndarray | None = None
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    terms: int | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -41,8 +45,8 @@ class Rows:
 
     @property
     def num_labels(self) -> int:
-        """Labels that count."""
-        return int(np.count_nonzero(self.labels != IGNORE))
+        """Labels that count, or what counts in their place."""
+        return int(np.count_nonzero(self.labels != IGNORE)) if self.terms is None else self.terms
 
     @property
     def num_tokens(self) -> int:
@@ -92,6 +96,9 @@ class Objective(Protocol):
     def evaluations(self) -> Sequence[Evaluation]: ...
 
     @property
+    def criterion(self) -> Criterion: ...
+
+    @property
     def identity(self) -> dict[str, Any]:
         """JSON values that decide the order of samples; a resumed run must have the same."""
         ...
@@ -126,6 +133,8 @@ def to_batch(
         pair_labels=optional(rows.pair_labels),
         pair_weight=pair_weight,
         decoder_ids=optional(rows.decoder_ids),
+        values={name: tensor(values) for name, values in rows.values.items()},
+        terms=rows.terms,
     )
 
 
@@ -138,6 +147,8 @@ def document_positions(documents_BT: np.ndarray) -> np.ndarray:
 
 class NextToken:
     """Prediction of tokens over token files: the next one, or those that their rows hide."""
+
+    criterion = SummedLoss()
 
     def __init__(self, data: OpenedData, *, seed: int) -> None:
         self._data, self._seed = data, seed

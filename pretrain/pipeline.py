@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from pretrain.criterion import Criterion, SummedLoss
 from pretrain.schedules import Action, Schedule, forward_turns
 from pretrain.simulate import Result, neighbours, result
 from workbench.models.batch import Batch, hidden_shape
@@ -34,11 +35,14 @@ class _Held:
 
 
 class Pipeline:
-    """One stage of a pipeline and the links to its neighbours. Hidden states travel in the stage's compute type."""
+    """One stage of a pipeline and the links to its neighbours. Hidden states travel in the stage's compute type.
 
-    def __init__(self, built: BuiltStage, mesh: Mesh, schedule: Schedule) -> None:
+    criterion: what `train` learns by; by default the summed loss of all labels.
+    """
+
+    def __init__(self, built: BuiltStage, mesh: Mesh, schedule: Schedule, criterion: Criterion | None = None) -> None:
         self.built, self.stage = built, built.module
-        self.mesh, self.schedule = mesh, schedule
+        self.mesh, self.schedule, self.criterion = mesh, schedule, criterion or SummedLoss()
 
     def train(self, batches: Sequence[Batch], scale: torch.Tensor) -> torch.Tensor:
         """The summed loss of `batches` where the network ends, zero elsewhere; adds its gradient times `scale` to the
@@ -48,6 +52,7 @@ class Pipeline:
         """
         layout = self.mesh.layout
         assert not self.schedule.faults(layout.vpp) and self.schedule.placement == layout.placement, self.schedule
+        batches = self.criterion.ready(self, batches)
         actions = self.schedule.actions(self.mesh.pp.rank, layout.pp, len(batches), layout.vpp)
         run = _Training(self, batches, scale, actions)
         compute = {"F": run.forward, "B": run.backward, "I": run.backward, "W": run.weights}
@@ -84,7 +89,9 @@ class _Training:
         self, pipeline: Pipeline, batches: Sequence[Batch], scale: torch.Tensor, actions: Sequence[Action]
     ) -> None:
         self._stage, self._gemm = pipeline.stage, pipeline.built.gemm
-        self._data_parallel = pipeline.built.data_parallel
+        self._data_parallel, self._criterion = pipeline.built.data_parallel, pipeline.criterion
+        # Every context rank makes the same loss of an output that is whole, so that each answers for a part of it.
+        self._sharers = 1 if self._criterion.output == "loss" else pipeline.mesh.cp.size
         self._batches, self._scale = batches, scale.to(accumulation_dtype(self._stage.compute_dtype))
         self.links = _Links(pipeline.mesh, self._stage, pipeline.hidden_shapes(batches), actions)
         self._held: dict[tuple[int, int], _Held] = {}
@@ -100,9 +107,11 @@ class _Training:
         if received is not None:
             received.requires_grad_()
         batch = replace(self._batches[action.microbatch], loss_scale=self._scale)
-        found = self._stage(received, batch, "loss", chunk=action.chunk)
+        found = self._stage(received, batch, self._criterion.output, chunk=action.chunk)
         if self._stage.is_last(action.chunk):
+            found = self._criterion.loss(batch, found) / self._sharers
             self.loss += found.detach()
+            found = found.to(self._scale.dtype)
         else:
             sent = self.links.send(action, found.detach())
         self._held[action.microbatch, action.chunk] = _Held(received, get_gradient_edge(found), sent)

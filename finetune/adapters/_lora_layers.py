@@ -6,6 +6,9 @@ R ranks of all fused pairs together.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -52,6 +55,19 @@ class LoraDelta(ParallelModule):
             for size, adapted in self.outputs
         ]
         return torch.cat(slices, dim=-1)
+
+
+@contextmanager
+def switched_off(stage: DecoderStage) -> Iterator[None]:
+    """Inside it the stage computes what it would without adapters."""
+    adapted = {layer: layer.delta for layer in stage.modules() if isinstance(getattr(layer, "delta", None), LoraDelta)}
+    for layer in adapted:
+        layer.delta = None
+    try:
+        yield
+    finally:
+        for layer, delta in adapted.items():
+            layer.delta = delta
 
 
 def attach(stage: DecoderStage, lora: LoraSpec) -> None:

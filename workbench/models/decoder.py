@@ -25,7 +25,7 @@ from workbench.models.norm import build_norm
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
 from workbench.parallel.chunked_loss import Chunking, chunked_loss, chunked_token_losses
-from workbench.parallel.collectives import gather_copies
+from workbench.parallel.collectives import copy_to, gather_copies, reduce_from
 from workbench.parallel.context import gather_context
 from workbench.parallel.dropout import dropout
 from workbench.parallel.embedding import (
@@ -201,8 +201,8 @@ class DecoderStage(nn.Module):
         "loss": the sum of the losses of this context rank's labels, a scalar in fp32 or wider, equal on all tensor
         ranks. "token_losses": loss of each label [B, S] (or [B]), 0 where ignored. "logits": [B, S, vocab_size], or
         [B, N] of a sequence head; without a head what the pooler gives, [B, D]. "pair_logits": [B, 2], whether segments
-        follow each other. These three are of whole rows in token order, on every rank. `hidden_BTD` comes from the
-        previous virtual stage; None on the first.
+        follow each other. These three are of whole rows in token order, on every rank; their backward sums gradients
+        over context ranks. `hidden_BTD` comes from the previous virtual stage; None on the first.
         """
         assert cache is None or self.mesh.layout.token_multiple == 1, "decoding shares no tokens between ranks"
         if self.model.num_encoder_layers:
@@ -307,7 +307,7 @@ class DecoderStage(nn.Module):
             return self._chunked_losses(x_BTD, batch, output)
         logits_BTV = soft_cap(self.lm_head(x_BTD, self._head_weight), self.model.final_logit_softcapping)
         if output == "logits":
-            return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
+            return gather_copies(logits_BTV, self.mesh.tp, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None
         losses_N = vocab_parallel_cross_entropy(
             logits_BTV.flatten(0, 1), batch.labels.flatten(), self.mesh.tp, vocab_size=self.model.vocab_size
@@ -354,12 +354,13 @@ class DecoderStage(nn.Module):
         logits_BN = head(x_BD)
         is_here_B = speaks_BT.any(dim=-1)
         if output == "logits":
-            return self.mesh.cp.all_reduce(logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0))
+            here_BN = logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0)
+            return copy_to(reduce_from(here_BN, self.mesh.cp), self.mesh.cp)
         assert labels_B is not None
         labels_B = labels_B.masked_fill(~is_here_B, IGNORE)
         wide_BN = logits_BN.to(accumulation_dtype(logits_BN.dtype))
         losses_B = F.cross_entropy(wide_BN, labels_B, reduction="none", ignore_index=IGNORE)
-        return losses_B.sum() if output == "loss" else self.mesh.cp.all_reduce(losses_B)
+        return losses_B.sum() if output == "loss" else copy_to(reduce_from(losses_B, self.mesh.cp), self.mesh.cp)
 
 
 def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: LocalBatch, *site: str) -> torch.Tensor:
