@@ -13,7 +13,8 @@ from workbench.run_folder import RunFolder, Status
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEWER = ["run.steps=2", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=32", "optim.warmup=1"]
-NAMES = ["pretrain", "pretrain-experts", "finetune-classification", "finetune-lora", "finetune-sft"]
+NAMES = ["pretrain", "pretrain-experts"]
+NAMES += [f"finetune-{name}" for name in ("classification", "lora", "sft", "preference", "reward")]
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,8 @@ def folder(tmp_path_factory):
         for name in ("train", "test"):
             write_rows(Path(f"data/pycola/{name}.jsonl"), rows)
         write_rows(Path("data/answers.jsonl"), [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(8)])
+        pairs = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(8)]
+        write_rows(Path("data/preferences.jsonl"), pairs)
         assert run("pretrain") == 0
     return folder
 
@@ -56,4 +59,5 @@ def test_an_example_trains_and_leaves_a_finished_run(folder, monkeypatch, name):
         assert run(name) == 0
     found = {path.name for path in Path("runs").iterdir() if RunFolder(path).status() is Status.DONE}
     folders = {"finetune-classification": "pycola", "finetune-lora": "pycola-lora", "finetune-sft": "answers"}
+    folders |= {"finetune-preference": "preferences", "finetune-reward": "reward"}
     assert folders.get(name, name) in found
