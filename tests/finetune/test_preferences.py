@@ -54,7 +54,8 @@ def rewards(path: Path, rows: list[dict[str, Any]], tokenizer: Tokenizer, *, tok
 def texts(example: Example, tokenizer: Tokenizer) -> tuple[str, str]:
     """What is read, and what of it is judged."""
     judged = example.labels[example.labels != IGNORE]
-    return tuple(tokenizer.decode(list(ids), skip_special_tokens=False) for ids in (example.input_ids, judged))  # type: ignore[return-value]
+    read, answer = (tokenizer.decode(list(ids), skip_special_tokens=False) for ids in (example.input_ids, judged))
+    return read, answer
 
 
 def test_a_pair_is_the_preferred_answer_and_the_other_with_their_ends(tokenizer: Tokenizer, tmp_path: Path) -> None:
@@ -157,7 +158,9 @@ def test_groups_stay_in_one_microbatch_and_each_is_seen_once(group: int, micro: 
         for some in objective.train_rows(share, step=0, first_sample=first, global_size=size):
             assert some.num_labels == (micro if group > 1 else np.count_nonzero(some.labels != IGNORE))
             assert some.labels[:, 0].tolist() == list(range(group)) * micro
-            assert all(len(set(some.input_ids[at : at + group, 0].tolist())) == 1 for at in range(0, micro, group))
+            assert all(
+                len(set(some.input_ids[at : at + group, 0].tolist())) == 1 for at in range(0, micro * group, group)
+            )
             seen += some.sample_ids.tolist()
     assert sorted(seen) == list(range(first * group, (first + size) * group))
 
