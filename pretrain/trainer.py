@@ -140,7 +140,7 @@ class Trainer:
             self.built.parameters, mesh, config.optim, compute_dtype=compute, seed=config.run.seed, rate=subject.rate
         )
         self.loss_scale = LossScale(config.precision) if compute == torch.float16 else None
-        self.pipeline = Pipeline(self.built, mesh, schedule, loss=objective.loss)
+        self.pipeline = Pipeline(self.built, mesh, schedule, objective.criterion)
         self.store = Store(Path(config.run.dir) / CHECKPOINTS)
         self.state = self._fill_or_resume()
         self._saved_step = self.state.step if self.state.step else None

@@ -78,7 +78,7 @@ def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_token
         notes=encoder.notes,
         read_as=found.read_as,
         problem_type="multi_label_classification" if several else "single_label_classification",
-        loss=None if loss is None else loss(weights, table.label_smoothing),
+        criterion=None if loss is None else loss(weights, table.label_smoothing),
     )
 
 
@@ -91,7 +91,7 @@ def class_weights(table: LabelTable, train: Sequence[Example], num_labels: int) 
     if table.class_weights == "none":
         return None
     if table.class_weights == "balanced":
-        several = train[0].targets is not None
+        several = "target" in train[0].values
         answers = np.array([_answer(example) for example in train])
         counts = answers.sum(axis=0) if several else np.bincount(answers[:, 0].astype(int), minlength=num_labels)
         counts = np.maximum(counts, 1)
@@ -136,4 +136,4 @@ def _is_label(value: object) -> bool:
 
 def _answer(example: Example) -> tuple[float, ...]:
     """The class number of a row, or which labels it has."""
-    return (float(example.labels),) if example.targets is None else tuple(example.targets.tolist())
+    return tuple(np.atleast_1d(example.values.get("target", example.labels)).astype(float).tolist())

@@ -23,6 +23,7 @@ ROWS = {
     "queries": [{"query": f"what is {n}", "positive": f"it is {n}"} for n in range(16)],
 }
 TASKS = ["lm", "masked-lm", "several-labels", "pair", "regression", "multiple-choice", "tokens", "embedding"]
+TASKS += ["preference", "reward"]
 NAMES = ["pretrain", "pretrain-experts", "pretrain-masked", "finetune-classification", "finetune-lora", "finetune-sft"]
 NAMES += [f"finetune-{task}" for task in TASKS]
 
@@ -46,6 +47,8 @@ def folder(tmp_path_factory):
             for name in ("train", "test"):
                 write_rows(Path(f"data/{kind}-{name}.jsonl"), kind_rows)
         write_rows(Path("data/answers.jsonl"), [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(8)])
+        pairs = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(8)]
+        write_rows(Path("data/preferences.jsonl"), pairs)
         assert run("pretrain") == 0
         assert run("pretrain-masked") == 0
     return folder
@@ -72,4 +75,5 @@ def test_an_example_trains_and_leaves_a_finished_run(folder, monkeypatch, name):
         assert run(name) == 0
     found = {path.name for path in Path("runs").iterdir() if RunFolder(path).status() is Status.DONE}
     folders = {"finetune-classification": "pycola", "finetune-lora": "pycola-lora", "finetune-sft": "answers"}
+    folders |= {"finetune-preference": "preferences"}
     assert folders.get(name, name.removeprefix("finetune-")) in found

@@ -44,7 +44,7 @@ def test_kind_chooses_the_table_and_the_plug_in(file: Path) -> None:
             "method.rank=3",
             "method.rank: unknown key; there are: alpha, alpha_pattern, b_lr_ratio, dora, dropout, kind, r,",
         ),
-        ("method.kind=lroa", """method.kind = "lroa": must be 'freeze', 'full' or 'lora'"""),
+        ("method.kind=lroa", """method.kind = "lroa": must be 'freeze' or 'full' or 'lora'"""),
         ("task.kind=stf", """task.kind = "stf": must be 'classification' or 'embedding' or"""),
         ("task.trian=[1]", "task.trian: unknown key; did you mean 'train'?"),
         ("task.too_long=ignore", "must be 'truncate', 'drop' or 'error'"),

@@ -200,8 +200,8 @@ def own_vectors(batch: Batch) -> torch.Tensor:
 PERFECT: dict[str, tuple[Any, tuple[str, ...]]] = {
     "classification": (right_labels(2), ("accuracy", "f1", "f1_macro", "mcc")),
     "pair": (right_labels(2), ("accuracy", "mcc")),
-    "several labels": (lambda batch: 9 * (batch.targets - 0.5), ("accuracy", "f1_micro")),
-    "regression": (lambda batch: batch.targets, ("pearson", "spearman")),
+    "several labels": (lambda batch: 9 * (batch.values["target"] - 0.5), ("accuracy", "f1_micro")),
+    "regression": (lambda batch: batch.values["target"], ("pearson", "spearman")),
     "multiple_choice": (right_choices, ("accuracy",)),
     "token_classification": (right_labels(2), ("accuracy", "precision", "recall", "f1")),
     "lm": (lambda batch: torch.zeros(()), ("perplexity",)),
