@@ -24,9 +24,10 @@ from pretrain.engine import Share
 from tests.finetune.adapters import adapted_stage
 from tests.finetune.data import byte_tokenizer, small_model, write_rows
 from tests.finetune.test_tasks import CHATML
+from tests.helpers.models import gated_model, sparse_model
 from workbench.errors import DataError
 from workbench.models.batch import Batch
-from workbench.models.build import build_stage, initialise
+from workbench.models.build import build_stage
 from workbench.parallel.mesh import Mesh
 from workbench.spec.lora import LoraSpec
 from workbench.tokenizer import Tokenizer
@@ -170,16 +171,23 @@ def test_groups_stay_in_one_microbatch_and_each_is_seen_once(group: int, micro: 
     assert sorted(seen) == list(range(first * group, (first + size) * group))
 
 
-def test_an_adapter_that_is_switched_off_leaves_the_base_and_comes_back() -> None:
-    model, ids = small_model(), Batch(torch.arange(20).view(2, 10))
-    adapted = adapted_stage(model, LoraSpec(r=3), Mesh.single()).module
-    base = build_stage(model, Mesh.single())
-    initialise(base.parameters, model, seed=3)
-    theirs = {one.path: one.data for one in base.parameters}
+ADAPTERS = {
+    "low rank": (small_model(), LoraSpec(r=3)),
+    "magnitudes": (small_model(), LoraSpec(r=3, dora=True)),
+    "embedding and head": (gated_model(), LoraSpec(r=3, targets=("embed_tokens", "lm_head", "q_proj"))),
+    "experts": (sparse_model(), LoraSpec(r=3, targets=("*.mlp.*", "q_proj"))),
+}
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_that_is_switched_off_leaves_the_base_and_comes_back(name: str) -> None:
+    model, lora = ADAPTERS[name]
+    ids = Batch(torch.arange(20).view(2, 10))
+    adapted, base = adapted_stage(model, lora, Mesh.single()).module, build_stage(model, Mesh.single())
     names = dict(adapted.named_parameters())
     with torch.no_grad():
-        for path, data in theirs.items():
-            data.copy_(names[path])
+        for one in base.parameters:
+            one.data.copy_(names[one.path])
         expected, changed = base.module(None, ids, "logits"), adapted(None, ids, "logits")
         with switched_off(adapted):
             assert torch.equal(adapted(None, ids, "logits"), expected)
