@@ -100,9 +100,9 @@ class MultiLabelJudge:
         self._common = common
 
     def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        assert batch.labels is not None and batch.targets is not None
+        assert batch.labels is not None
         real_B = batch.labels != IGNORE
-        logits_BN, true_BN = widened(output)[real_B], batch.targets[real_B] > 0
+        logits_BN, true_BN = widened(output)[real_B], batch.values["target"][real_B] > 0
         said_BN = logits_BN > 0
         loss = F.binary_cross_entropy_with_logits(logits_BN, true_BN.to(logits_BN.dtype), reduction="sum")
         common_N = torch.tensor(self._common, device=output.device) > 0
@@ -176,8 +176,8 @@ class NumberJudge:
         self._mean = mean
 
     def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        assert batch.labels is not None and batch.targets is not None
-        return torch.cat([output.double(), batch.targets.double()], dim=-1)[batch.labels != IGNORE]
+        assert batch.labels is not None
+        return torch.cat([output.double(), batch.values["target"].double()], dim=-1)[batch.labels != IGNORE]
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
         said, true = np.reshape(sums, (-1, 2)).T
@@ -197,11 +197,10 @@ class ChoiceJudge:
         self._group = group
 
     def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
-        assert batch.targets is not None
         scores_SG, labels_S = choices(output, batch, self._group)
         loss = F.cross_entropy(scores_SG, labels_S, reduction="sum", ignore_index=IGNORE)
         real_S = labels_S != IGNORE
-        chance_S = 1 / batch.targets.view(-1, self._group).sum(dim=-1).clamp(min=1)
+        chance_S = 1 / batch.values["target"].view(-1, self._group).sum(dim=-1).clamp(min=1)
         right = (scores_SG.argmax(dim=-1) == labels_S).sum()
         return _vector(loss, right, chance_S[real_S].sum(), real_S.sum())
 

@@ -26,7 +26,7 @@ class Survey:
 def survey(prepared: Prepared, *, seed: int, packed_tokens: int | None = None) -> Survey:
     """What the encoded rows hold; packed_tokens as in `TaskObjective`."""
     parts = {"train": prepared.train, **prepared.held_out}
-    facts: dict[str, Any] = {"rows": {name: len(examples) for name, examples in parts.items()}}
+    facts: dict[str, Any] = {"rows": {name: len(examples) // prepared.group for name, examples in parts.items()}}
     told = [f"{name:<10} {prepared.read_as.get(name) or f'{len(examples)} rows'}" for name, examples in parts.items()]
     facts["row_tokens"] = _spread([len(example.input_ids) for example in prepared.train])
     told.append(f"tokens     {_shown(facts['row_tokens'])} a row of train")
@@ -47,30 +47,33 @@ def survey(prepared: Prepared, *, seed: int, packed_tokens: int | None = None) -
 
 
 def _repeated(prepared: Prepared) -> list[str]:
-    """Rows that stand twice in train, and rows to judge by that stand in train."""
+    """Samples that stand twice in train, and samples to judge by that stand in train."""
     found = []
     seen: set[bytes] = set()
-    again = [example for example in prepared.train if _known(example, seen)]
+    again = []
+    for first, key in _keyed(prepared.train, prepared.group):
+        if key in seen:
+            again.append(first)
+        seen.add(key)
     if again:
         found.append(f"{len(again)} rows of train are there before, word for word ({places(again)}); remove them")
     for name, examples in prepared.held_out.items():
-        if leaked := [example for example in examples if _key(example) in seen]:
+        keyed = _keyed(examples, prepared.group)
+        if leaked := [first for first, key in keyed if key in seen]:
             found.append(
-                f"{len(leaked)} of {len(examples)} rows of {name} are rows of train ({places(leaked)}), so their score "
+                f"{len(leaked)} of {len(keyed)} rows of {name} are rows of train ({places(leaked)}), so their score "
                 "says little of other rows; remove them from one of the two"
             )
     return found
 
 
-def _known(example: Example, seen: set[bytes]) -> bool:
-    """Whether the example was seen before; now it is."""
-    key, before = _key(example), len(seen)
-    seen.add(key)
-    return len(seen) == before
-
-
-def _key(example: Example) -> bytes:
-    return b"/".join((example.input_ids.tobytes(), example.labels.tobytes()))
+def _keyed(examples: Sequence[Example], group: int) -> list[tuple[Example, bytes]]:
+    """The first row of each sample, and what tells the sample from others."""
+    samples = [examples[at : at + group] for at in range(0, len(examples), group)]
+    return [
+        (sample[0], b"/".join(part.tobytes() for row in sample for part in (row.input_ids, row.labels)))
+        for sample in samples
+    ]
 
 
 def _unseen(labels: dict[str, int]) -> list[str]:

@@ -14,6 +14,7 @@ from finetune.adapters._lora_layers import fill_magnitudes
 from finetune.config import FinetuneConfig, adapter_of, task_of
 from finetune.objective import TaskObjective, evaluations
 from finetune.packing import packed, packing_faults
+from finetune.reference import with_reference, with_saved_reference
 from finetune.task import Prepared, TaskTable
 from pretrain.engine import Pipeline, RunResult, Subject, Trainer, Watcher, evaluate, length_faults, schedule_named
 from workbench.checkpoint.source import TensorSource
@@ -76,10 +77,11 @@ class Finetuning:
             adapter=self.record,
             rate=lambda spec: adapter.rate(config.method, self.model, spec),
         )
-        tokens, seed = config.packed_tokens, config.task.seed
-        rows = self.prepared if tokens is None else packed(self.prepared, tokens, seed=seed)
-        self._objective = TaskObjective(rows, seed=seed)
+        self._objective = self._objective_of_rows()
         self.trainer = Trainer(config, subject, self._objective, mesh, watcher=watcher, dtype=dtype)
+        if self.prepared.reference:
+            self.prepared = self._with_reference()
+            self.trainer.objective = self._objective = self._objective_of_rows()
 
     def run(self) -> RunResult:
         """Trains, judges by the valid rows while training, and by the test rows at the end."""
@@ -124,6 +126,21 @@ class Finetuning:
         if not self.model.lm_head and stage.has_head and self.model.pooler:
             stage.pooler.requires_grad_(False)
 
+    def _objective_of_rows(self) -> TaskObjective:
+        tokens, seed = self.config.packed_tokens, self.config.task.seed
+        return TaskObjective(self.prepared if tokens is None else packed(self.prepared, tokens, seed=seed), seed=seed)
+
+    def _with_reference(self) -> Prepared:
+        begins = self.trainer.state.step == 0
+        return with_reference(
+            self.prepared,
+            self.trainer.pipeline,
+            Path(self.config.run.dir),
+            micro_size=self.config.batch.micro_size,
+            begins=begins,
+            is_base=begins or self.record is not None,
+        )
+
     def _fill(self, parameters: list[LiveParameter]) -> None:
         """The base's values, and initial ones for what the base does not have: adapters and a new head."""
         new = [parameter for parameter in parameters if self._is_new(parameter)]
@@ -166,6 +183,8 @@ def evaluate_model(
             f"the checkpoint has {_head_words(model)}, but the task {config.task.kind!r} needs {_head_words(needed)}; "
             "give the checkpoint that was tuned for this task"
         )
+    if prepared.reference:
+        prepared = with_saved_reference(prepared, Path(config.run.dir), mesh)
     built = build_stage(model, mesh)
     load(built.parameters, source)
     pipeline = Pipeline(built, mesh, schedule_named(config.parallel.schedule))

@@ -18,7 +18,7 @@ from workbench.spec.model import ModelConfig, ProblemType
 if TYPE_CHECKING:
     import torch
 
-    from pretrain.engine import Loss
+    from pretrain.engine import Criterion
     from workbench.models.batch import Batch
     from workbench.models.decoder import Output
     from workbench.tokenizer import Tokenizer
@@ -80,15 +80,15 @@ class LabelledTable(TaskTable):
 @dataclass(frozen=True)
 class Example:
     """One row as numbers: input_ids [T]; labels [T], what is said of each token (by default which one follows), or [] a
-    class number. segments, documents [T]: as in a batch. targets [N]: numbers that a loss of rows compares
-    with. place: where the row lies, 'train.jsonl:12'."""
+    class number. segments, documents [T]: as in a batch. values: [] or [N] of float64, what the task's criterion and
+    judge want to know of it, by name. place: where the row lies, 'train.jsonl:12'."""
 
     input_ids: np.ndarray
     labels: np.ndarray
     place: str = ""
     segments: np.ndarray | None = None
     documents: np.ndarray | None = None
-    targets: np.ndarray | None = None
+    values: Mapping[str, np.ndarray | float] = field(default_factory=dict)
 
     @property
     def num_labels(self) -> int:
@@ -121,9 +121,10 @@ class Prepared:
     held_out: examples by the name of the evaluation (valid, test). num_labels: outputs of a head of labels, which reads
     every token (label_tokens) or one for the row, and what they mean (problem_type). Without such a head the model
     predicts `words`: the next ones or hidden ones; None: it ends with its last layer. group: so many rows in a row are
-    one sample. loss: None for that of the model's own labels. vary: what a row is in the n-th place of the endless
-    order. identity: JSON values that must not change between two parts of a run. notes: what the user should know of
-    the data (rows that were cut, say).
+    one sample, stay in one microbatch and count as one. criterion: what is learned by; None for the summed loss of the
+    model's own labels. reference: whether criterion and judge want the log-probability of each row under the base, as
+    its value `reference`. vary: what a row is in the n-th place of the endless order. identity: JSON values that must
+    not change between two parts of a run. notes: what the user should know of the data (rows that were cut, say).
     """
 
     train: Sequence[Example]
@@ -138,7 +139,8 @@ class Prepared:
     problem_type: ProblemType | None = None
     words: Literal["next", "hidden"] | None = "next"
     group: int = 1
-    loss: Loss | None = None
+    criterion: Criterion | None = None
+    reference: bool = False
     vary: Callable[[Example, int], Example] | None = None
 
 

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from pretrain.criterion import Criterion
 from pretrain.data.config import OpenedData
 from pretrain.data.loader import EvaluationLoader, Microbatch
 from workbench.models.batch import Batch
 from workbench.models.decoder import Output
 from workbench.parallel.dropout import DropoutKey
 from workbench.parallel.loss import IGNORE
-from workbench.parallel.mesh import Mesh
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Rows:
     """One microbatch as arrays of int64: input_ids [B, T]; labels [B, T] already shifted, or [B] for a sequence head;
     sample_ids [B], global; lengths [B] where rows are padded; documents [B, T] where rows are several that do not see
     each other; segments [B, T], kinds of segments; pair_labels [B], 1 where the second segment does not follow the
-    first; decoder_ids [B, U], what a decoder reads, whose labels [B, U] then are; targets [B, N] of float64, numbers
-    that a loss of rows compares with."""
+    first; decoder_ids [B, U], what a decoder reads, whose labels [B, U] then are. values: float64 [B] or [B, N], what a
+    criterion wants to know of each row, by name; terms: what the loss is a mean of, where it is not one of labels."""
 
     input_ids: np.ndarray
     labels: np.ndarray
@@ -35,7 +35,8 @@ class Rows:
     segments: np.ndarray | None = None
     pair_labels: np.ndarray | None = None
     decoder_ids: np.ndarray | None = None
-    targets: np.ndarray | None = None
+    values: Mapping[str, np.ndarray] = field(default_factory=dict)
+    terms: int | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -44,8 +45,8 @@ class Rows:
 
     @property
     def num_labels(self) -> int:
-        """Labels that count."""
-        return int(np.count_nonzero(self.labels != IGNORE))
+        """Labels that count, or what counts in their place."""
+        return int(np.count_nonzero(self.labels != IGNORE)) if self.terms is None else self.terms
 
     @property
     def num_tokens(self) -> int:
@@ -60,19 +61,6 @@ class Share:
     micro_size: int
     dp_rank: int
     dp_size: int
-
-
-class Loss(Protocol):
-    """What is minimised, where that is not the loss that the model itself has for its labels."""
-
-    @property
-    def output(self) -> Output:
-        """What the last stage computes for it: something that is of whole rows, on every rank."""
-        ...
-
-    def __call__(self, output: torch.Tensor, batch: Batch, mesh: Mesh) -> torch.Tensor:
-        """The summed loss of this data-parallel rank's rows, a scalar. May communicate on the dp axis."""
-        ...
 
 
 class Evaluation(Protocol):
@@ -103,13 +91,13 @@ class Evaluation(Protocol):
 
 
 class Objective(Protocol):
-    """What the engine needs to know of a task. `loss`: None for that of the model's own labels."""
-
-    @property
-    def loss(self) -> Loss | None: ...
+    """What the engine needs to know of a task."""
 
     @property
     def evaluations(self) -> Sequence[Evaluation]: ...
+
+    @property
+    def criterion(self) -> Criterion: ...
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -146,7 +134,8 @@ def to_batch(
         pair_labels=optional(rows.pair_labels),
         pair_weight=pair_weight,
         decoder_ids=optional(rows.decoder_ids),
-        targets=optional(rows.targets),
+        values={name: tensor(values) for name, values in rows.values.items()},
+        terms=rows.terms,
     )
 
 
@@ -160,7 +149,7 @@ def document_positions(documents_BT: np.ndarray) -> np.ndarray:
 class NextToken:
     """Prediction of tokens over token files: the next one, or those that their rows hide."""
 
-    loss: Loss | None = None
+    criterion = Criterion()
 
     def __init__(self, data: OpenedData, *, seed: int) -> None:
         self._data, self._seed = data, seed

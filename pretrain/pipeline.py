@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from pretrain.objective import Loss
+from pretrain.criterion import Criterion
 from pretrain.schedules import Action, Schedule, forward_turns
 from pretrain.simulate import Result, neighbours, result
 from workbench.models.batch import Batch, hidden_shape
@@ -38,12 +38,12 @@ class _Held:
 class Pipeline:
     """One stage of a pipeline and the links to its neighbours. Hidden states travel in the stage's compute type.
 
-    loss: what is minimised; None for the loss of the model's labels.
+    criterion: what `train` learns by; by default the summed loss of the model's labels.
     """
 
-    def __init__(self, built: BuiltStage, mesh: Mesh, schedule: Schedule, *, loss: Loss | None = None) -> None:
+    def __init__(self, built: BuiltStage, mesh: Mesh, schedule: Schedule, criterion: Criterion | None = None) -> None:
         self.built, self.stage = built, built.module
-        self.mesh, self.schedule, self.loss = mesh, schedule, loss
+        self.mesh, self.schedule, self.criterion = mesh, schedule, criterion or Criterion()
 
     def train(self, batches: Sequence[Batch], scale: torch.Tensor) -> torch.Tensor:
         """The summed loss of `batches` where the network ends, zero elsewhere; adds its gradient times `scale` to the
@@ -53,6 +53,7 @@ class Pipeline:
         """
         layout = self.mesh.layout
         assert not self.schedule.faults(layout.vpp) and self.schedule.placement == layout.placement, self.schedule
+        batches = self.criterion.ready(self, batches)
         actions = self.schedule.actions(self.mesh.pp.rank, layout.pp, len(batches), layout.vpp)
         run = _Training(self, batches, scale, actions)
         compute = {"F": run.forward, "B": run.backward, "I": run.backward, "W": run.weights}
@@ -89,8 +90,10 @@ class _Training:
         self, pipeline: Pipeline, batches: Sequence[Batch], scale: torch.Tensor, actions: Sequence[Action]
     ) -> None:
         self._stage, self._gemm = pipeline.stage, pipeline.built.gemm
-        self._data_parallel, self._minimised = pipeline.built.data_parallel, pipeline.loss
+        self._data_parallel, self._criterion = pipeline.built.data_parallel, pipeline.criterion
         self._mesh = pipeline.mesh
+        # Every context rank makes the same loss of an output that is whole, so that each answers for a part of it.
+        self._sharers = 1 if self._criterion.output == "loss" else pipeline.mesh.cp.size
         self._batches, self._scale = batches, scale.to(accumulation_dtype(self._stage.compute_dtype))
         self.links = _Links(pipeline.mesh, self._stage, pipeline.hidden_shapes(batches), actions)
         self._held: dict[tuple[int, int], _Held] = {}
@@ -106,13 +109,11 @@ class _Training:
         if received is not None:
             received.requires_grad_()
         batch = replace(self._batches[action.microbatch], loss_scale=self._scale)
-        minimised = self._minimised
-        found = self._stage(received, batch, minimised.output if minimised else "loss", chunk=action.chunk)
+        found = self._stage(received, batch, self._criterion.output, chunk=action.chunk)
         if self._stage.is_last(action.chunk):
-            if minimised is not None:
-                # Each context rank has whole rows, and stands for its share of their loss.
-                found = minimised(found, batch, self._mesh) / self._mesh.cp.size
+            found = self._criterion.loss(batch, found, self._mesh) / self._sharers
             self.loss += found.detach()
+            found = found.to(self._scale.dtype)
         else:
             sent = self.links.send(action, found.detach())
         end = get_gradient_edge(found) if found.requires_grad else None

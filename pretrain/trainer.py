@@ -143,7 +143,7 @@ class Trainer:
             self.built.parameters, mesh, config.optim, compute_dtype=compute, seed=config.run.seed, rate=subject.rate
         )
         self.loss_scale = LossScale(config.precision) if compute == torch.float16 else None
-        self.pipeline = Pipeline(self.built, mesh, schedule, loss=objective.loss)
+        self.pipeline = Pipeline(self.built, mesh, schedule, objective.criterion)
         self.store = Store(Path(config.run.dir) / CHECKPOINTS)
         if config.needs_best:
             require_judge(config.eval, [evaluation.name for evaluation in objective.evaluations])

@@ -6,7 +6,8 @@ R ranks of all fused pairs together, N rows of experts, E experts (of this rank)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -184,6 +185,21 @@ class InputDropout:
         tokens = self.batch.hidden_tokens if between_layers else self.batch.tokens
         inputs_I = first_input + torch.arange(x_BTI.shape[-1], device=x_BTI.device)
         return dropout(x_BTI, self.probability, self.batch.dropout.rows(site), (tokens, inputs_I))
+
+
+@contextmanager
+def switched_off(stage: DecoderStage) -> Iterator[None]:
+    """Inside it the stage computes what it would without adapters."""
+    kinds = (LinearDeltas, SummedDeltas)
+    places = [(layer, *child) for layer in stage.modules() for child in layer.named_children()]
+    adapters = [(layer, name, found) for layer, name, found in places if isinstance(found, kinds)]
+    for layer, name, _ in adapters:
+        setattr(layer, name, None)
+    try:
+        yield
+    finally:
+        for layer, name, found in adapters:
+            setattr(layer, name, found)
 
 
 def attach(stage: DecoderStage, lora: LoraSpec, probability: float = 0.0) -> None:

@@ -17,7 +17,7 @@ from workbench.config_faults import nearest
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
-    from pretrain.engine import Loss
+    from pretrain.engine import Criterion
     from workbench.tokenizer import Tokenizer
 
 Label = str | int
@@ -67,11 +67,11 @@ def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_token
     weights = class_weights(table, train, len(names))
     common = Counter(_answer(example) for example in train).most_common(1)[0][0]
     smoothing = table.label_smoothing
-    loss: Loss | None = None
+    criterion: Criterion | None = None
     if several:
-        loss = MultiLabelLoss(weights, smoothing)
+        criterion = MultiLabelLoss(weights, smoothing)
     elif weights is not None:
-        loss = LabelLoss(weights, smoothing)
+        criterion = LabelLoss(weights, smoothing)
     return Prepared(
         train=train,
         held_out={name: examples(rows) for name, rows in found.held_out.items()},
@@ -82,7 +82,7 @@ def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_token
         notes=encoder.notes,
         read_as=found.read_as,
         problem_type="multi_label_classification" if several else "single_label_classification",
-        loss=loss,
+        criterion=criterion,
     )
 
 
@@ -95,7 +95,7 @@ def class_weights(table: LabelTable, train: Sequence[Example], num_labels: int) 
     if table.class_weights == "none":
         return None
     if table.class_weights == "balanced":
-        several = train[0].targets is not None
+        several = "target" in train[0].values
         answers = np.array([_answer(example) for example in train])
         counts = answers.sum(axis=0) if several else np.bincount(answers[:, 0].astype(int), minlength=num_labels)
         counts = np.maximum(counts, 1)
@@ -140,4 +140,4 @@ def _is_label(value: object) -> bool:
 
 def _answer(example: Example) -> tuple[float, ...]:
     """The class number of a row, or which labels it has."""
-    return (float(example.labels),) if example.targets is None else tuple(example.targets.tolist())
+    return tuple(np.atleast_1d(example.values.get("target", example.labels)).astype(float).tolist())

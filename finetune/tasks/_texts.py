@@ -53,12 +53,12 @@ def texts_of(row: Row) -> Texts:
     return (text_of(row, TEXT), text_of(row, PAIR)) if PAIR in row.values else text_of(row, TEXT)
 
 
-def row_example(encoded: EncodedRow, label: int, row: Row, targets: Sequence[float] | None = None) -> Example:
+def row_example(encoded: EncodedRow, label: int, row: Row, target: Sequence[float] | None = None) -> Example:
     """A row with something to be said of it as a whole."""
     return Example(
         np.array(encoded.ids, dtype=np.int64),
         np.array(label, dtype=np.int64),
         row.place,
         segments=np.array(encoded.segments, dtype=np.int64),
-        targets=None if targets is None else np.array(targets, dtype=np.float64),
+        values={} if target is None else {"target": np.array(target, dtype=np.float64)},
     )

@@ -74,7 +74,7 @@ class Embedding:
             read_as=found.read_as,
             words=None,
             group=len(keys),
-            loss=ContrastiveLoss(pooling, len(keys), table.temperature),
+            criterion=ContrastiveLoss(pooling, len(keys), table.temperature),
         )
 
 

@@ -49,7 +49,7 @@ class MultipleChoice:
             np.full(1, pad_id_of(tokenizer)),
             np.array(IGNORE),
             segments=np.zeros(1, dtype=np.int64),
-            targets=np.zeros(1),
+            values={"target": np.zeros(1)},
         )
 
         def examples(rows: Sequence[Row]) -> list[Example]:
@@ -73,7 +73,7 @@ class MultipleChoice:
             notes=encoder.notes,
             read_as=data.read_as,
             group=group,
-            loss=ChoiceLoss(group),
+            criterion=ChoiceLoss(group),
         )
 
 

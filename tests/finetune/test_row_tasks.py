@@ -52,6 +52,7 @@ def row_of(kind: str, n: int) -> dict[str, Any]:
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "lm": ("lm", {}),
+    "lm, packed": ("lm", {}),
     "masked_lm": ("masked_lm", {}),
     "classification": ("classification", {"class_weights": "balanced", "label_smoothing": 0.1}),
     "several labels": ("several", {"class_weights": [1, 2, 3], "label_smoothing": 0.1}),
@@ -90,7 +91,8 @@ def config(folder: Path, case: str, base: str, place: Path, dp: int = 1, **run: 
     task = {"kind": "classification" if kind == "several" else kind, **table}
     files = {name: str(folder / f"{kind}-{name}.jsonl") for name in ("train", "test")}
     micro = 8 // dp if kind == "embedding" else 2
-    tables: dict[str, Any] = {"batch": {"micro_size": micro}, "run": {"dir": str(place), "steps": 3, **run}}
+    batch = {"micro_size": micro, "packing": case == "lm, packed"}
+    tables: dict[str, Any] = {"batch": batch, "run": {"dir": str(place), "steps": 3, **run}}
     return config_of(folder, {**task, **files}, {"kind": "full"}, **tables)
 
 
@@ -128,7 +130,12 @@ TWO = [ParallelLayout(tp=2, sequence_parallel=True), ParallelLayout(pp=2), Paral
 
 
 QUICK = {("causal", "embedding", 2), ("masked", "token_classification", 0), ("causal", "multiple_choice", 1)}
-QUICK |= {("masked", "several labels", 2), ("causal", "lm", 3), ("masked", "masked_lm", 2), ("causal", "regression", 0)}
+QUICK |= {
+    ("masked", "several labels", 2),
+    ("causal", "lm, packed", 3),
+    ("masked", "masked_lm", 2),
+    ("causal", "regression", 0),
+}
 LAYOUTS = [
     pytest.param(base, case, layout, marks=() if (base, case, at) in QUICK else pytest.mark.exhaustive)
     for base, case in RUNS
@@ -198,8 +205,8 @@ def own_vectors(batch: Batch) -> torch.Tensor:
 PERFECT: dict[str, tuple[Any, tuple[str, ...]]] = {
     "classification": (right_labels(2), ("accuracy", "f1", "f1_macro", "mcc")),
     "pair": (right_labels(2), ("accuracy", "mcc")),
-    "several labels": (lambda batch: 9 * (batch.targets - 0.5), ("accuracy", "f1_micro")),
-    "regression": (lambda batch: batch.targets, ("pearson", "spearman")),
+    "several labels": (lambda batch: 9 * (batch.values["target"] - 0.5), ("accuracy", "f1_micro")),
+    "regression": (lambda batch: batch.values["target"], ("pearson", "spearman")),
     "multiple_choice": (right_choices, ("accuracy",)),
     "token_classification": (right_labels(2), ("accuracy", "precision", "recall", "f1")),
     "lm": (lambda batch: torch.zeros(()), ("perplexity",)),
@@ -275,8 +282,8 @@ BAD = [
     ("regression", {"text": "a", "label": "much"}, "needs a number under 'label', not 'much'"),
     ("multiple_choice", {"text": "a", "choices": ["b"], "label": 0}, "two texts or more under 'choices'"),
     ("multiple_choice", {"text": "a", "choices": ["b", "c"], "label": 2}, "0 to 1, not 2"),
-    ("pair", {"text": "a", "label": 0}, "the first has text, label; recognised would be pairs"),
-    ("embedding", {"query": "a"}, "the first has query; recognised would be queries"),
+    ("pair", {"text": "a", "label": 0}, r"the first has text, label; .*--map text_pair="),
+    ("embedding", {"query": "a"}, r"the first has query; .*--map positive="),
     ("token_classification", {"tokens": ["a", "b"], "labels": ["O"]}, "has 2 words, but 1 labels"),
     ("lm", {"text": ""}, "1 rows have an empty text"),
 ]

@@ -203,7 +203,9 @@ def test_a_shape_that_is_not_recognised_names_what_was_found_and_what_would_be()
     )
     with pytest.raises(DataError, match=r"has prompt, response; .* or --map completion=response"):
         recognise([row(prompt="q", response="a")], ANSWERS)
-    with pytest.raises(DataError, match=r"recognised would be preferences \(chosen, rejected, prompt or not\)"):
+    with pytest.raises(
+        DataError, match=r"recognised would be preferences \(chosen, rejected, prompt or not, margin or not\)"
+    ):
         recognise([row(text="t", label=1)], (PREFERENCES,))
     with pytest.raises(DataError, match=r"--map label=sentiment"):
         recognise([row(text="t", sentiment=1)], (LABELS,))

@@ -181,7 +181,7 @@ def test_a_label_of_the_held_out_rows_that_training_does_not_have_is_refused(
 
 def score(prepared: Prepared, name: str, *, right: bool, share: Share | None = None) -> dict[str, float]:
     """The metrics of outputs that are all right, or all wrong."""
-    evaluation = TaskEvaluation(name, prepared.held_out[name], prepared.judge, prepared.pad_id)
+    evaluation = TaskEvaluation(name, prepared.held_out[name], prepared)
     total = torch.zeros(())
     share = share or Share(2, 0, 1)
     for rank in range(share.dp_size):

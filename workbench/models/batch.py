@@ -6,7 +6,8 @@ the layers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -30,8 +31,9 @@ class Batch:
     [B, S], the kind of segment of each token; None when all are of kind 0. pair_labels: [B], 0 where the second segment
     follows the first and 1 where it does not, IGNORE for no pair; their loss counts `pair_weight` times. decoder_ids:
     [B, U], what a decoder reads of an encoder's `input_ids`; labels are then [B, U], and lengths those of input_ids.
-    targets: [B, N], numbers that a loss of rows compares with. loss_scale: by what the gradient of the summed loss will
-    be multiplied; None where no backward follows.
+    loss_scale: by what the gradient of the summed loss will be multiplied; None where no backward follows. values: [B]
+    or [B, N] each, what a criterion or judge wants to know of each row, by name; terms: of how many terms the summed
+    loss is made, where they are not labels.
     """
 
     input_ids: torch.Tensor
@@ -44,8 +46,29 @@ class Batch:
     pair_labels: torch.Tensor | None = None
     pair_weight: float = 1.0
     decoder_ids: torch.Tensor | None = None
-    targets: torch.Tensor | None = None
     loss_scale: torch.Tensor | None = None
+    values: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    terms: int | None = None
+
+    def rows(self, which: slice) -> Batch:
+        """Some of the rows."""
+
+        def some(tensor: torch.Tensor | None) -> torch.Tensor | None:
+            return None if tensor is None else tensor[which]
+
+        return replace(
+            self,
+            input_ids=self.input_ids[which],
+            labels=some(self.labels),
+            lengths=some(self.lengths),
+            dropout=self.dropout and replace(self.dropout, sample_ids=self.dropout.sample_ids[which]),
+            positions=some(self.positions),
+            documents=some(self.documents),
+            segments=some(self.segments),
+            pair_labels=some(self.pair_labels),
+            decoder_ids=some(self.decoder_ids),
+            values={name: values[which] for name, values in self.values.items()},
+        )
 
 
 @dataclass(frozen=True)
@@ -56,8 +79,8 @@ class LocalBatch:
     documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions,
     hidden_segments: [t], [t] or [B, t] and [B, t], the same of the tokens whose hidden states this rank has (fewer
     under sequence parallelism). pair_labels, pair_weight, loss_scale: as in the batch. num_labels: labels of the whole
-    batch that count; 0 without labels. reach: [] or [B], the length of the longest sequence in each row, which is the
-    same on all ranks.
+    batch that count, or its `terms`; 0 without labels. reach: [] or [B], the length of the longest sequence in each
+    row, which is the same on all ranks.
     """
 
     input_ids: torch.Tensor
@@ -119,9 +142,15 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0, causal: bool = True
         pair_labels=batch.pair_labels,
         pair_weight=batch.pair_weight,
         loss_scale=batch.loss_scale,
-        num_labels=0 if batch.labels is None else (batch.labels != IGNORE).sum(),
+        num_labels=_num_labels(batch),
         reach=_reach(batch, start),
     )
+
+
+def _num_labels(batch: Batch) -> torch.Tensor | int:
+    if batch.terms is not None:
+        return batch.terms
+    return 0 if batch.labels is None else (batch.labels != IGNORE).sum()
 
 
 def _reach(batch: Batch, start: int) -> torch.Tensor:

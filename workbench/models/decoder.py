@@ -208,8 +208,8 @@ class DecoderStage(nn.Module):
         ranks. "token_losses": loss of each label [B, S] (or [B]), 0 where ignored. "logits": [B, S, vocab_size]; of a
         head of labels [B, S, N] or [B, N]; of a pooler that no head reads [B, D]; without any the states [B, S, D].
         "pair_logits": [B, 2], whether segments follow each other. "mean_state", "last_state": [B, D], of each row's
-        tokens. All but the loss are of whole rows in token order, on every rank. `hidden_BTD` comes from the previous
-        virtual stage; None on the first.
+        tokens. All but the loss are of whole rows in token order, on every rank; their backward sums gradients over
+        context ranks. `hidden_BTD` comes from the previous virtual stage; None on the first.
         """
         assert cache is None or self.mesh.layout.token_multiple == 1, "decoding shares no tokens between ranks"
         if self.model.num_encoder_layers:
@@ -325,7 +325,7 @@ class DecoderStage(nn.Module):
             return self._chunked_losses(x_BTD, batch, output)
         logits_BTV = soft_cap(self.lm_head(x_BTD, self._head_weight), self.model.final_logit_softcapping)
         if output == "logits":
-            return self.mesh.tp.all_gather(logits_BTV, dim=-1)[..., : self.model.vocab_size]
+            return gather_copies(logits_BTV, self.mesh.tp, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None
         losses_N = vocab_parallel_cross_entropy(
             logits_BTV.flatten(0, 1),
@@ -379,7 +379,7 @@ class DecoderStage(nn.Module):
             return sum_over(logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0), self.mesh.cp)
         assert labels_B is not None
         losses_B = label_losses(logits_BN, labels_B.masked_fill(~is_here_B, IGNORE), self._smoothing)
-        return losses_B.sum() if output == "loss" else self.mesh.cp.all_reduce(losses_B)
+        return losses_B.sum() if output == "loss" else sum_over(losses_B, self.mesh.cp)
 
     def _judge_tokens(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output, length: int) -> torch.Tensor:
         """What the head gives for every token."""

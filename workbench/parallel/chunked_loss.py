@@ -2,7 +2,8 @@
 
 The gradients with respect to hidden states and weight are computed with the losses, while a chunk's logits are there,
 so no product runs twice (arXiv:2410.10989, sec. 3.2). Backward only scales them. The price: from forward to backward
-the weight's gradient is kept, [V, D] in fp32 or wider.
+the weight's gradient is kept, [V, D] in fp32 or wider. Where each token's loss has a gradient of its own, which forward
+cannot know, backward makes the logits of a chunk once more.
 
 Legend: N tokens, C tokens of a chunk, D hidden, V vocabulary (local, padded).
 """
@@ -14,8 +15,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
-from workbench.parallel.loss import VocabParallelSoftmax, accumulation_dtype
+from workbench.parallel.loss import VocabParallelSoftmax, accumulation_dtype, vocab_parallel_cross_entropy
 from workbench.parallel.mesh import Axis
 from workbench.parallel.softcap import soft_cap, through_soft_cap
 
@@ -38,6 +40,13 @@ class Chunking:
         logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
         return VocabParallelSoftmax(logits_CV, labels_C, self.axis, self.vocab_size, self.smoothing), logits_CV
 
+    def losses(
+        self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
+    ) -> torch.Tensor:
+        """The losses of a chunk [C], through which autograd finds its way back."""
+        logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
+        return vocab_parallel_cross_entropy(logits_CV, labels_C, self.axis, vocab_size=self.vocab_size)
+
 
 def chunked_loss(
     hidden_ND: torch.Tensor,
@@ -55,7 +64,6 @@ def chunked_loss(
     return _ChunkedLoss.apply(hidden_ND, weight_VD, bias_V, labels_N, how)
 
 
-@torch.no_grad()
 def chunked_token_losses(
     hidden_ND: torch.Tensor,
     weight_VD: torch.Tensor,
@@ -63,10 +71,15 @@ def chunked_token_losses(
     labels_N: torch.Tensor,
     how: Chunking,
 ) -> torch.Tensor:
-    """The loss of each label [N], 0 where ignored; without gradients."""
+    """The loss of each label [N], 0 where ignored. The gradient of `hidden_ND` is this rank's part, as above."""
     weight, bias = _cast(weight_VD, bias_V, hidden_ND.dtype)
     pairs = zip(hidden_ND.split(how.tokens), labels_N.split(how.tokens), strict=True)
-    return torch.cat([how.softmax(hidden_CD, weight, bias, labels_C)[0].losses_N for hidden_CD, labels_C in pairs])
+    if not torch.is_grad_enabled():
+        return torch.cat([how.softmax(hidden_CD, weight, bias, labels_C)[0].losses_N for hidden_CD, labels_C in pairs])
+    keep = {"use_reentrant": False, "preserve_rng_state": False}
+    return torch.cat(
+        [checkpoint(how.losses, hidden_CD, weight, bias, labels_C, **keep) for hidden_CD, labels_C in pairs]
+    )
 
 
 class _ChunkedLoss(torch.autograd.Function):
