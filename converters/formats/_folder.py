@@ -266,6 +266,17 @@ def foreign_tensors(
     return found
 
 
+def padding_of(
+    tensors: Mapping[str, LogicalTensor], schema: Mapping[str, LogicalTensor], rules: Mapping[str, tuple[Rule, ...]]
+) -> dict[str, int]:
+    """By foreign name, the elements of `tensors` that no logical tensor has."""
+    found = {name: tensor.numel for name, tensor in tensors.items()}
+    for name, places in rules.items():
+        for rule in places:
+            found[rule.foreign] -= schema[name].numel
+    return found
+
+
 def _targets(contents: FolderContents, tensor: LogicalTensor) -> list[tuple[Rule, tuple[Piece, ...]]]:
     """The rules of a logical tensor, each with the pieces that hold some of it."""
     found = []
