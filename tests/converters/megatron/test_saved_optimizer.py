@@ -13,22 +13,12 @@ import torch
 from converters.format import OpenedCheckpoint
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
-from tests.helpers.checkpoints import MemorySource, random_arrays, random_source, tiny_model, write_native
+from tests.helpers.checkpoints import RUN, MemorySource, random_arrays, random_source, tiny_model, write_native
 from tests.helpers.models import grouped_model
-from workbench.checkpoint.manifest import TrainingState
 from workbench.cli.main import main
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import LogicalTensor
 from workbench.spec.layout import ParallelLayout
-
-RUN = TrainingState(
-    step=100,
-    samples=800,
-    tokens=25600,
-    seed=7,
-    scheduler={"schedule": "cosine", "horizon": 200, "warmup": 10, "lr": 0.01, "min_lr": 0.001},
-    optimizer={"name": "adamw", "step": 98, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
-)
 
 
 def opened(changes: Callable[[dict[str, LogicalTensor]], Any] = lambda schema: None, **said: Any) -> OpenedCheckpoint:
@@ -64,8 +54,7 @@ def test_a_rank_has_its_groups_in_the_order_of_its_modules_and_its_weights_are_t
 
 def test_experts_have_an_optimizer_of_their_own_and_a_bias_that_is_not_trained_has_no_state(tmp_path: Path) -> None:
     model = grouped_model(moe={"shared_expert_gate": False, "n_group": 1, "topk_group": 1})
-    trained = {n: t for n, t in random_source(model, "F32").schema.items() if "/" not in n or "correction" not in n}
-    source = MemorySource(trained, random_arrays(trained))
+    source = random_source(model, "F32")
     run = OpenedCheckpoint("native", Path("run"), source, model, training=RUN)
     path = export(run, tmp_path / "out", ParallelLayout(tp=2, pp=2, ep=2, dp=2))
     state = torch.load(path / "iter_0000100" / "mp_rank_00_000_001" / "model_optim_rng.pt", weights_only=False)[
@@ -73,7 +62,7 @@ def test_experts_have_an_optimizer_of_their_own_and_a_bias_that_is_not_trained_h
     ]
     assert [len(one["param_groups"]) for one in state] == [2, 1]
     assert len(state[1]["state"]) == 8 // 2 * 2  # two matrices of each of four experts in one sparse layer
-    assert open_checkpoint(path).source.schema.keys() == trained.keys()
+    assert open_checkpoint(path).source.schema.keys() == source.schema.keys()
 
 
 def without(*names: str) -> Callable[[dict[str, LogicalTensor]], Any]:
