@@ -11,7 +11,7 @@ from converters.containers.dcp import GlobalTensor, lay_out_dcp
 from converters.containers.torch_zip import lay_out_torch
 from converters.format import WriteRequest
 from converters.formats._files import FileContent, Place, whole_file
-from converters.formats._folder import FolderContents, ForeignTensor, Piece, foreign_tensors, padding_of
+from converters.formats._folder import FolderContents, WrittenPiece, WrittenTensor, foreign_tensors, padding_of
 from converters.megatron.distributed import Stored, stored_now
 from converters.megatron.rank_files import TRACKER, iteration_folder
 from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
@@ -64,7 +64,7 @@ def dist_folder(request: WriteRequest) -> FolderContents:
     depths = {place.name: len(place.at) for place in places.values()}
     pieces = {stack: _by_index(tensor.pieces, depths[stack], root) for stack, tensor in laid.tensors.items()}
     tensors = {
-        name: ForeignTensor(whole.dtype, whole.shape, pieces[places[name].name][places[name].at], padding[name])
+        name: WrittenTensor(whole.dtype, whole.shape, pieces[places[name].name][places[name].at], padding[name])
         for name, whole in wholes.items()
     }
     inside = {f"{root}/{file}": content for file, content in files.items()}
@@ -150,11 +150,11 @@ def _at(box: Box, place: Stored) -> Box:
     return Box((*place.at, *box.offset), (*(1 for _ in place.at), *box.size))
 
 
-def _by_index(pieces: Iterable[Piece], depth: int, root: str) -> dict[tuple[int, ...], tuple[Piece, ...]]:
+def _by_index(pieces: Iterable[WrittenPiece], depth: int, root: str) -> dict[tuple[int, ...], tuple[WrittenPiece, ...]]:
     """The pieces of a stack, by index in its `depth` leading dimensions, as pieces of what is stacked."""
-    found: dict[tuple[int, ...], list[Piece]] = {}
+    found: dict[tuple[int, ...], list[WrittenPiece]] = {}
     for piece in pieces:
         offset, size = piece.box.offset, piece.box.size
         places = tuple(Place(f"{root}/{place.file}", place.start) for place in piece.places)
-        found.setdefault(offset[:depth], []).append(Piece(Box(offset[depth:], size[depth:]), places))
+        found.setdefault(offset[:depth], []).append(WrittenPiece(Box(offset[depth:], size[depth:]), places))
     return {index: tuple(own) for index, own in found.items()}

@@ -8,7 +8,7 @@ from typing import Any
 from converters.containers.torch_zip import StoredTensor, lay_out_torch, new_tensor
 from converters.format import WriteRequest
 from converters.formats._files import FileContent, Place, whole_file
-from converters.formats._folder import FolderContents, ForeignTensor, Piece, foreign_tensors, padding_of
+from converters.formats._folder import FolderContents, WrittenPiece, WrittenTensor, foreign_tensors, padding_of
 from converters.megatron.modules import LocalParameter, Modules
 from converters.megatron.rank_files import FILE, TRACKER, iteration_folder, renumber
 from converters.megatron.ranks import Rank, RankGrid
@@ -61,10 +61,10 @@ def rank_folders(request: WriteRequest) -> FolderContents:
                 places[name].setdefault(box, []).append(place)
     padding = padding_of(tensors, request.schema, rules)
     foreign = {
-        name: ForeignTensor(
+        name: WrittenTensor(
             whole.dtype,
             whole.shape,
-            tuple(Piece(box, tuple(copies)) for box, copies in places[name].items()),
+            tuple(WrittenPiece(box, tuple(copies)) for box, copies in places[name].items()),
             padding[name],
         )
         for name, whole in tensors.items()
