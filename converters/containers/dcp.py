@@ -13,7 +13,7 @@ from typing import Any, Final
 from converters.containers.pickle_writer import Call, Global, Instance, Items, dump
 from converters.containers.torch_zip import Storage, lay_out_torch, new_tensor, torch_dtype, torch_size
 from converters.formats._files import Checksum, FileContent, Place, whole_file
-from converters.formats._folder import ForeignTensor, Piece
+from converters.formats._folder import WrittenPiece, WrittenTensor
 from workbench.checkpoint.safetensors_io import PAGE_BYTES
 from workbench.spec.geometry import Box
 
@@ -29,7 +29,7 @@ class GlobalTensor:
     """A tensor to be stored. chunks: boxes that cover it exactly once, and the `.distcp` file of each.
 
     data: its bytes, of one that has a single chunk and is known beforehand (a step count). padding: as of
-    `converters.formats._folder.ForeignTensor`.
+    `converters.formats._folder.WrittenTensor`.
     """
 
     dtype: str
@@ -44,7 +44,7 @@ class DcpLayout:
     """The files of the folder, and where the tensors that are not known yet will lie in them."""
 
     files: Mapping[str, FileContent]
-    tensors: Mapping[str, ForeignTensor]
+    tensors: Mapping[str, WrittenTensor]
 
 
 def lay_out_dcp(
@@ -57,7 +57,7 @@ def lay_out_dcp(
     files: dict[str, _File] = {}
     entries: dict[str, Any] = {}
     places: list[tuple[Instance, Instance]] = []
-    found: dict[str, ForeignTensor] = {}
+    found: dict[str, WrittenTensor] = {}
     for name, (file, value) in objects.items():
         _, info = files.setdefault(file, _File(file)).add(value)
         entries[name] = _object("metadata.BytesStorageMetadata", {})
@@ -67,11 +67,11 @@ def lay_out_dcp(
         for number, (box, file) in enumerate(tensor.chunks):
             stored = new_tensor(tensor.dtype, box.size, tensor.data)
             starts, info = files.setdefault(file, _File(file)).add(stored)
-            pieces.append(Piece(box, (Place(file, starts[stored.storage]),)))
+            pieces.append(WrittenPiece(box, (Place(file, starts[stored.storage]),)))
             places.append((_index(name, torch_size(box.offset), number), info))
         entries[name] = _tensor_metadata(tensor)
         if tensor.data is None:
-            found[name] = ForeignTensor(tensor.dtype, tensor.shape, tuple(pieces), tensor.padding)
+            found[name] = WrittenTensor(tensor.dtype, tensor.shape, tuple(pieces), tensor.padding)
     metadata = {
         "state_dict_metadata": entries,
         "planner_data": planner_data,

@@ -38,16 +38,16 @@ _WORKERS: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """A box of a foreign tensor and where it lies; at several places when the format stores it several times."""
+class WrittenPiece:
+    """A box of a tensor to be written and where it will lie; at several places when the format repeats it."""
 
     box: Box
     places: tuple[Place, ...]
 
 
 @dataclass(frozen=True)
-class ForeignTensor:
-    """A tensor as the foreign program names it.
+class WrittenTensor:
+    """A tensor to be written, as the foreign program names it.
 
     pieces: their boxes cover it exactly once. padding: number of its elements that no logical tensor has and that
     stay zero (a padded vocabulary).
@@ -55,7 +55,7 @@ class ForeignTensor:
 
     dtype: str
     shape: tuple[int, ...]
-    pieces: tuple[Piece, ...]
+    pieces: tuple[WrittenPiece, ...]
     padding: int = 0
 
 
@@ -68,7 +68,7 @@ class FolderContents:
     """
 
     files: Mapping[str, FileContent]
-    tensors: Mapping[str, ForeignTensor]
+    tensors: Mapping[str, WrittenTensor]
     rules: Mapping[str, tuple[Rule, ...]]
     copies: Mapping[str, Path] = field(default_factory=dict)
 
@@ -154,7 +154,7 @@ class FolderDestination:
         with self._mutex:
             self._written[name].append((box, _digest(array)))
 
-    def _scatter(self, pieces: Iterable[Piece], part: Box, values: np.ndarray) -> None:
+    def _scatter(self, pieces: Iterable[WrittenPiece], part: Box, values: np.ndarray) -> None:
         for piece, common in _meeting(pieces, part):
             for place in piece.places:
                 writer = self._writers[place.file]
@@ -202,8 +202,8 @@ class FolderDestination:
             for copy in range(max((len(piece.places) for piece in pieces), default=0)):
                 yield pull(rule.view, box, partial(self._gather, pieces, copy, dtype))
 
-    def _gather(self, pieces: Iterable[Piece], copy: int, dtype: np.dtype, part: Box) -> np.ndarray:
-        def read(piece: Piece, common: Box) -> np.ndarray:
+    def _gather(self, pieces: Iterable[WrittenPiece], copy: int, dtype: np.dtype, part: Box) -> np.ndarray:
+        def read(piece: WrittenPiece, common: Box) -> np.ndarray:
             place = piece.places[min(copy, len(piece.places) - 1)]
             return self._writers[place.file].read(place, piece.box.size, common.relative_to(piece.box), dtype)
 
@@ -266,7 +266,18 @@ def foreign_tensors(
     return found
 
 
-def _targets(contents: FolderContents, tensor: LogicalTensor) -> list[tuple[Rule, tuple[Piece, ...]]]:
+def padding_of(
+    tensors: Mapping[str, LogicalTensor], schema: Mapping[str, LogicalTensor], rules: Mapping[str, tuple[Rule, ...]]
+) -> dict[str, int]:
+    """By foreign name, the elements of `tensors` that no logical tensor has."""
+    found = {name: tensor.numel for name, tensor in tensors.items()}
+    for name, places in rules.items():
+        for rule in places:
+            found[rule.foreign] -= schema[name].numel
+    return found
+
+
+def _targets(contents: FolderContents, tensor: LogicalTensor) -> list[tuple[Rule, tuple[WrittenPiece, ...]]]:
     """The rules of a logical tensor, each with the pieces that hold some of it."""
     found = []
     for rule in contents.rules[tensor.name]:
@@ -276,7 +287,7 @@ def _targets(contents: FolderContents, tensor: LogicalTensor) -> list[tuple[Rule
     return found
 
 
-def _meeting(pieces: Iterable[Piece], part: Box) -> Iterator[tuple[Piece, Box]]:
+def _meeting(pieces: Iterable[WrittenPiece], part: Box) -> Iterator[tuple[WrittenPiece, Box]]:
     for piece in pieces:
         if (common := piece.box.intersect(part)) is not None:
             yield piece, common

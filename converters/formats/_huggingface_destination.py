@@ -9,7 +9,7 @@ from typing import Any, Final
 from converters.family import Family
 from converters.format import WriteRequest
 from converters.formats._files import FileContent, Place, whole_file
-from converters.formats._folder import FolderContents, FolderDestination, ForeignTensor, Piece, foreign_tensors
+from converters.formats._folder import FolderContents, FolderDestination, WrittenPiece, WrittenTensor, foreign_tensors
 from converters.formats._huggingface_files import CONFIG, INDEX, WEIGHTS
 from converters.formats._huggingface_source import HuggingFaceSource
 from converters.formats._model_card import model_card
@@ -30,7 +30,9 @@ def huggingface_destination(request: WriteRequest, family: Family, birth: Mappin
     tensors = foreign_tensors(request.schema, rules)
     layouts = _deal_out(tensors, request.max_shard_bytes)
     pieces = {
-        key: ForeignTensor(entry.dtype, entry.shape, (Piece(Box.whole(entry.shape), (Place(file, entry.start),)),))
+        key: WrittenTensor(
+            entry.dtype, entry.shape, (WrittenPiece(Box.whole(entry.shape), (Place(file, entry.start),)),)
+        )
         for file, layout in layouts.items()
         for key, entry in layout.entries.items()
     }

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, Final
@@ -13,13 +11,13 @@ from converters.containers.dcp import GlobalTensor, lay_out_dcp
 from converters.containers.torch_zip import lay_out_torch
 from converters.format import WriteRequest
 from converters.formats._files import FileContent, Place, whole_file
-from converters.formats._folder import FolderContents, ForeignTensor, Piece, foreign_tensors
+from converters.formats._folder import FolderContents, WrittenPiece, WrittenTensor, foreign_tensors, padding_of
 from converters.megatron.distributed import Stored, stored_now
-from converters.megatron.rank_files import RELEASE, TRACKER
+from converters.megatron.rank_files import TRACKER, iteration_folder
 from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
-from converters.megatron.saved_optimizer import CONTENT, common_state, has_moments, split_kind, with_moments
+from converters.megatron.saved_optimizer import CONTENT, common_state, saved_training, split_kind, with_moments
 from converters.megatron.stages import padded_vocab
-from converters.megatron.table import HEAD, LAYERS, NO_WEIGHTS, TE, McoreTensor, Table, make_table
+from converters.megatron.table import HEAD, LAYERS, NO_WEIGHTS, TE, McoreTensor, Table, has_scales, make_table
 from workbench.checkpoint.manifest import TrainingState
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
@@ -29,7 +27,6 @@ from workbench.spec.model import ModelConfig
 METADATA: Final = "metadata.json"
 COMMON: Final = "common.pt"
 BACKEND: Final = "torch_dist"
-_HAS_SCALES: Final = re.compile(r"\.linear_\w+$|norm$")
 _BACKENDS: Final = {
     "sharded_backend": BACKEND,
     "sharded_backend_version": 1,
@@ -46,19 +43,16 @@ def dist_folder(request: WriteRequest) -> FolderContents:
     model, layout = request.model, request.layout
     layout.validate_for(model)
     table = make_table(model, TE, padded_vocab=padded_vocab(model, layout))
-    rules = with_moments(table.rules, request.schema)
+    rules = with_moments(table.rules, request.schema, masters=True)
     wholes = foreign_tensors(request.schema, rules)
     places = {name: _place(name, table, model) for name in wholes}
-    padding = Counter({name: whole.numel for name, whole in wholes.items()})
-    for name, logical in request.schema.items():
-        for rule in rules[name]:
-            padding[rule.foreign] -= logical.numel
+    padding = padding_of(wholes, request.schema, rules)
     stages = {layer: s for s in range(layout.pp) for layer in layout.layers(model.num_hidden_layers, s)}
     chunks = {name: list(_chunks(table.tensors[split_kind(name)[1]], stages, layout)) for name in wholes}
     weights = {name: place for name, place in places.items() if name in table.tensors}
     laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), _scales(weights, chunks))
-    training = (request.training or TrainingState(step=0)) if has_moments(request.schema) else None
-    root = RELEASE if training is None else f"iter_{training.step:07d}"
+    training = saved_training(request)
+    root, word = iteration_folder(training.step if training else None)
     dtype = request.schema["embed_tokens.weight"].dtype
     args = saved_args(model, layout, dtype, training, ckpt_format=BACKEND)
     common = lay_out_torch(_common(args, training, layout), root=COMMON.removesuffix(".pt"))
@@ -70,11 +64,10 @@ def dist_folder(request: WriteRequest) -> FolderContents:
     depths = {place.name: len(place.at) for place in places.values()}
     pieces = {stack: _by_index(tensor.pieces, depths[stack], root) for stack, tensor in laid.tensors.items()}
     tensors = {
-        name: ForeignTensor(whole.dtype, whole.shape, pieces[places[name].name][places[name].at], padding[name])
+        name: WrittenTensor(whole.dtype, whole.shape, pieces[places[name].name][places[name].at], padding[name])
         for name, whole in wholes.items()
     }
     inside = {f"{root}/{file}": content for file, content in files.items()}
-    word = RELEASE if training is None else str(training.step)
     return FolderContents({TRACKER: whole_file(word.encode()), **inside}, tensors, rules)
 
 
@@ -143,7 +136,7 @@ def _scales(
     found: dict[str, tuple[str, list[None]]] = {}
     for name, place in places.items():
         module = place.name.rpartition(".")[0]
-        owners = [module] if _HAS_SCALES.search(module) else []
+        owners = [module] if has_scales(module) else []
         if module.endswith(".linear_proj"):
             owners.append(module.replace("linear_proj", "core_attention"))
         index = ".".join(map(str, place.at or (0,))), ".".join(map(str, place.outer or (1,)))
@@ -157,11 +150,11 @@ def _at(box: Box, place: Stored) -> Box:
     return Box((*place.at, *box.offset), (*(1 for _ in place.at), *box.size))
 
 
-def _by_index(pieces: Iterable[Piece], depth: int, root: str) -> dict[tuple[int, ...], tuple[Piece, ...]]:
+def _by_index(pieces: Iterable[WrittenPiece], depth: int, root: str) -> dict[tuple[int, ...], tuple[WrittenPiece, ...]]:
     """The pieces of a stack, by index in its `depth` leading dimensions, as pieces of what is stacked."""
-    found: dict[tuple[int, ...], list[Piece]] = {}
+    found: dict[tuple[int, ...], list[WrittenPiece]] = {}
     for piece in pieces:
         offset, size = piece.box.offset, piece.box.size
         places = tuple(Place(f"{root}/{place.file}", place.start) for place in piece.places)
-        found.setdefault(offset[:depth], []).append(Piece(Box(offset[depth:], size[depth:]), places))
+        found.setdefault(offset[:depth], []).append(WrittenPiece(Box(offset[depth:], size[depth:]), places))
     return {index: tuple(own) for index, own in found.items()}

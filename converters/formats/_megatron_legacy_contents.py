@@ -2,46 +2,38 @@
 
 from __future__ import annotations
 
-import re
-from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 from converters.containers.torch_zip import StoredTensor, lay_out_torch, new_tensor
 from converters.format import WriteRequest
 from converters.formats._files import FileContent, Place, whole_file
-from converters.formats._folder import FolderContents, ForeignTensor, Piece, foreign_tensors
+from converters.formats._folder import FolderContents, WrittenPiece, WrittenTensor, foreign_tensors, padding_of
 from converters.megatron.modules import LocalParameter, Modules
-from converters.megatron.rank_files import FILE, RELEASE, TRACKER, renumber
+from converters.megatron.rank_files import FILE, TRACKER, iteration_folder, renumber
 from converters.megatron.ranks import Rank, RankGrid
 from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
+from converters.megatron.saved_optimizer import rank_state, saved_training, schedule, with_moments
 from converters.megatron.stages import padded_vocab
-from converters.megatron.table import HEAD, NO_WEIGHTS, TE, make_table
-from converters.names import summarise
-from workbench.errors import ConversionError
+from converters.megatron.table import HEAD, NO_WEIGHTS, TE, has_scales, make_table
+from workbench.checkpoint.manifest import TrainingState
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box
 from workbench.spec.schema import tied_head
 
-_HAS_SCALES = re.compile(r"\.linear_\w+$|norm$")
-"""Modules of Transformer Engine, which look for scales of fp8 beside their weights."""
-Stored = tuple[LocalParameter, StoredTensor]
+Stored = tuple[str, LocalParameter, StoredTensor]
+"""The name of a tensor of the whole model, the parameter that a rank has of it, and where that lies."""
 
 
 def rank_folders(request: WriteRequest) -> FolderContents:
-    """A release for Megatron-LM: the weights of every rank, without optimizer and random numbers.
+    """Folders for Megatron-LM, without random numbers: a release, or an iteration with its optimizer.
 
     ConversionError or LayoutError when Megatron cannot have this model at this layout.
     """
     model, layout = request.model, request.layout
     layout.validate_for(model)
     table = make_table(model, TE, padded_vocab=padded_vocab(model, layout))
-    if over := sorted(request.schema.keys() - table.rules.keys()):
-        raise ConversionError(
-            f"{request.path}: {summarise(over, 'has', 'have')} no place in a release of Megatron; leave the optimizer "
-            "out (--optimizer drop)"
-        )
-    rules = {name: (table.rules[name],) for name in request.schema}
+    rules = with_moments(table.rules, request.schema, masters=False)
     tensors = foreign_tensors(request.schema, rules)
     grid = RankGrid(layout.tp, layout.pp, layout.ep, layout.expert_tp)
     modules = Modules(
@@ -52,62 +44,75 @@ def rank_folders(request: WriteRequest) -> FolderContents:
         grouped=False,
         tied=tied_head(model),
     )
-    dtype = request.schema["embed_tokens.weight"].dtype
-    args = saved_args(model, layout, dtype, None, ckpt_format="torch")
-    files: dict[str, FileContent] = {TRACKER: whole_file(RELEASE.encode())}
+    training = saved_training(request)
+    args = saved_args(model, layout, request.schema["embed_tokens.weight"].dtype, training, ckpt_format="torch")
+    common = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": training.step if training else 0}
+    common |= schedule(training) if training else {}
+    folder, word = iteration_folder(training.step if training else None)
+    files: dict[str, FileContent] = {TRACKER: whole_file(word.encode())}
     places: dict[str, dict[Box, list[Place]]] = {name: {} for name in tensors}
     for rank in grid.saving():
-        file = f"{RELEASE}/{grid.folder(rank)}/{FILE}"
-        chunks, stored = _chunks(modules, rank, model.moe.num_experts // grid.ep if model.moe else 0)
-        state = {"args": args, "checkpoint_version": CHECKPOINT_VERSION, "iteration": 0, **chunks}
-        found = lay_out_torch(state, root=FILE.removesuffix(".pt"))
+        file = f"{folder}/{grid.folder(rank)}/{FILE}"
+        state, stored = _rank(modules, rank, model.moe.num_experts // grid.ep if model.moe else 0, training)
+        found = lay_out_torch({**common, **state}, root=FILE.removesuffix(".pt"))
         files[file] = FileContent(found.num_bytes, found.known, found.checksums)
-        for parameter, tensor in stored:
-            for box, place in _places(parameter, file, found.storages[tensor.storage]):
-                places[parameter.name].setdefault(box, []).append(place)
-    filled = Counter[str]()
-    for name, logical in request.schema.items():
-        filled[table.rules[name].foreign] += logical.numel
+        for name, parameter, tensor in stored:
+            for box, place in _places(parameter, tensor, file, found.storages[tensor.storage]):
+                places[name].setdefault(box, []).append(place)
+    padding = padding_of(tensors, request.schema, rules)
     foreign = {
-        name: ForeignTensor(
+        name: WrittenTensor(
             whole.dtype,
             whole.shape,
-            tuple(Piece(box, tuple(copies)) for box, copies in places[name].items()),
-            whole.numel - filled[name],
+            tuple(WrittenPiece(box, tuple(copies)) for box, copies in places[name].items()),
+            padding[name],
         )
         for name, whole in tensors.items()
     }
     return FolderContents(files, foreign, rules)
 
 
-def _chunks(modules: Modules, rank: Rank, experts: int) -> tuple[dict[str, Any], list[Stored]]:
-    """The state of each model chunk of a rank under the name that it is saved by, and the tensors in them.
+def _rank(
+    modules: Modules, rank: Rank, experts: int, training: TrainingState | None
+) -> tuple[dict[str, Any], list[Stored]]:
+    """The state of a rank's model chunks and optimizers under the names that these are saved by, and the tensors in it.
 
-    experts: that a rank has of each layer.
+    experts: that the rank has of each layer. training: of the run whose optimizer is saved.
     """
-    states: list[dict[str, Any]] = []
-    stored: list[Stored] = []
+    chunks: list[dict[str, Any]] = []
+    weights: list[Stored] = []
     for chunk in range(modules.num_chunks):
-        state: dict[str, Any] = {}
-        first = modules.layers[rank.stage][chunk].start
-        for module, parameter in modules.held(rank, chunk):
-            name = renumber(module, -first, -experts * rank.ep_rank)
-            state[name] = tensor = new_tensor(parameter.dtype, parameter.shape)
-            stored.append((parameter, tensor))
-            owner = name.rpartition(".")[0]
-            if _HAS_SCALES.search(owner):
-                state[f"{owner}.{NO_WEIGHTS}"] = None
-        if (rank.stage, chunk) == (modules.grid.pp - 1, modules.num_chunks - 1):
-            state[HEAD.replace("weight", NO_WEIGHTS)] = None
-        states.append(state)
-    if modules.num_chunks == 1:
-        return {"model": states[0]}, stored
-    return {f"model{chunk}": state for chunk, state in enumerate(states)}, stored
+        state, stored = _chunk(modules, rank, chunk, experts)
+        chunks.append(state)
+        weights += stored
+    named = {f"model{chunk}": state for chunk, state in enumerate(chunks)} if len(chunks) > 1 else {"model": chunks[0]}
+    if training is None:
+        return named, weights
+    optimizer, moments = rank_state(modules, rank, {name: tensor for name, _, tensor in weights}, training)
+    stored = [(f"{kind}/{parameter.name}", parameter, tensor) for kind, parameter, tensor in moments]
+    return {**named, "optimizer": optimizer}, weights + stored
 
 
-def _places(parameter: LocalParameter, file: str, start: int) -> Iterator[tuple[Box, Place]]:
-    """The boxes of the whole tensor that a rank's parameter holds, each in rows of it, and where these lie."""
-    row = parameter.numel // parameter.shape[0] * ITEM_BYTES[parameter.dtype]
+def _chunk(modules: Modules, rank: Rank, chunk: int, experts: int) -> tuple[dict[str, Any], list[Stored]]:
+    """The state of a model chunk, and the tensors in it."""
+    state: dict[str, Any] = {}
+    stored: list[Stored] = []
+    first = modules.layers[rank.stage][chunk].start
+    for module, parameter in modules.held(rank, chunk):
+        name = renumber(module, -first, -experts * rank.ep_rank)
+        state[name] = tensor = new_tensor(parameter.dtype, parameter.shape)
+        stored.append((parameter.name, parameter, tensor))
+        owner = name.rpartition(".")[0]
+        if has_scales(owner):
+            state[f"{owner}.{NO_WEIGHTS}"] = None
+    if (rank.stage, chunk) == (modules.grid.pp - 1, modules.num_chunks - 1):
+        state[HEAD.replace("weight", NO_WEIGHTS)] = None
+    return state, stored
+
+
+def _places(parameter: LocalParameter, tensor: StoredTensor, file: str, start: int) -> Iterator[tuple[Box, Place]]:
+    """The boxes of the whole tensor that a rank's tensor holds, each in rows of it, and where these lie."""
+    row = parameter.numel // parameter.shape[0] * ITEM_BYTES[tensor.storage.dtype]
     for box, local in parameter.pairs:
         assert local.size[1:] == parameter.shape[1:], (parameter, local)
         yield box, Place(file, start + local.offset[0] * row)

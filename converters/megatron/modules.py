@@ -67,6 +67,11 @@ class LocalParameter:
         return Box.whole(self.shape).numel
 
 
+def decays(tensor: McoreTensor | LocalParameter) -> bool:
+    """Whether Megatron applies weight decay, unless told otherwise: to matrices, but not to norms and biases."""
+    return len(tensor.shape) > 1
+
+
 class Modules:
     """The trained model as ranks hold it.
 
@@ -97,9 +102,21 @@ class Modules:
         return [
             parameter
             for _, parameter in self.held(rank, chunk)
-            if not parameter.name.endswith(BUFFERS)
-            and (self.tensors[parameter.name].num_experts > 0 and self.grid.ep > 1) == experts
+            if not parameter.name.endswith(BUFFERS) and self._has_own_optimizer(self.tensors[parameter.name]) == experts
         ]
+
+    def trained(self, rank: Rank, *, experts: bool) -> list[LocalParameter]:
+        """What an optimizer of a rank trains, in all of its chunks."""
+        chunks = range(self.num_chunks)
+        return [parameter for chunk in chunks for parameter in self.parameters(rank, chunk, experts=experts)]
+
+    def decay_groups(self, *, experts: bool) -> list[bool]:
+        """The groups that an optimizer has on every rank, in order: for each whether weight decays in it."""
+        kinds = {decays(t) for t in self.tensors.values() if self._has_own_optimizer(t) == experts}
+        return sorted(kinds, reverse=True)
+
+    def _has_own_optimizer(self, tensor: McoreTensor) -> bool:
+        return tensor.num_experts > 0 and self.grid.ep > 1
 
     def held(self, rank: Rank, chunk: int) -> Iterator[tuple[str, LocalParameter]]:
         """All that a chunk of a rank stores, in the order of its modules, each after what they would call it if they

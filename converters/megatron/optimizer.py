@@ -14,7 +14,7 @@ from converters.megatron.buffers import MASTER, MOMENTS, State
 from converters.megatron.modules import BUFFERS
 from converters.megatron.pieces import ForeignTensor, PieceSource, match_pieces
 from converters.megatron.table import Table
-from converters.megatron.training import left_out, training_state
+from converters.megatron.training import left_out, plain_data, training_state
 from converters.rules import Rule
 from workbench.checkpoint.manifest import TrainingState
 from workbench.errors import CheckpointError, ConversionError
@@ -55,7 +55,9 @@ def open_run(
     shapes = {name: tensor.shape for name, tensor in logical_tensors(model, "F32").items()}
     weights = _Part(match_pieces(shapes, table.rules, foreign, where), table.rules, foreign)
     state, fault = _read_state(read, shapes, weights, where)
-    info = {f"left out: {name}": reason for name, reason in left_out(run.common, run.optimizer).items()}
+    with plain_data(where):
+        training = training_state(run.arguments, run.common, run.optimizer, where)
+        info = {f"left out: {name}": reason for name, reason in left_out(run.common, run.optimizer).items()}
     parts = [weights]
     if masters := state.pop(MASTER, None):
         rounded = {name for name in masters.schema if weights.schema[name].dtype != masters.schema[name].dtype}
@@ -64,7 +66,6 @@ def open_run(
             dtypes = ", ".join(sorted({weights.schema[name].dtype for name in rounded}))
             info["weights"] = f"the 32-bit masters of the optimizer; the model has them rounded to {dtypes}"
     parts += [part.renamed(f"{kind}/", logical=f"{OPTIMIZER_PREFIX}{kind}/") for kind, part in state.items()]
-    training = training_state(run.arguments, run.common, run.optimizer, where)
     return Opened(_source(parts), training, info, fault)
 
 
@@ -108,7 +109,9 @@ def _read_state(
     """By kind, what `read` returns; or nothing, and why it cannot be read or does not belong to these weights."""
     found: dict[str, _Part] = {}
     try:
-        for kind, tensors in read().items():
+        with plain_data(where):
+            states = read()
+        for kind, tensors in states.items():
             rules = {
                 name: rule
                 for name, rule in weights.rules.items()

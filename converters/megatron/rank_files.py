@@ -74,6 +74,11 @@ class Held:
     place: StridedTensor
 
 
+def iteration_folder(step: int | None) -> tuple[str, str]:
+    """The folder of an iteration, or with None of a release, and what the tracker says of it."""
+    return (RELEASE, RELEASE) if step is None else (f"iter_{step:07d}", str(step))
+
+
 def find_iteration(path: Path) -> Path | None:
     """The folder that holds rank folders: `path`, or the one that its tracker names; None when there is none."""
     if any(path.glob(f"mp_rank_*/{FILE}")):

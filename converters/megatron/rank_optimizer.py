@@ -8,7 +8,7 @@ from typing import Any, Final
 from converters.megatron.buckets import default_bucket_size, fill_buckets, joined
 from converters.megatron.buffers import KINDS, MASTER, MOMENTS, Found, State, buffers, groups, line
 from converters.megatron.flat import unflatten
-from converters.megatron.modules import LocalParameter, Modules
+from converters.megatron.modules import LocalParameter, Modules, decays
 from converters.megatron.pieces import PlacedPiece, within
 from converters.megatron.rank_files import RankFile
 from converters.megatron.ranks import Rank
@@ -42,7 +42,7 @@ def rank_file_state(files: Sequence[RankFile], modules: Modules, arguments: Mapp
     if not shared_out and any(holds_parameters(state) for state, _ in beside.values()):
         for optimizer, ranks in enumerate(groups(modules)):
             for _, rank in ranks:
-                parameters = _trained(modules, rank, experts=optimizer == 1)
+                parameters = modules.trained(rank, experts=optimizer == 1)
                 if parameters:
                     _add_parameters(found, parameters, *_state_of(beside, optimizer, rank, modules))
     return found.state(str(files[0].path.parent.parent))
@@ -87,17 +87,17 @@ def _add_parameters(found: Found, parameters: Sequence[LocalParameter], state: M
     inner = _inner(state)
     masters = state.get("fp32_from_fp16_params", ())
     for index, group in enumerate(inner["param_groups"]):
-        decays = group.get("wd_mult", 1.0) != 0
-        here = [p for p in parameters if (len(p.shape) > 1 and not p.name.endswith(".bias")) == decays]
+        decayed = group.get("wd_mult", 1.0) != 0
+        here = [parameter for parameter in parameters if decays(parameter) == decayed]
         if len(here) != len(group["params"]):
             raise CheckpointError(
                 f"{where}: group {index} of the optimizer has {len(group['params'])} parameters, but {len(here)} of "
-                f"this model's {'have' if decays else 'lack'} weight decay"
+                f"this model's {'have' if decayed else 'lack'} weight decay"
             )
-        halves = [p for p in here if p.dtype != "F32"] if masters else []
-        kept = masters[index] if masters else ()
-        for parameter, tensor in zip(halves, kept, strict=True):
-            _add_parameter(found, MASTER, parameter, tensor, where)
+        halves = [parameter for parameter in here if parameter.dtype != "F32"]
+        if halves and masters:
+            for parameter, tensor in zip(halves, masters[index], strict=True):
+                _add_parameter(found, MASTER, parameter, tensor, where)
         for parameter, number in zip(here, group["params"], strict=True):
             for kind in MOMENTS:
                 _add_parameter(found, kind, parameter, inner["state"][number].get(kind), where)
@@ -135,13 +135,7 @@ def _bucket_size(arguments: Mapping[str, Any], modules: Modules, rank: Rank) -> 
     if size := arguments.get("ddp_bucket_size"):
         return int(size)
     if count := arguments.get("ddp_num_buckets"):
-        both = (_trained(modules, rank, experts=experts) for experts in (False, True))
+        both = (modules.trained(rank, experts=experts) for experts in (False, True))
         return sum(parameter.numel for trained in both for parameter in trained) // int(count)
     replicas = arguments.get("data_parallel_size") or 1
     return default_bucket_size(int(replicas) * int(arguments.get("context_parallel_size") or 1))
-
-
-def _trained(modules: Modules, rank: Rank, *, experts: bool) -> list[LocalParameter]:
-    """What an optimizer of a rank trains, in all of its chunks."""
-    chunks = range(modules.num_chunks)
-    return [parameter for chunk in chunks for parameter in modules.parameters(rank, chunk, experts=experts)]

@@ -1,11 +1,18 @@
-"""What Megatron finds of an optimizer in a torch_dist folder of ours: mode `fully_reshardable`. No torch."""
+"""What Megatron finds of an optimizer in a checkpoint of ours. No torch.
+
+In torch_dist folders that is the mode `fully_reshardable`, in rank folders the state without a distributed optimizer.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
+from converters.containers.torch_zip import StoredTensor, new_tensor
+from converters.format import WriteRequest
 from converters.megatron.buffers import MASTER, MOMENTS
+from converters.megatron.modules import BUFFERS, LocalParameter, Modules, decays
+from converters.megatron.ranks import Rank
 from converters.megatron.training import SCHEDULES
 from converters.names import summarise
 from converters.rules import Rule
@@ -37,35 +44,44 @@ def split_kind(foreign: str) -> tuple[str, str]:
     return kind, name
 
 
-def with_moments(rules: Mapping[str, Rule], schema: Mapping[str, LogicalTensor]) -> dict[str, tuple[Rule, ...]]:
+def with_moments(
+    rules: Mapping[str, Rule], schema: Mapping[str, LogicalTensor], *, masters: bool
+) -> dict[str, tuple[Rule, ...]]:
     """The places of every tensor of `schema`, by the rules of weights.
 
-    A weight that has moments is its own 32-bit master, so that it lies in two places. ConversionError for state that is
-    not Adam's, and for weights of 16 bits beside it.
+    A weight that has moments is its own 32-bit master; masters: which is stored apart, so that it lies in two places.
+    ConversionError for state that is not Adam's, or not of all weights, and for weights of 16 bits beside it.
     """
     found: dict[str, tuple[Rule, ...]] = {}
     strange = []
     for name, tensor in schema.items():
         kind, _, weight = name.removeprefix(OPTIMIZER_PREFIX).rpartition("/")
-        if weight not in rules or (kind and kind not in MOMENTS):
+        if weight not in rules or (kind and kind not in MOMENTS) or (kind and rules[weight].foreign.endswith(BUFFERS)):
             strange.append(name)
         elif kind:
             found[name] = (_of(kind, rules[weight], name),)
-        elif f"{OPTIMIZER_PREFIX}{MOMENTS[0]}/{name}" not in schema:
+        elif not _moments(name, schema):
             found[name] = (rules[name],)
         elif tensor.dtype == "F32":
-            found[name] = (rules[name], _of(MASTER, rules[name], name))
+            found[name] = (rules[name], *([_of(MASTER, rules[name], name)] if masters else ()))
         else:
             raise ConversionError(
                 f"{name} is {tensor.dtype}: Megatron's optimizer keeps 32-bit masters of all weights; leave out "
                 "--dtype, or the optimizer (--optimizer drop)"
             )
-    if strange:
-        raise ConversionError(
-            f"{summarise(strange, 'has', 'have')} no place in Megatron's Adam; leave the optimizer out "
-            "(--optimizer drop)"
-        )
+    trained = [name for name in found if name in rules and not rules[name].foreign.endswith(BUFFERS)]
+    bare = [name for name in trained if len(_moments(name, schema)) < len(MOMENTS)] if has_moments(schema) else []
+    for names, fault in ((strange, "no place in Megatron's Adam"), (bare, "not both moments of Adam")):
+        if names:
+            raise ConversionError(
+                f"{summarise(names, 'has', 'have')} {fault}; leave the optimizer out (--optimizer drop)"
+            )
     return found
+
+
+def _moments(weight: str, schema: Mapping[str, LogicalTensor]) -> list[str]:
+    """The moments of a weight that are there."""
+    return [kind for kind in MOMENTS if f"{OPTIMIZER_PREFIX}{kind}/{weight}" in schema]
 
 
 def _of(kind: str, rule: Rule, name: str) -> Rule:
@@ -73,53 +89,86 @@ def _of(kind: str, rule: Rule, name: str) -> Rule:
 
 
 def common_state(training: TrainingState, layout: ParallelLayout) -> dict[str, Any]:
-    """What lies beside the tensors: groups of parameters, and the schedule where it is known.
+    """What lies beside the tensors of a torch_dist folder: groups of parameters, and the schedule where it is known.
 
     ConversionError when the checkpoint does not say the settings that Megatron would go on with.
     """
-    settings = {"lr": training.scheduler.get("lr"), **{k: training.optimizer.get(k) for k in ("betas", "eps")}}
-    settings["weight_decay"] = training.optimizer.get("weight_decay")
-    if lacking := [name for name, value in settings.items() if value is None]:
-        raise ConversionError(
-            f"the checkpoint does not say {', '.join(lacking)} of its optimizer, with which Megatron would go on; "
-            "save it again with this version, or leave the optimizer out (--optimizer drop)"
-        )
-    step = training.optimizer.get("step", training.step)
     optimizers = [
         {
-            "optimizer": {"param_groups": _groups(settings, training, step, expert=expert)},
+            "optimizer": {"param_groups": [_group(training, expert=expert, decayed=d) for d in (True, False)]},
             "param_state_sharding_type": MODE,
         }
         for expert in ((False, True) if layout.ep > 1 else (False,))
     ]
     whole = dict(enumerate(optimizers)) if len(optimizers) > 1 else optimizers[0]
-    return {"optimizer": whole, **_schedule(training, settings)}
+    return {"optimizer": whole, **schedule(training)}
 
 
-def _groups(settings: Mapping[str, Any], training: TrainingState, step: int, *, expert: bool) -> list[dict[str, Any]]:
-    """Parameters with weight decay, and those without."""
-    return [
-        {
-            "is_expert_parallel": expert,
-            "default_config": True,
-            "wd_mult": decays,
-            "lr_mult": 1.0,
-            "is_decoupled_lr": False,
-            "max_lr": settings["lr"],
-            "min_lr": training.scheduler.get("min_lr", 0.0),
-            **settings,
-            "betas": tuple(settings["betas"]),
-            "weight_decay": settings["weight_decay"] * decays,
-            **_ADAM,
-            "step": step,
-        }
-        for decays in (1.0, 0.0)
-    ]
+RankMoment = tuple[str, LocalParameter, StoredTensor]
+"""The kind of a moment, the parameter of the rank that it belongs to, and where it is stored."""
 
 
-def _schedule(training: TrainingState, settings: Mapping[str, Any]) -> dict[str, Any]:
+def rank_state(
+    modules: Modules, rank: Rank, weights: Mapping[str, StoredTensor], training: TrainingState
+) -> tuple[Any, list[RankMoment]]:
+    """What the optimizers of a rank save where none is distributed, and the moments in it.
+
+    Whoever trains with 32-bit weights looks for torch's state at the top, whoever trains with 16 bits under
+    `optimizer`; so it is said twice, and stored once. weights: of the rank by name, which are their own masters. As
+    Transformer Engine's Adam has it, groups count steps and parameters do not. ConversionError as of `common_state`.
+    """
+    optimizers: list[dict[str, Any]] = []
+    moments: list[RankMoment] = []
+    for expert in (False, True) if modules.grid.ep > 1 else (False,):
+        state: dict[int, dict[str, StoredTensor]] = {}
+        groups, masters = [], []
+        for decayed in modules.decay_groups(experts=expert):
+            here = [p for p in modules.trained(rank, experts=expert) if decays(p) == decayed]
+            numbers = range(len(state), len(state) + len(here))
+            for number, parameter in zip(numbers, here, strict=True):
+                state[number] = {kind: new_tensor("F32", parameter.shape) for kind in MOMENTS}
+                moments += [(kind, parameter, tensor) for kind, tensor in state[number].items()]
+            groups.append({**_group(training, expert=expert, decayed=decayed), "params": list(numbers)})
+            masters.append([weights[parameter.name] for parameter in here])
+        inner = {"state": state, "param_groups": groups}
+        optimizers.append({**inner, "optimizer": inner, "fp32_from_fp16_params": masters})
+    return optimizers if len(optimizers) > 1 else optimizers[0], moments
+
+
+def _settings(training: TrainingState) -> dict[str, Any]:
+    """The rates of the optimizer; ConversionError names those that are not known."""
+    settings = {"lr": training.scheduler.get("lr")}
+    settings |= {name: training.optimizer.get(name) for name in ("betas", "eps", "weight_decay")}
+    if lacking := [name for name, value in settings.items() if value is None]:
+        raise ConversionError(
+            f"the checkpoint does not say {', '.join(lacking)} of its optimizer, with which Megatron would go on; "
+            "save it again with this version, or leave the optimizer out (--optimizer drop)"
+        )
+    return settings
+
+
+def _group(training: TrainingState, *, expert: bool, decayed: bool) -> dict[str, Any]:
+    """A group of parameters, those with weight decay or those without."""
+    settings, multiple = _settings(training), float(decayed)
+    return {
+        "is_expert_parallel": expert,
+        "default_config": True,
+        "wd_mult": multiple,
+        "lr_mult": 1.0,
+        "is_decoupled_lr": False,
+        "max_lr": settings["lr"],
+        "min_lr": training.scheduler.get("min_lr", 0.0),
+        **settings,
+        "betas": tuple(settings["betas"]),
+        "weight_decay": settings["weight_decay"] * multiple,
+        **_ADAM,
+        "step": training.optimizer.get("step", training.step),
+    }
+
+
+def schedule(training: TrainingState) -> dict[str, Any]:
     """The state of Megatron's OptimizerParamScheduler, which counts samples; nothing where the curve has no end."""
-    scheduler = training.scheduler
+    scheduler, settings = training.scheduler, _settings(training)
     theirs = {ours: name for name, ours in SCHEDULES.items()}.get(scheduler.get("schedule", ""))
     if theirs is None or not scheduler.get("horizon") or not training.step:
         return {}
@@ -143,3 +192,8 @@ def _schedule(training: TrainingState, settings: Mapping[str, Any]) -> dict[str,
 def has_moments(names: Collection[str]) -> bool:
     """Whether any of these logical tensors is a moment."""
     return any(name.startswith(OPTIMIZER_PREFIX) for name in names)
+
+
+def saved_training(request: WriteRequest) -> TrainingState | None:
+    """Where the run stood whose optimizer is to be written; None for a release, which has none."""
+    return (request.training or TrainingState(step=0)) if has_moments(request.schema) else None

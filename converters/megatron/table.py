@@ -28,6 +28,11 @@ NO_WEIGHTS: Final = "_extra_state"
 """What ends the name of an entry that holds scaling factors of fp8, or nothing."""
 
 
+def has_scales(module: str) -> bool:
+    """Whether this is a module of Transformer Engine, which looks for scales of fp8 beside its weights."""
+    return re.search(r"\.linear_\w+$|norm$", module) is not None
+
+
 @dataclass(frozen=True)
 class Spelling:
     """What Megatron spells in several ways.

@@ -6,6 +6,7 @@ What has a place is carried over; the rest is listed by name with the reason.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, Final
 
 from converters.untrusted.torch_file import StridedTensor
@@ -29,6 +30,18 @@ DROPPED: Final = {
 }
 """What else Megatron saves of a run, and why it is left out."""
 _PLAIN: Final = {"wd_mult": (0.0, 1.0), "lr_mult": (1.0,), "is_decoupled_lr": (False,)}
+
+
+@contextmanager
+def plain_data(where: str) -> Iterator[None]:
+    """CheckpointError where what is read inside has other types or keys than Megatron's plain data have."""
+    try:
+        yield
+    except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"{where}: what it says of the optimizer and the run is not built as Megatron builds it "
+            f"({type(error).__name__}: {error}); the file is damaged"
+        ) from error
 
 
 def training_state(

@@ -83,7 +83,7 @@ def exported_to(name: str) -> Callable[[Path], Path]:
     """Makes a checkpoint of a format that Workbench writes, with what that format holds of optimizer state."""
 
     def make(root: Path) -> Path:
-        random_native(root / f"from-{name}", gated_model(), dtype="F32", optimizer=False)
+        random_native(root / f"from-{name}", gated_model(), dtype="F32")
         source = open_checkpoint(root / f"from-{name}")
         make_job(
             source, get_format(name), root / name, JobOptions(layout=ParallelLayout(tp=2)), operation="export"

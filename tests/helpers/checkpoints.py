@@ -15,7 +15,7 @@ from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import logical_tensors
+from workbench.spec.schema import logical_tensors, parameter_specs
 from workbench.spec.stored import stored_tensors
 
 
@@ -40,6 +40,15 @@ class MemorySource:
 
 
 MOMENTS = ("optim.exp_avg", "optim.exp_avg_sq")
+RUN = TrainingState(
+    step=100,
+    samples=800,
+    tokens=25600,
+    seed=7,
+    scheduler={"schedule": "cosine", "horizon": 200, "warmup": 10, "lr": 0.01, "min_lr": 0.001},
+    optimizer={"name": "adamw", "step": 98, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 0.1},
+)
+"""Where a run stood."""
 
 
 def tiny_model(**changes: object) -> ModelConfig:
@@ -58,13 +67,13 @@ def tiny_model(**changes: object) -> ModelConfig:
 
 
 def checkpoint_schema(model: ModelConfig, dtype: str = "BF16", *, optimizer: bool = True) -> dict[str, LogicalTensor]:
-    """Every logical tensor of a checkpoint of `model`: weights in `dtype`, moments in F32."""
+    """Every logical tensor of a checkpoint of `model`: weights in `dtype`, moments of those that are trained in F32."""
     tensors = logical_tensors(model, dtype)
-    if optimizer:
-        for moment in MOMENTS:
-            for tensor in logical_tensors(model, "F32").values():
-                name = f"{moment}/{tensor.name}"
-                tensors[name] = LogicalTensor(name, tensor.shape, "F32")
+    specs = parameter_specs(model, ParallelLayout()) if optimizer else ()
+    for moment in MOMENTS:
+        for part in (part for spec in specs if spec.role != "balance" for part in spec.parts):
+            name = f"{moment}/{part.name}"
+            tensors[name] = LogicalTensor(name, part.shape, "F32")
     return tensors
 
 
@@ -127,7 +136,7 @@ def random_native(
     """Writes a random native checkpoint at `path` and returns what it holds, in memory."""
     model = model or tiny_model()
     source = random_source(model, dtype, optimizer=optimizer, seed=seed)
-    write_native(path, source, model, layout, training=TrainingState(step=100, samples=800, tokens=25600, seed=7))
+    write_native(path, source, model, layout, training=RUN)
     return source
 
 

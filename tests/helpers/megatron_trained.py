@@ -41,8 +41,8 @@ class Trained:
     """What is trained at which layout. bucket_size: elements, None for one bucket; experts: 0 for a dense MLP.
 
     modes: `dp_reshardable`, `fully_reshardable`, `legacy`: with a distributed optimizer; `plain`, `plain_legacy`:
-    without. Each becomes a checkpoint `OUT/<mode>`. load: the folder of an iteration in mode `fully_reshardable`, which
-    is loaded instead of training and saving.
+    without. Each becomes a checkpoint `OUT/<mode>`. load: the folder of an iteration, in mode `fully_reshardable` or
+    `plain_legacy`, which is loaded instead of training and saving.
     """
 
     tp: int = 1

@@ -19,6 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from tests.helpers.megatron import patch_for_cpu
+from tests.helpers.megatron_ranks import local_state
 from tests.helpers.megatron_trained import KINDS, SCHEDULER, SIZES, STEPS, TOKENS, Trained
 
 
@@ -39,7 +40,7 @@ def _rank(rank: int, what: Trained, out: str, store: str) -> None:
         create_gloo_process_groups=True,
     )
     if what.load:
-        _load(Path(out), what, what.load)
+        _load(Path(out), what, Path(what.load))
     for distributed in (True, False) if not what.load else ():
         modes = [mode for mode in what.modes if mode.startswith("plain") != distributed]
         if modes:
@@ -69,13 +70,11 @@ def _train_and_save(out: Path, what: Trained, modes: list[str], *, distributed: 
     _save_truth(out / ("truth" if distributed else "truth-plain"), chunks, optimizer, distributed=distributed)
 
 
-def _load(out: Path, what: Trained, folder: str) -> None:
-    from megatron.core import dist_checkpointing
-
-    chunks, optimizer = build(what, distributed=True)
+def _load(out: Path, what: Trained, folder: Path) -> None:
+    distributed = (folder / "metadata.json").is_file()
+    chunks, optimizer = build(what, distributed=distributed)
     _step(chunks, optimizer)  # torch's AdamW has no state to be loaded into before
-    wanted = sharded_state(what, chunks, optimizer, content_metadata("fully_reshardable"), is_loading=True)
-    found = dist_checkpointing.load(wanted, folder)
+    found = _read_dist(what, chunks, optimizer, folder) if distributed else _read_legacy(what, folder)
     for index, chunk in enumerate(chunks):
         chunk.module.load_state_dict(found["model" if len(chunks) == 1 else f"model{index}"])
     optimizer.load_state_dict(found["optimizer"])
@@ -84,7 +83,27 @@ def _load(out: Path, what: Trained, folder: str) -> None:
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
         torch.save(groups, out / "groups.pt")
     dist.barrier()
-    _save_truth(out / "truth", chunks, optimizer, distributed=True)
+    _save_truth(out / ("truth" if distributed else "truth-plain"), chunks, optimizer, distributed=distributed)
+
+
+def _read_dist(what: Trained, chunks: list[Any], optimizer: Any, folder: Path) -> dict[str, Any]:
+    from megatron.core import dist_checkpointing
+
+    metadata = content_metadata("fully_reshardable")
+    wanted = sharded_state(what, chunks, optimizer, metadata, is_loading=True)
+    found: dict[str, Any] = dist_checkpointing.load(wanted, str(folder))
+    return found
+
+
+def _read_legacy(what: Trained, folder: Path) -> dict[str, Any]:
+    """What a rank finds in its folder, by the names of Megatron's own layers."""
+    found: dict[str, Any] = torch.load(_rank_folder(folder, what) / "model_optim_rng.pt", weights_only=False)
+    optimizers = found["optimizer"] if isinstance(found["optimizer"], list) else [found["optimizer"]]
+    for state in (state for optimizer in optimizers for state in (optimizer, optimizer["optimizer"])):
+        # torch's AdamW counts the steps of each parameter, Transformer Engine's those of a group.
+        state["state"]["common_step"] = torch.tensor(float(state["param_groups"][0]["step"]))
+    models = {name: local_state(state) for name, state in found.items() if name.startswith("model")}
+    return {**found, **models}
 
 
 def content_metadata(mode: str) -> dict[str, Any]:
@@ -237,10 +256,15 @@ def _is_saver() -> bool:
     return bool(parallel_state.get_expert_data_parallel_rank() == 0)
 
 
-def _save_legacy(folder: Path, what: Trained, chunks: list[Any], optimizer: Any, *, distributed: bool) -> None:
+def _rank_folder(folder: Path, what: Trained) -> Path:
+    """The folder of this process."""
     stage, tp_rank, ep_rank = _at()
     name = f"mp_rank_{tp_rank:02d}" + (f"_{stage:03d}" if what.pp > 1 else "")
-    rank = folder / (name + (f"_{ep_rank:03d}" if what.ep > 1 else ""))
+    return folder / (name + (f"_{ep_rank:03d}" if what.ep > 1 else ""))
+
+
+def _save_legacy(folder: Path, what: Trained, chunks: list[Any], optimizer: Any, *, distributed: bool) -> None:
+    rank = _rank_folder(folder, what)
     rank.mkdir(exist_ok=True)
     if distributed:
         optimizer.save_parameter_state(str(rank / "distrib_optim.pt"))

@@ -29,7 +29,6 @@ _FORMATS = {
 }
 _FOR_INFERENCE = ("huggingface", "peft")
 _WITH_LAYOUT = ("megatron", "megatron_dist")
-_WITHOUT_OPTIMIZER = (*_FOR_INFERENCE, "megatron")
 _MEGATRON_MULTIPLE = 128  # --make-vocab-size-divisible-by, unless a run says otherwise
 
 
@@ -56,7 +55,7 @@ def export(
     family: Annotated[str, typer.Option(help="The model family; found by the model's features by default.")] = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
     optimizer: Annotated[
-        str, typer.Option(help="keep, drop or require its state; dropped for hf, peft and megatron, else kept.")
+        str, typer.Option(help="keep, drop or require its state; dropped for hf and peft, else kept.")
     ] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
     mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "2GiB",
@@ -83,7 +82,7 @@ def export(
     options = job_options(
         _layout(opened, target.name, asked),
         dtype=dtype,
-        optimizer=optimizer or ("drop" if target.name in _WITHOUT_OPTIMIZER else "keep"),
+        optimizer=optimizer or ("drop" if target.name in _FOR_INFERENCE else "keep"),
         mem=mem,
         workers=workers,
         max_shard_size=max_shard_size,

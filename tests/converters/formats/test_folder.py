@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from converters.format import WriteRequest, no_progress
 from converters.formats._files import Checksum, FileContent, Place, RangedWriter, whole_file
-from converters.formats._folder import FolderContents, FolderDestination, ForeignTensor, Piece
+from converters.formats._folder import FolderContents, FolderDestination, WrittenPiece, WrittenTensor
 from converters.rules import Rule, Slice
 from tests.helpers.checkpoints import tiny_model
 from workbench.checkpoint.descriptors import Descriptors
@@ -23,10 +23,12 @@ from workbench.spec.geometry import Box, LogicalTensor
 
 VALUES = np.arange(24, dtype=np.float32).reshape(6, 4) + 1
 # 6 logical rows of 8: cut by columns between two files, and once more stored whole.
-HALVES = tuple(Piece(Box((0, 2 * half), (8, 2)), (Place(f"rank{half}/x.bin", 16),)) for half in (0, 1))
+HALVES = tuple(WrittenPiece(Box((0, 2 * half), (8, 2)), (Place(f"rank{half}/x.bin", 16),)) for half in (0, 1))
 TENSORS = {
-    "padded": ForeignTensor("F32", (8, 4), HALVES, padding=8),
-    "head": ForeignTensor("F32", (6, 4), (Piece(Box.whole((6, 4)), (Place("head", 0), Place("head", 96, (1, 6)))),)),
+    "padded": WrittenTensor("F32", (8, 4), HALVES, padding=8),
+    "head": WrittenTensor(
+        "F32", (6, 4), (WrittenPiece(Box.whole((6, 4)), (Place("head", 0), Place("head", 96, (1, 6)))),)
+    ),
 }
 FILES = {
     "rank0/x.bin": FileContent(88, ((0, b"prefix"), (84, b"tail")), (Checksum(16, 64, (8, 80)),)),
@@ -111,9 +113,9 @@ def test_a_full_disk_is_told_as_such(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_contents_that_leave_an_element_without_a_place_are_refused(tmp_path: Path) -> None:
     with pytest.raises(AssertionError, match="the pieces of padded: boxes hold 16 of 32"):
-        destination(tmp_path / "out", tensors=TENSORS | {"padded": ForeignTensor("F32", (8, 4), HALVES[:1], 8)})
+        destination(tmp_path / "out", tensors=TENSORS | {"padded": WrittenTensor("F32", (8, 4), HALVES[:1], 8)})
     with pytest.raises(AssertionError, match="the rules do not fill padded: boxes hold 24 of 32"):
-        destination(tmp_path / "out", tensors=TENSORS | {"padded": ForeignTensor("F32", (8, 4), HALVES)})
+        destination(tmp_path / "out", tensors=TENSORS | {"padded": WrittenTensor("F32", (8, 4), HALVES)})
 
 
 @settings(max_examples=30, deadline=None)

@@ -177,7 +177,10 @@ def deepened(state: State) -> State:
     ("change", "said"),
     [
         (renamed, r"4 tensors .*linear_proj.* are missing"),
-        (lambda state: state | {"visual.weight": torch.ones(3)}, "'visual.weight' has no place; --allow-drop REGEX"),
+        (
+            lambda state: state | {"visual.weight": torch.ones(3)},
+            "'visual.weight' has no place in family 'llama'; --allow-drop REGEX",
+        ),
         (shortened, r"linear_fc2.weight' has shape \[31, 48\], but the args say \[32, 48\]"),
         (deepened, r"'decoder.layers.4.*' is past the 4 layers that its args say"),
         (lambda _: [], "holds list"),

@@ -201,21 +201,52 @@ def test_modules_in_another_order_are_refused(quick: Path, monkeypatch: pytest.M
     assert fault is not None and "where no piece begins; the modules of this model were in another order" in fault
 
 
-def test_megatron_core_loads_the_moments_that_were_exported(quick: Path, tmp_path: Path) -> None:
-    native, exported, loaded = tmp_path / "native", tmp_path / "exported", tmp_path / "loaded"
-    opened = open_checkpoint(quick / "buckets" / "dp_reshardable")
-    layout = ParallelLayout(tp=4, pp=2, vocab_multiple=4)
-    make_job(opened, get_format("native"), native, JobOptions(layout), operation="import").run()
-    options = JobOptions(layout, optimizer="require")
-    job = make_job(open_checkpoint(native), get_format("megatron_dist"), exported, options, operation="export")
-    job.run(verify="full")
-    again = open_checkpoint(exported)
-    assert again.training == open_checkpoint(native).training
+EXPORTED: dict[str, tuple[str, ParallelLayout, dict[str, Any]]] = {
+    "megatron_dist": ("buckets/dp_reshardable", ParallelLayout(tp=4, pp=2, vocab_multiple=4), {"tp": 1, "tied": True}),
+    "megatron": (
+        "buckets/legacy",
+        ParallelLayout(tp=2, pp=2, vpp=2, vocab_multiple=8),
+        {"tp": 2, "pp": 2, "vpp": 2, "tied": True},
+    ),
+    "megatron of experts": (
+        "experts/plain_legacy",
+        ParallelLayout(dp=2, ep=2, vocab_multiple=8),
+        {"dp": 2, "ep": 2, "experts": 4, "dtype": "float32"},
+    ),
+}
+"""What is exported, at which layout, and what megatron-core loads it as."""
+
+
+@pytest.fixture(scope="session")
+def loaded(quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of each export the native checkpoint, the exported one, and what megatron-core's optimizers then hold."""
+    root = tmp_path_factory.mktemp("loaded")
+    for name, (source, layout, _) in EXPORTED.items():
+        folder = root / name
+        opened = open_checkpoint(quick / source)
+        make_job(opened, get_format("native"), folder / "native", JobOptions(layout), operation="import").run()
+        options = JobOptions(layout, optimizer="require")
+        target = get_format(name.split()[0])
+        job = make_job(open_checkpoint(folder / "native"), target, folder / "exported", options, operation="export")
+        job.run(verify="full")
+    train(
+        {
+            str(root / name / "live"): {**what, "load": str(root / name / "exported" / f"iter_{STEPS:07d}")}
+            for name, (_, _, what) in EXPORTED.items()
+        }
+    )
+    return root
+
+
+@pytest.mark.parametrize("name", EXPORTED)
+def test_megatron_core_loads_the_moments_that_were_exported(quick: Path, loaded: Path, name: str) -> None:
+    source, _, what = EXPORTED[name]
+    opened, again = open_checkpoint(quick / source), open_checkpoint(loaded / name / "exported")
+    assert again.training == open_checkpoint(loaded / name / "native").training
     assert {n: a.tobytes() for n, a in arrays(again).items()} == {n: a.tobytes() for n, a in arrays(opened).items()}
-    what = {"tp": 1, "tied": True, "load": str(exported / f"iter_{STEPS:07d}")}
-    train({str(loaded): what})
-    require_equal(opened, loaded, Trained(sizes=SIZES, **what), "fully_reshardable")
-    for group in torch.load(loaded / "groups.pt"):
+    mode = "fully_reshardable" if name == "megatron_dist" else "plain_legacy"
+    require_equal(opened, loaded / name / "live", Trained(sizes=SIZES, **what), mode)
+    for group in torch.load(loaded / name / "live" / "groups.pt"):
         assert (group["step"], group["betas"], group["eps"]) == (STEPS, (0.9, 0.99), 1e-8)
 
 
