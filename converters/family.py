@@ -7,9 +7,8 @@ ignored, and so is every feature of ModelConfig. Anything else is an error that 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
 from typing import Any, Final
 
 from pydantic import ValidationError
@@ -17,11 +16,12 @@ from pydantic import ValidationError
 from converters.fields import FieldFault, FieldRule, Fixed
 from converters.names import summarise
 from converters.rules import Rule
+from workbench import registry
 from workbench.errors import ConversionError
-from workbench.registry import discover
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors
 
+_PACKAGE: Final = "converters.families"
 # Keys of every transformers configuration that say nothing of what a decoder computes. Text generation settings of
 # old configurations are among them (transformers 5 drops them when it loads).
 _HARMLESS_WORDS: Final = """
@@ -279,31 +279,35 @@ def _says_the_same(rule: FieldRule, original: Mapping[str, Any], said: Mapping[s
         return False
 
 
-@cache
-def families() -> Mapping[str, Family]:
-    """Every family by name: one file each in converters/families/."""
-    return discover("converters.families", "FAMILY")
+def family_names() -> tuple[str, ...]:
+    """The name of every family: that of its file in converters/families/."""
+    return registry.module_names(_PACKAGE)
+
+
+def families() -> Iterator[Family]:
+    """Every family, loaded when its turn comes."""
+    return map(family_named, family_names())
 
 
 def family_named(name: str) -> Family:
     """The family called `name`; ConversionError with the known names."""
-    if name not in families():
-        raise ConversionError(f"family {name!r} is not known; use one of: {', '.join(families())}")
-    return families()[name]
+    if name not in family_names():
+        raise ConversionError(f"family {name!r} is not known; use one of: {', '.join(family_names())}")
+    found: Family = registry.load(_PACKAGE, name, "FAMILY")
+    assert found.name == name, f"{_PACKAGE}.{name} defines family {found.name!r}; give both one name"
+    return found
 
 
 def detect_family(config: Mapping[str, Any], where: str) -> Family:
     """The family of a foreign configuration, by its model_type or else its architectures."""
-    architectures = config.get("architectures") or []
-    for family in families().values():
-        if config.get("model_type") == family.model_type:
-            return family
-    for family in families().values():
-        if not config.get("model_type") and family.classes.keys() & set(architectures):
+    architectures, model_type = config.get("architectures") or [], config.get("model_type")
+    likely = [model_type] if model_type in family_names() else []  # the others' modules need not be read then
+    for family in map(family_named, (*likely, *family_names())):
+        if model_type == family.model_type or (not model_type and family.classes.keys() & set(architectures)):
             return family
     raise ConversionError(
-        f"{where}: model_type={config.get('model_type')!r}, architectures={architectures!r} is no known family; "
-        f"known: {', '.join(families())}. If the model is one of them under another name, say so with --family; "
+        f"{where}: model_type={model_type!r}, architectures={architectures!r} is no known family; "
+        f"known: {', '.join(family_names())}. If the model is one of them under another name, say so with --family; "
         "docs/adding-a-family.md tells how to add one"
     )
 
@@ -311,7 +315,7 @@ def detect_family(config: Mapping[str, Any], where: str) -> Family:
 def family_for(model: ModelConfig) -> Family:
     """The family that can say all of `model`; ConversionError with each family's reasons when there is none."""
     reasons = []
-    for family in families().values():
+    for family in families():
         try:
             family.dump_config(model, "float32")
         except ConversionError as error:

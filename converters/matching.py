@@ -135,7 +135,7 @@ def _why_missing(missing: list[str]) -> str:
 
 def _hint(family: Family, model: ModelConfig, over: set[str]) -> str:
     """Another family that knows all of the names that this one does not."""
-    for other in families().values():
+    for other in families():
         patterns = {fold(rule.foreign.replace("{i}", "0")) for rule in other.rules(model)}
         folded = {fold(name) for name in over}
         bare = {pattern.removeprefix(other.prefix) for pattern in patterns}

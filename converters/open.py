@@ -9,12 +9,12 @@ from pathlib import Path
 from converters.drops import allowed_drops
 from converters.format import Format, OpenedCheckpoint
 from workbench import registry
-from workbench.checkpoint.manifest import MANIFEST, is_native, read_manifest
+from workbench.checkpoint.manifest import MANIFEST, read_manifest
 from workbench.checkpoint.store import resolve
 from workbench.errors import CheckpointError, ConfigError, ConversionError
 
 _PACKAGE = "converters.formats"
-_NATIVE = "native"
+_COMMON = ("native", "huggingface")
 
 
 def formats() -> dict[str, Format]:
@@ -62,8 +62,9 @@ def open_checkpoint(
 
 def _find(path: Path) -> Format:
     """The format of what is at `path`."""
-    if is_native(path):  # the common case needs no other format's module
-        return get_format(_NATIVE)
+    for name in _COMMON:  # these need no other format's module
+        if path.exists() and (common := get_format(name)).recognises(path):
+            return common
     known = formats()
     for found in known.values():
         if path.exists() and found.recognises(path):

@@ -28,8 +28,8 @@ class HuggingFaceFormat:
 
     def recognises(self, path: Path) -> bool:
         """Whether `path` is a folder with a model's config.json."""
-        others = ("adapter_config.json", ".metadata")  # of an adapter; of a folder of torch.distributed.checkpoint
-        return (path / CONFIG).is_file() and not any((path / name).is_file() for name in others)
+        others = ("adapter_config.json", ".metadata", "zero")  # of adapters, torch.distributed.checkpoint, DeepSpeed
+        return (path / CONFIG).is_file() and not any((path / name).exists() for name in others)
 
     def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The folder as logical tensors.

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from converters.family import families
+from converters.family import families, family_named
 from converters.format import OpenedCheckpoint
 from converters.job import JobOptions, make_job
 from converters.open import formats, open_checkpoint
@@ -48,9 +48,9 @@ def family_models() -> dict[str, ModelConfig]:
     found: dict[str, ModelConfig] = {}
     for model_class, config_class, values in CASES.values():
         given = config_class(**values, architectures=[model_class.__name__]).to_dict()
-        name = next(name for name, family in families().items() if family.model_type == given["model_type"])
+        name = next(family.name for family in families() if family.model_type == given["model_type"])
         if name not in found:
-            found[name] = families()[name].load_config(given)
+            found[name] = family_named(name).load_config(given)
     return dict(sorted(found.items()))
 
 

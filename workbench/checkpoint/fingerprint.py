@@ -21,9 +21,11 @@ from workbench.spec.geometry import Box, LogicalTensor
 
 _PRIME: Final = (1 << 31) - 1
 _COLUMN_BLOCK: Final = 1 << 16
-_ROW_BLOCK_WORDS: Final = 1 << 16
-"""Words turned into float64 at a time. 512 KiB stay in the cache, and BLAS does not share out so few among threads of
-its own (OpenBLAS begins at 2**18 products): these spin for many times the work's length when others want the cores."""
+_BLOCK_WORDS: Final = 1 << 16  # turned into float64 at a time: 512 KiB stay in the cache
+_SPAN: Final = 1 << 11  # columns of a product of four rows or more
+_PRODUCT_WORDS: Final = 1 << 13
+"""Words of one product of a matrix and a vector. OpenBLAS does not share out so few among threads of its own (it begins
+at 9216): these spin for many times the work's length when others want the cores."""
 _STREAMS: Final = 3
 _ROW_SEED: Final = 0x1000
 
@@ -48,18 +50,41 @@ def box_fingerprint(tensor: LogicalTensor, box: Box, array: np.ndarray) -> Parti
     """The part that the elements of `box`, given in storage dtype, add to the fingerprint of `tensor`."""
     words, words_per_element = _words(array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1))
     first_column = (box.offset[-1] if box.offset else 0) * words_per_element
-    step = max(1, _ROW_BLOCK_WORDS // max(1, min(words.shape[1], _COLUMN_BLOCK)))
-    prime = np.uint64(_PRIME)
-    inner = np.zeros((words.shape[0], _STREAMS), np.uint64)
+    inner = np.zeros((_STREAMS, words.shape[0]), np.uint64)
     for columns, weights in _column_blocks(first_column, words.shape[1]):
-        sums = np.empty((words.shape[0], _STREAMS), np.float64)
-        for row in range(0, words.shape[0], step):
-            np.matmul(words[row : row + step, columns].astype(np.float64), weights, out=sums[row : row + step])
-        inner = (inner + sums.astype(np.uint64)) % prime
-    outer = inner * _row_weights(_row_indices(tensor.shape, box)) % prime
-    total = outer.sum(axis=0, dtype=np.uint64) % prime
-    a, b, c = (int(value) for value in total)
+        inner = _folded(inner + _row_sums(words[:, columns], weights))
+    outer = _folded(inner * _row_weights(_row_indices(tensor.shape, box)))
+    a, b, c = (int(value) % _PRIME for value in outer.sum(axis=1, dtype=np.uint64))
     return PartialFingerprint((a, b, c))
+
+
+def _row_sums(words: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The sum of each row's words times the weights of its columns, for each stream; below 2**52, so exact.
+
+    One product for three streams would be half as fast: BLAS has fast kernels for vectors, and none for three columns.
+    """
+    rows, count = words.shape
+    sums = np.zeros((_STREAMS, rows))
+    block = np.empty(_BLOCK_WORDS)
+    longest = max(_SPAN, _PRODUCT_WORDS // max(1, rows))
+    for column in range(0, count, longest):
+        span = slice(column, min(column + longest, count))
+        width = span.stop - column
+        group = min(_PRODUCT_WORDS // width, rows)
+        step = min(_BLOCK_WORDS // (group * width), -(-rows // group)) * group
+        cast = block[: step * width].reshape(step, width)
+        for row in range(0, rows, step):
+            taken = words[row : row + step, span]
+            np.copyto(cast[: len(taken)], taken)
+            cast[len(taken) :] = 0
+            products = np.matmul(cast.reshape(-1, group, width), weights[:, None, span, None])
+            sums[:, row : row + step] += products.reshape(_STREAMS, step)[:, : len(taken)]
+    return sums.astype(np.uint64)
+
+
+def _folded(values: np.ndarray) -> np.ndarray:
+    """Smaller numbers of the same remainders: 2**31 is 1 modulo the prime."""
+    return (values & np.uint64(_PRIME)) + (values >> np.uint64(31))
 
 
 def fingerprint(tensor: LogicalTensor, parts: Iterable[PartialFingerprint]) -> str:
@@ -69,8 +94,9 @@ def fingerprint(tensor: LogicalTensor, parts: Iterable[PartialFingerprint]) -> s
 
 def _words(matrix: np.ndarray) -> tuple[np.ndarray, int]:
     """The matrix as 16-bit words (bytes, for one-byte elements), and how many words an element has."""
-    matrix = np.ascontiguousarray(matrix)
     size = matrix.dtype.itemsize
+    if matrix.strides[1] != size:
+        matrix = np.ascontiguousarray(matrix)
     if size == 1:
         return matrix.view(np.uint8), 1
     return matrix.view("<u2"), size // 2
@@ -91,22 +117,22 @@ def _column_blocks(first: int, count: int) -> Iterable[tuple[slice, np.ndarray]]
     while done < count:
         block, inside = divmod(first + done, _COLUMN_BLOCK)
         size = min(count - done, _COLUMN_BLOCK - inside)
-        yield slice(done, done + size), _column_weights(block)[inside : inside + size]
+        yield slice(done, done + size), _column_weights(block)[:, inside : inside + size]
         done += size
 
 
 @lru_cache(maxsize=16)
 def _column_weights(block: int) -> np.ndarray:
-    """Weights of the columns of a block: float64, integers of 20 bits, never zero."""
+    """Weights of the columns of a block, for each stream: float64, integers of 20 bits, never zero."""
     index = np.arange(block * _COLUMN_BLOCK, (block + 1) * _COLUMN_BLOCK, dtype=np.uint64)
     streams = [_mix(index, seed) >> np.uint64(44) | np.uint64(1) for seed in range(_STREAMS)]
-    return np.stack(streams, axis=1).astype(np.float64)
+    return np.stack(streams).astype(np.float64)
 
 
 def _row_weights(rows: np.ndarray) -> np.ndarray:
-    """Weights of rows by their index: integers in [1, 2**31 - 1)."""
+    """Weights of rows by their index, for each stream: integers in [1, 2**31 - 1)."""
     streams = [_mix(rows, _ROW_SEED + seed) % np.uint64(_PRIME - 1) + np.uint64(1) for seed in range(_STREAMS)]
-    return np.stack(streams, axis=1)
+    return np.stack(streams)
 
 
 def _mix(index: np.ndarray, seed: int) -> np.ndarray:

@@ -10,6 +10,7 @@ import typer
 
 from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
 from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, Vpp
+from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
@@ -68,11 +69,13 @@ def export(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Write a checkpoint in another program's format; a Hugging Face folder is kept only if its logits agree."""
-    from converters.open import get_format, open_checkpoint
-    from workbench.cli._conversion import Conversion, choice, convert, job_options
-    from workbench.errors import ConversionError
+    with quick_imports():
+        import converters.job  # noqa: F401 (wanted later, and quicker here)
+        from converters.open import get_format, open_checkpoint
+        from workbench.cli._conversion import Conversion, choice, convert, job_options
+        from workbench.errors import ConversionError
 
-    target = get_format(_FORMATS[choice(to, tuple(_FORMATS), "--to")])
+        target = get_format(_FORMATS[choice(to, tuple(_FORMATS), "--to")])
     opened = open_checkpoint(source, family=family or None, allow_drop=allow_drop or ())
     if target.name == "peft" and opened.adapter is None:
         raise ConversionError(f"{opened.path}: holds a whole model and no adapter; export it with --to hf")

@@ -9,6 +9,7 @@ import typer
 
 from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
 from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, VocabSize, Vpp
+from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
@@ -39,9 +40,12 @@ def import_(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
 ) -> None:
     """Turn a checkpoint of another format into a native one at any layout, proven before it appears."""
-    from converters.open import get_format, open_checkpoint
-    from workbench.cli._conversion import Conversion, convert, job_options, new_layout
-    from workbench.errors import ConfigError
+    with quick_imports():
+        import converters.formats.huggingface
+        import converters.job  # noqa: F401 (both wanted later, and quicker here)
+        from converters.open import get_format, open_checkpoint
+        from workbench.cli._conversion import Conversion, convert, job_options, new_layout
+        from workbench.errors import ConfigError
 
     opened = open_checkpoint(source, family=family or None, vocab_size=vocab_size, allow_drop=allow_drop or ())
     if opened.format == "native":
