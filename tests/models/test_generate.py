@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from converters.formats.huggingface import FORMAT
+from tests.helpers.hf_models import CASES as ALL_CASES
 from tests.helpers.hf_models import make_model
-from tests.helpers.models import answering_model, masked_model
+from tests.helpers.models import masked_model
 from tests.helpers.ranks import run_ranks
 from workbench.errors import ConfigError, ConversionError
 from workbench.models.build import build_stage
@@ -34,6 +35,7 @@ CASES = (
 )
 # transformers keeps what it has in its cache when frequencies change (docs/decisions/0150-rope-by-length.md).
 CHANGING = ("llama, rope by length", "llama, longrope")
+ANSWERING = tuple(case for case in sorted(ALL_CASES) if case.startswith("t5"))
 PROMPT = [5, 9, 31, 7]
 
 
@@ -65,7 +67,7 @@ def test_a_cached_step_equals_a_whole_forward_pass(tmp_path: Path, case: str) ->
 PROMPTS = ([5, 9, 31, 7], [8], [3, 4, 5, 6, 7, 8, 9, 10, 11], [2, 2])
 
 
-@pytest.mark.parametrize("case", (*CASES, *CHANGING))
+@pytest.mark.parametrize("case", (*CASES, *CHANGING, ANSWERING[0]))
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_what_a_prompt_gets_does_not_depend_on_those_beside_it(tmp_path: Path, case: str, temperature: float) -> None:
     make_model(case).save_pretrained(tmp_path)
@@ -154,9 +156,16 @@ def test_what_cannot_be_generated_is_refused(tmp_path: Path) -> None:
         generate(load_case("llama classifier", tmp_path / "cls"), PROMPT, max_new_tokens=1)
 
 
-@pytest.mark.parametrize(
-    ("model", "words"), [(masked_model(), "causal=false"), (answering_model(), "generation with one is not there yet")]
-)
+@pytest.mark.parametrize("case", ANSWERING)
+def test_greedy_answers_equal_those_of_transformers(tmp_path: Path, case: str) -> None:
+    stage, model = load_case(case, tmp_path), make_model(case)
+    theirs = model.generate(
+        torch.tensor([PROMPT]), max_new_tokens=20, do_sample=False, eos_token_id=None, decoder_start_token_id=0
+    )
+    assert list(generate(stage, PROMPT, max_new_tokens=20)) == theirs[0, 1:].tolist()
+
+
+@pytest.mark.parametrize(("model", "words"), [(masked_model(), "causal=false")])
 def test_a_model_that_cannot_go_on_with_a_text_is_refused(model: ModelConfig, words: str) -> None:
     stage = build_stage(model, Mesh.single()).module
     with pytest.raises(ConversionError, match=words):

@@ -112,9 +112,7 @@ def _require_speech(model: ModelConfig) -> None:
     """ConversionError for a model that cannot go on with a text."""
     if model.num_labels:
         raise ConversionError(f"this model has a head of num_labels={model.num_labels} and no vocabulary to speak with")
-    if model.num_encoder_layers:
-        raise ConversionError("this model answers to what its encoder reads, and generation with one is not there yet")
-    if not model.causal:
+    if not (model.causal or model.num_encoder_layers):
         raise ConversionError(
             "this model sees the tokens after each as well (causal=false) and cannot go on with a text"
         )
@@ -125,7 +123,7 @@ def _require_fits(model: ModelConfig, prompt: Sequence[int], max_new_tokens: int
         raise ConfigError("the prompt has no tokens; give at least one")
     if outside := [token for token in prompt if not 0 <= token < model.vocab_size]:
         raise ConfigError(f"token {outside[0]} of the prompt is not in the vocabulary of {model.vocab_size}")
-    if len(prompt) + max_new_tokens > model.max_length:
+    if not model.num_encoder_layers and len(prompt) + max_new_tokens > model.max_length:
         raise ConfigError(
             f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the {model.max_length} of the "
             f"model (max_position_embeddings={model.max_position_embeddings}); shorten one of them"
@@ -134,12 +132,51 @@ def _require_fits(model: ModelConfig, prompt: Sequence[int], max_new_tokens: int
 
 @dataclass(frozen=True)
 class _Row:
-    """A prompt and what follows it, behind `padding` tokens that make all rows end together."""
+    """A prompt and what follows it."""
 
     number: int
-    padding: int
-    tokens: list[int]
+    prompt: Sequence[int]
+    said: list[int]
     generator: torch.Generator
+
+
+class _Continuing:
+    """A decoder that goes on with prompts, which begin behind as much padding as makes all rows end together."""
+
+    def __init__(self, stage: DecoderStage, rows: Sequence[_Row]) -> None:
+        self._stage, self._cache = stage, KeyValueCache()
+        self._widest = max(len(row.prompt) for row in rows)
+
+    def logits(self, rows: Sequence[_Row]) -> torch.Tensor:
+        """Those of the next token of each row [B, V]; the cache has the tokens of these rows but the last."""
+        lengths = [len(row.prompt) + len(row.said) for row in rows]
+        if self._cache.length and any(rope_changes(self._stage.model, length - 1, length) for length in lengths):
+            self._cache = KeyValueCache()
+        batch = _batch(rows, self._widest, self._cache.length, self._stage.mesh.device)
+        return self._stage(None, batch, "logits", self._cache)[:, -1]
+
+    def keep(self, places: list[int]) -> None:
+        """Goes on with some of the rows only."""
+        self._cache.keep(places)
+
+
+class _Answering:
+    """An encoder that reads prompts and a decoder that answers from its padding token on. Each step reads anew."""
+
+    def __init__(self, stage: DecoderStage) -> None:
+        self._stage = stage
+
+    def logits(self, rows: Sequence[_Row]) -> torch.Tensor:
+        """Those of the next token of each row [B, V]."""
+        device, begin = self._stage.mesh.device, self._stage.model.pad_token_id or 0
+        widest = max(len(row.prompt) for row in rows)
+        ids_BT = torch.tensor([[*row.prompt, *[0] * (widest - len(row.prompt))] for row in rows], device=device)
+        lengths_B = torch.tensor([len(row.prompt) for row in rows], device=device)
+        said_BU = torch.tensor([[begin, *row.said] for row in rows], device=device)
+        return self._stage(None, Batch(ids_BT, lengths=lengths_B, decoder_ids=said_BU), "logits")[:, -1]
+
+    def keep(self, places: list[int]) -> None:
+        """Nothing is held between steps."""
 
 
 def _generate(
@@ -150,27 +187,21 @@ def _generate(
     stop: frozenset[int],
     ends: Callable[[int], bool],
 ) -> Iterator[dict[int, int]]:
-    widest = max(map(len, prompts))
-    rows = [
-        _Row(number, widest - len(prompt), list(prompt), _generator(sampling.seed, number))
-        for number, prompt in enumerate(prompts)
-    ]
-    cache = KeyValueCache()
+    rows = [_Row(number, prompt, [], _generator(sampling.seed, number)) for number, prompt in enumerate(prompts)]
+    speaker = _Answering(stage) if stage.model.num_encoder_layers else _Continuing(stage, rows)
     for _ in range(max_new_tokens):
-        if cache.length and any(rope_changes(stage.model, len(row.tokens) - 1, len(row.tokens)) for row in rows):
-            cache = KeyValueCache()
         with torch.inference_mode():
-            logits_BV = stage(None, _batch(rows, cache.length, stage.mesh.device), "logits", cache)[:, -1]
+            logits_BV = speaker.logits(rows)
             chosen = [choose(logits_V, sampling, row.generator) for logits_V, row in zip(logits_BV, rows, strict=True)]
         going = [(row, token) for row, token in zip(rows, chosen, strict=True) if token not in stop]
         for row, token in going:
-            row.tokens.append(token)
+            row.said.append(token)
         yield {row.number: token for row, token in going}
         left = [row for row, _ in going if not ends(row.number)]
         if not left:
             return
         if len(left) < len(rows):
-            cache.keep([at for at, row in enumerate(rows) if row in left])
+            speaker.keep([at for at, row in enumerate(rows) if row in left])
         rows = left
 
 
@@ -178,17 +209,18 @@ def _generator(seed: int, row: int) -> torch.Generator:
     return torch.Generator().manual_seed(hash_text(f"{seed}/{row}") % 2**63)
 
 
-def _batch(rows: Sequence[_Row], cached: int, device: torch.device) -> Batch:
+def _batch(rows: Sequence[_Row], widest: int, cached: int, device: torch.device) -> Batch:
     """The tokens that the cache does not have yet; rows with padding see none of it."""
 
     def tensor(values: list[list[int]]) -> torch.Tensor:
         return torch.tensor(values, device=device)
 
-    ids_BT = tensor([([0] * row.padding + row.tokens)[cached:] for row in rows])
-    if not any(row.padding for row in rows):
+    paddings = [widest - len(row.prompt) for row in rows]
+    tokens = zip(paddings, rows, strict=True)
+    ids_BT = tensor([[*[0] * padding, *row.prompt, *row.said][cached:] for padding, row in tokens])
+    if not any(paddings):
         return Batch(ids_BT)
-    padding_B1 = tensor([[row.padding] for row in rows])
-    places_BS = torch.arange(cached + ids_BT.shape[1], device=device) - padding_B1
+    places_BS = torch.arange(cached + ids_BT.shape[1], device=device) - tensor([[padding] for padding in paddings])
     return Batch(ids_BT, positions=places_BS[:, cached:].clamp(min=0), documents=places_BS.clamp(min=-1, max=0))
 
 
