@@ -112,7 +112,8 @@ class Family:
         words: dict[str, Any] = {} if self.body is None else {"lm_head": True}
         own = {self.causal_lm: words, self.sequence_classification: {}, self.token_classification: {}}
         plain = {**own, self.body: {"lm_head": False}}
-        return {**{name: features for name, features in plain.items() if name is not None}, **self.other_classes}
+        named = {name: plain[name] for name in plain if name is not None and name not in self.other_classes}
+        return {**named, **self.other_classes}
 
     def architecture(self, model: ModelConfig) -> str:
         """The class of transformers that this model is; ConversionError when there is none."""

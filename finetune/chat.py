@@ -80,11 +80,26 @@ class ChatTemplate:
             found.append((self._words["eos_token"], True))  # the template does not end a turn: teach the model to stop
         return found
 
-    def _render(self, row: Row, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
+    def prompt(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The conversation so far as text that asks for the next answer; DataError when the template refuses it."""
+        return self._rendered(messages, prompt=True)
+
+    def ending(self) -> str:
+        """What the template puts after an answer."""
+        question, answer = {"role": "user", "content": "a"}, {"role": "assistant", "content": "answer"}
+        return self._rendered([question, answer], prompt=False).rpartition(answer["content"])[2]
+
+    def _rendered(self, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
         try:
             return self._template.render(messages=messages, add_generation_prompt=prompt, tools=None, **self._words)
         except self._errors as error:
-            raise DataError(f"{row.place}: the chat template refuses these messages: {error}") from error
+            raise DataError(f"the chat template refuses these messages: {error}") from error
+
+    def _render(self, row: Row, messages: Sequence[Mapping[str, str]], *, prompt: bool) -> str:
+        try:
+            return self._rendered(messages, prompt=prompt)
+        except DataError as error:
+            raise DataError(f"{row.place}: {error}") from None
 
 
 def _environment() -> ImmutableSandboxedEnvironment:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Self
 
 from pydantic import Field, model_validator
 
 from finetune.adapter import Adapter, adapters
-from finetune.task import Task, TaskTable, tasks
+from finetune.task import LabelledTable, Task, TaskTable, tasks
 from pretrain.config import BatchTable, EngineConfig
 from workbench.config import Config, table_by_kind
+from workbench.spec.execution import Backend, StageOptions
 
 if TYPE_CHECKING:
 
@@ -58,6 +60,11 @@ class FinetuneConfig(EngineConfig):
     @property
     def keeps_steps_whole(self) -> bool:
         return self.task.keeps_steps_whole
+
+    def stage_options(self, backend: Backend) -> StageOptions:
+        smoothing = self.task.label_smoothing if isinstance(self.task, LabelledTable) else 0.0
+        options = super().stage_options(backend)
+        return replace(options, label_smoothing=smoothing, embedding_noise=self.task.neftune_alpha)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -26,13 +26,13 @@ class LabelLoss(Criterion):
 
     output: Output = "logits"
 
-    def __init__(self, weights: Sequence[float] | None, smoothing: float) -> None:
+    def __init__(self, weights: Sequence[float], smoothing: float) -> None:
         self._weights, self._smoothing = weights, smoothing
 
     def loss(self, batch: Batch, output: torch.Tensor, mesh: Mesh) -> torch.Tensor:
         assert batch.labels is not None
         logits_BN = widened(output)
-        weight_N = None if self._weights is None else logits_BN.new_tensor(self._weights)
+        weight_N = logits_BN.new_tensor(self._weights)
         how: dict[str, Any] = {"weight": weight_N, "label_smoothing": self._smoothing, "ignore_index": IGNORE}
         return F.cross_entropy(logits_BN, batch.labels, reduction="sum", **how)
 

@@ -50,6 +50,9 @@ class TaskTable(Config):
         default={}, description='What columns of the rows are called, where not as expected: {prompt = "question"}.'
     )
     seed: int = Field(default=1234, ge=0, description="Decides the order of the training rows, and what they hide.")
+    neftune_alpha: float = Field(
+        default=0.0, ge=0, description="Noise on the embeddings while training (NEFTune); 5 is usual, 0 is none."
+    )
     controls: bool = Field(
         default=False, description="Also train the same model from scratch, by as many steps, and judge it by test."
     )
@@ -64,6 +67,14 @@ class TaskTable(Config):
     def keeps_steps_whole(self) -> bool:
         """Whether the loss of a row depends on all the others of its step."""
         return False
+
+
+class LabelledTable(TaskTable):
+    """What every [task] table has whose loss is a cross-entropy with labels."""
+
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each label that is spread evenly over all, while training."
+    )
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pydantic import Field, PositiveFloat, field_validator, model_validator
 
 from pretrain import capabilities
 from pretrain.data.config import DataConfig
+from pretrain.judging import EvalTable
 from pretrain.lr import Curve, CurveName
 from pretrain.schedules import schedule_named
 from workbench.config import Config
@@ -224,14 +225,10 @@ class CheckpointTable(Config):
 
     every: int = Field(default=0, ge=0, description="Steps between checkpoints; 0: only at the end.")
     keep: int = Field(default=0, ge=0, description="Checkpoints to keep, newest first; 0: all.")
+    keep_best: bool = Field(
+        default=False, description="Save when an evaluation is the best so far (eval.metric), and keep that one too."
+    )
     optimizer: bool = Field(default=True, description="Save the optimizer's moments, so that the run can go on.")
-
-
-class EvalTable(Config):
-    """When to evaluate. A run with evaluation data is evaluated at its end in any case."""
-
-    every: int = Field(default=0, ge=0, description="Steps between evaluations; 0: only at the end.")
-    batches: int = Field(default=0, ge=0, description="Batches of global_size sequences at most; 0: all the data.")
 
 
 class LogTable(Config):
@@ -283,6 +280,18 @@ class EngineConfig(Config):
     eval: EvalTable = EvalTable()
     log: LogTable = LogTable()
     run: RunTable
+
+    @model_validator(mode="after")
+    def _is_judged_while_it_runs(self) -> Self:
+        if self.needs_best and not self.eval.every:
+            asked = f"eval.patience={self.eval.patience}" if self.eval.patience else "checkpoint.keep_best=true"
+            raise ValueError(f"{asked} needs evaluations while the run goes on, but eval.every=0; set eval.every")
+        return self
+
+    @property
+    def needs_best(self) -> bool:
+        """Whether the run must know which of its evaluations was the best."""
+        return bool(self.eval.patience) or self.checkpoint.keep_best
 
     @property
     def step_tokens(self) -> int:

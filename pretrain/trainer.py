@@ -17,6 +17,7 @@ from pretrain.evaluation import evaluate
 from pretrain.execution import choose_executor
 from pretrain.flops import find_peak, flops_per_token
 from pretrain.interrupt import StopSignal
+from pretrain.judging import Standing, require_judge
 from pretrain.loss_scale import LossScale
 from pretrain.meter import Budget, Meter
 from pretrain.objective import Objective, Share
@@ -87,8 +88,9 @@ class Silent:
 
 @dataclass(frozen=True)
 class RunResult:
-    """How a run ended. `metrics` are those of the last evaluation, by `<evaluation>/<metric>`; `skipped_steps` updated
-    nothing, since their gradients overflowed."""
+    """How a run ended. `metrics` are those of the last evaluation, by `<evaluation>/<metric>`; `best` is its best one
+    by `eval.metric` (metric, value, step), empty without any; `skipped_steps` updated nothing, since their gradients
+    overflowed."""
 
     step: int
     samples: int
@@ -96,6 +98,7 @@ class RunResult:
     seconds: float
     loss: float | None
     metrics: Mapping[str, float]
+    best: Mapping[str, Any]
     checkpoint: str
     interrupted: bool
     ended_by: str
@@ -142,6 +145,8 @@ class Trainer:
         self.loss_scale = LossScale(config.precision) if compute == torch.float16 else None
         self.pipeline = Pipeline(self.built, mesh, schedule, objective.criterion)
         self.store = Store(Path(config.run.dir) / CHECKPOINTS)
+        if config.needs_best:
+            require_judge(config.eval, [evaluation.name for evaluation in objective.evaluations])
         self.state = self._fill_or_resume()
         self._saved_step = self.state.step if self.state.step else None
         scheduler = self.state.scheduler
@@ -159,15 +164,18 @@ class Trainer:
         )
         self._loss: float | None = None
         self._metrics: dict[str, float] = {}
+        self._evaluated_step: int | None = None
+        self._standing = Standing.of(config.eval.metric, scheduler.get("best"))
 
     def run(self) -> RunResult:
-        """Trains until steps, tokens or time are used up or a signal comes; evaluates and saves; says how it ended."""
+        """Trains until steps, tokens, time or patience are used up or a signal comes; evaluates and saves; says how it
+        ended."""
         self._watcher.started(self._facts())
         self.meter.read()
         with StopSignal() as signal:
             ended_by = self._loop(signal)
             interrupted = ended_by == "signal"
-            if not interrupted and self.objective.evaluations:
+            if not interrupted and self.objective.evaluations and self._evaluated_step != self.state.step:
                 self.evaluate()
             self.save()
         return RunResult(
@@ -177,6 +185,7 @@ class Trainer:
             seconds=self.budget.spent,
             loss=self._loss,
             metrics=dict(self._metrics),
+            best=self._standing.facts(),
             checkpoint=str(self.store.path(self.state.step)),
             interrupted=interrupted,
             ended_by=ended_by,
@@ -184,10 +193,12 @@ class Trainer:
         )
 
     def _loop(self, signal: StopSignal) -> str:
-        """Steps until the run is over; returns what ended it: steps, time or signal."""
+        """Steps until the run is over; returns what ended it: steps, time, patience or signal."""
         config = self.config
         share = Share(config.batch.micro_size, self.mesh.dp.rank, self.mesh.dp.size)
         while self.budget.horizon is None or self.state.step < self.budget.horizon:
+            if 0 < config.eval.patience <= self._standing.stale:
+                return "patience"
             rows = self.objective.train_rows(
                 share, step=self.state.step, first_sample=self.state.samples, global_size=config.batch.global_size
             )
@@ -238,6 +249,7 @@ class Trainer:
         started = time.perf_counter()
         if evaluates:
             self.evaluate()
+            saves |= config.checkpoint.keep_best and self._standing.step == step
         if saves:
             self.save()
         if evaluates or saves:
@@ -283,7 +295,10 @@ class Trainer:
             )
             self._metrics.update({f"{evaluation.name}/{name}": value for name, value in found.items()})
         self.built.module.train()
-        self._watcher.measured({"step": self.state.step, "tokens": self.state.tokens, **self._metrics})
+        self._evaluated_step = self.state.step
+        self._standing = self._standing.after(self.state.step, self._metrics, config.eval, must=config.needs_best)
+        best = {"best_step": self._standing.step} if self._standing.step else {}
+        self._watcher.measured({"step": self.state.step, "tokens": self.state.tokens, **self._metrics, **best})
         return dict(self._metrics)
 
     def save(self) -> None:
@@ -294,7 +309,7 @@ class Trainer:
         # Rank 0's clock speaks for all, so that every rank writes the same state.
         spent = self.mesh.world.broadcast_object(self.budget.spent)
         rates = config.optim.model_dump(include={"schedule", "lr", "min_lr", "warmup"})
-        scheduler = {**rates, "horizon": self.budget.horizon, "seconds": spent}
+        scheduler = {**rates, "horizon": self.budget.horizon, "seconds": spent, "best": self._standing.facts()}
         optimizer = self.optimizer if config.checkpoint.optimizer else None
         self.state = replace(
             self.state,
@@ -307,7 +322,7 @@ class Trainer:
         save(path, self._saved_parameters, optimizer, self.mesh, training=self.state, contents=contents)
         self._saved_step = self.state.step
         if self.mesh.world.rank == 0 and config.checkpoint.keep:
-            self.store.retain(config.checkpoint.keep)
+            self.store.retain(config.checkpoint.keep, besides=self._standing.step if config.checkpoint.keep_best else 0)
         self._watcher.saved(path)
 
     def _optimizer_state(self) -> dict[str, Any]:

@@ -67,8 +67,10 @@ def to_logical(file: Arrays, family: Family, model: ModelConfig, lora: LoraSpec,
     missing: list[str] = []
     for module in peft_modules(family, model, lora):
         keys = (*module.keys, module.magnitude_key) if lora.dora else module.keys
-        if any(key not in left for key in keys):
-            missing += [key for key in keys if key not in left]
+        if lacking := [key for key in keys if key not in left]:
+            missing += lacking
+            for key in keys:
+                left.pop(key, None)
             continue
         a, b, *magnitudes = (left.pop(key) for key in keys)
         try:

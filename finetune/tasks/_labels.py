@@ -11,18 +11,19 @@ from pydantic import Field
 
 from finetune.rows import Row
 from finetune.shapes import Shape
-from finetune.task import Example, Prepared, TaskTable, pad_id_of, read
+from finetune.task import Example, LabelledTable, Prepared, pad_id_of, read
 from finetune.tasks._texts import TextEncoder, row_example, texts_of
 from workbench.config_faults import nearest
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
+    from pretrain.engine import Criterion
     from workbench.tokenizer import Tokenizer
 
 Label = str | int
 
 
-class LabelTable(TaskTable):
+class LabelTable(LabelledTable):
     """What the [task] table of a classification has."""
 
     labels: tuple[Label, ...] | None = Field(
@@ -33,7 +34,6 @@ class LabelTable(TaskTable):
         description='How many times a row of each label counts, in the order of labels; "balanced": each label as '
         "much as any other. Where a row has several labels: how much more its presence counts than its absence.",
     )
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Share of a label's target given to all.")
 
 
 def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_tokens: int, *shapes: Shape) -> Prepared:
@@ -66,8 +66,12 @@ def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_token
     train = examples(rows)
     weights = class_weights(table, train, len(names))
     common = Counter(_answer(example) for example in train).most_common(1)[0][0]
-    plain = weights is None and not table.label_smoothing
-    loss = MultiLabelLoss if several else None if plain else LabelLoss
+    smoothing = table.label_smoothing
+    criterion: Criterion | None = None
+    if several:
+        criterion = MultiLabelLoss(weights, smoothing)
+    elif weights is not None:
+        criterion = LabelLoss(weights, smoothing)
     return Prepared(
         train=train,
         held_out={name: examples(rows) for name, rows in found.held_out.items()},
@@ -78,7 +82,7 @@ def prepare_labels(table: LabelTable, kind: str, tokenizer: Tokenizer, max_token
         notes=encoder.notes,
         read_as=found.read_as,
         problem_type="multi_label_classification" if several else "single_label_classification",
-        criterion=None if loss is None else loss(weights, table.label_smoothing),
+        criterion=criterion,
     )
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune.rows import Row
 from finetune.shapes import TEXTS
-from finetune.task import Example, Prepared, TaskTable, pad_id_of, read
+from finetune.task import Example, LabelledTable, Prepared, pad_id_of, read
 from finetune.tasks._texts import token_lists
 from workbench.errors import DataError
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workbench.tokenizer import Tokenizer
 
 
-class LmTable(TaskTable):
+class LmTable(LabelledTable):
     """[task] kind = "lm": go on with pretraining, on texts of your own."""
 
     packs: ClassVar[bool] = True

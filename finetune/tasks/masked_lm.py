@@ -14,7 +14,7 @@ import numpy as np
 
 from finetune.rows import Row
 from finetune.shapes import TEXTS
-from finetune.task import IGNORE, Example, Prepared, TaskTable, read
+from finetune.task import IGNORE, Example, LabelledTable, Prepared, read
 from finetune.tasks._texts import token_lists
 from workbench.errors import DataError
 
@@ -26,7 +26,7 @@ MARKS = 2
 """[CLS] and [SEP] of a row."""
 
 
-class MaskedLmTable(TaskTable):
+class MaskedLmTable(LabelledTable):
     """[task] kind = "masked_lm": go on with the pretraining of a model that fills in hidden words."""
 
     kind: Literal["masked_lm"] = "masked_lm"

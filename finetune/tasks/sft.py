@@ -14,7 +14,7 @@ from pydantic import Field
 from finetune.chat import ChatTemplate, Piece
 from finetune.rows import Row, places, text_of
 from finetune.shapes import ANSWERS
-from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
+from finetune.task import IGNORE, Example, LabelledTable, Prepared, pad_id_of, read
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from workbench.tokenizer import Tokenizer
 
 
-class SftTable(TaskTable):
+class SftTable(LabelledTable):
     """[task] kind = "sft": learn to answer prompts."""
 
     packs: ClassVar[bool] = True

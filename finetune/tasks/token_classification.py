@@ -17,7 +17,7 @@ from pydantic import Field
 from finetune.rows import Row
 from finetune.shapes import WORDS
 from finetune.spans import are_bio
-from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
+from finetune.task import IGNORE, Example, LabelledTable, Prepared, pad_id_of, read
 from finetune.tasks._labels import Label, class_of, labels_of, sorted_labels
 from finetune.tasks._texts import TextEncoder
 from workbench.errors import DataError
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from workbench.tokenizer import EncodedRow, Tokenizer
 
 
-class TokenClassificationTable(TaskTable):
+class TokenClassificationTable(LabelledTable):
     """[task] kind = "token_classification": tell the label of each word."""
 
     kind: Literal["token_classification"] = "token_classification"

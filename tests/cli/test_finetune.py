@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -68,9 +71,49 @@ def test_a_lora_run_is_judged_merged_and_judged_again_alike(folder: Path, capsys
     switched = answer(["eval", str(folder / "base"), *named, "--task-config", config], capsys)["metrics"]
     assert switched == {f"ours/{name}": value for name, value in attached.items()}
     untrained = answer(["eval", str(folder / "base"), "--task-config", config], capsys, code=2)["error"]["message"]
-    assert "has a head of no labels, but the task 'classification' needs 2" in untrained
+    assert "has the language-model head, but the task 'classification' needs a head of 2 labels" in untrained
     again = answer(["merge", str(folder / "merged"), str(folder / "twice")], capsys, code=3)["error"]["message"]
     assert "is a whole model, so there is nothing to merge" in again
+
+
+def test_the_best_checkpoint_of_a_run_is_named_and_can_be_judged(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = str(folder / "lora.toml"), str(folder / "kept")
+    words = [f"task.valid={folder}/test.jsonl", "task.test=[]", f"run.dir={run}", "run.steps=40", "optim.lr=2e-2"]
+    words += ["eval.every=4", "eval.metric=valid/accuracy", "eval.patience=2", "checkpoint.keep_best=true"]
+    found = answer(["finetune", config, *words, "checkpoint.keep=1"], capsys)
+    assert found["ended_by"] == "patience" and found["step"] == found["best"]["step"] + 8
+    scores = answer(["eval", run, "--task-config", config, *words, "--best"], capsys)
+    assert scores["checkpoint"].endswith(f"step-{found['best']['step']:08d}")
+    assert scores["metrics"]["valid/accuracy"] == found["best"]["value"]
+    assert answer(["runs", run], capsys)["runs"][0]["best_step"] == found["best"]["step"]
+
+
+def test_public_benchmarks_are_run_on_an_export_and_refused_without_the_harness(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = str(folder / "hf")
+    answer(["export", str(folder / "base"), export], capsys)
+    for words, message in (
+        ([str(folder / "base")], f"`wb export {folder}/base DST` writes one"),
+        ([export], "pip install 'workbench[harness]'"),
+        ([export, "--task-config", "x.toml"], "not both"),
+    ):
+        assert message in answer(["eval", *words, "--harness", "arc_easy"], capsys, code=2)["error"]["message"]
+    asked: dict[str, Any] = {}
+
+    def simple_evaluate(**given: Any) -> dict[str, Any]:
+        asked.update(given)
+        return {"results": {"arc_easy": {"alias": "arc_easy", "acc,none": 0.5, "acc_stderr,none": 0.1}}}
+
+    harness = ModuleType("lm_eval")
+    harness.simple_evaluate = simple_evaluate  # type: ignore[attr-defined]
+    harness.__spec__ = ModuleSpec("lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval", harness)
+    found = answer(["eval", export, "--harness", "arc_easy,piqa", "--limit", "5"], capsys)
+    assert found["metrics"] == {"arc_easy/acc": 0.5, "arc_easy/acc_stderr": 0.1}
+    assert asked == {"model": "hf", "model_args": {"pretrained": export}, "tasks": ["arc_easy", "piqa"], "limit": 5}
 
 
 def test_a_dry_run_reads_everything_and_starts_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -123,9 +123,10 @@ def test_generate_says_the_same_from_native_and_hugging_face_as_transformers_doe
 ) -> None:
     assert run(capsys, "import", folder, tmp_path / "native", "--tp", "2", "--verify", "crc")[0] == 0
     words = ("--prompt", "a word", "--max-new-tokens", "20")
-    code, one = run(capsys, "generate", folder, *words)
+    code, found = run(capsys, "generate", folder, *words)
+    (one,) = found["answers"]
     assert code == 0
-    assert run(capsys, "generate", tmp_path / "native", *words)[1]["tokens"] == one["tokens"]
+    assert run(capsys, "generate", tmp_path / "native", *words)[1]["answers"] == [one]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer("a word", return_tensors="pt").input_ids
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -143,7 +144,7 @@ def test_generate_without_a_tokenizer_says_how_to_name_one(tmp_path: Path, capsy
     code, result = run(
         capsys, "generate", tmp_path / "bare", "--prompt", "a", "--max-new-tokens", "3", "--tokenizer", named
     )
-    assert code == 0 and len(result["tokens"]) == 3
+    assert code == 0 and len(result["answers"][0]["tokens"]) == 3
 
 
 def test_experts_are_imported_for_as_many_ranks_as_asked_and_exported_with_a_word_on_what_is_left_out(

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from converters.merge import base_fingerprint
+from converters.merge import base_fingerprint, open_merged
 from converters.open import open_checkpoint
 from finetune.config import FinetuneConfig
-from finetune.run import Base, Finetuning
+from finetune.run import Base, Finetuning, evaluate_model
 from tests.finetune.adapters import write_base
 from tests.finetune.data import byte_tokenizer, config_of, letters, write_rows
 from tests.helpers.models import answering_model, masked_model
@@ -55,16 +55,24 @@ def test_it_learns_and_keeps_the_pooler_of_its_base(folder: Path, tmp_path: Path
     assert {"pooler.weight", "score.weight", "score.bias"} <= names and "lm_head.bias" not in names
 
 
-def test_two_layouts_see_the_same(folder: Path, tmp_path: Path) -> None:
-    expected = metrics(config(folder, tmp_path / "one"), folder, ParallelLayout())
+@pytest.mark.parametrize("kind", ["full", "lora"])
+def test_two_layouts_see_the_same(kind: str, folder: Path, tmp_path: Path) -> None:
+    expected = metrics(config(folder, tmp_path / "one", kind), folder, ParallelLayout())
     layout = ParallelLayout(tp=2, pp=2, sequence_parallel=True)
-    for found in run_ranks(4, metrics, config(folder, tmp_path / "four"), folder, layout):
+    for found in run_ranks(4, metrics, config(folder, tmp_path / "four", kind), folder, layout):
         assert found == pytest.approx(expected, rel=1e-9)
 
 
-def test_an_adapter_is_refused(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"method.kind='lora' on a base with causal=false"):
-        Finetuning(config(folder, tmp_path, "lora"), base_of(folder), Mesh.single())
+def test_an_adapter_carries_the_whole_of_its_head(folder: Path, tmp_path: Path) -> None:
+    run = Finetuning(config(folder, tmp_path, "lora", steps=40), base_of(folder), Mesh.single())
+    found = run.run()
+    assert found.metrics["test/accuracy"] > 0.9 > found.metrics["test/majority"]
+    names = {name for name in open_native(Path(found.checkpoint)).manifest.tensors if not name.startswith("optim.")}
+    assert {"pooler.weight", "pooler.bias", "score.weight", "score.bias"} <= names
+    assert all(name.startswith(("pooler.", "score.")) or ".lora_" in name for name in names)
+    merged = open_merged(tmp_path)
+    again = evaluate_model(run.config, merged.model, merged.source, folder / "tokenizer", Mesh.single())
+    assert again == pytest.approx({name: found.metrics[name] for name in again}, rel=1e-4)
 
 
 def test_a_task_of_text_to_go_on_with_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -153,6 +153,8 @@ def test_a_run_at_any_layout_is_that_of_one_process(
         assert found == pytest.approx(expected, rel=1e-10, abs=1e-10)
     there = weights(tmp_path)
     for name, values in weights(place).items():
+        if case == "multiple_choice" and name.endswith("score.bias"):
+            continue  # it moves all choices alike, so its gradient is rounding alone, which the optimizer scales up
         # A moment that is zero but for rounding is measured against the others.
         np.testing.assert_allclose(there[name], values, rtol=0, atol=1e-10 * max(float(np.abs(values).max()), 1e-6))
 

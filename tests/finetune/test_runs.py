@@ -188,7 +188,7 @@ def test_a_changed_adapter_or_base_is_not_gone_on_with(folder: Path, tmp_path: P
 
 def test_a_target_that_the_model_does_not_have_is_refused_with_the_nearest(folder: Path, tmp_path: Path) -> None:
     config = answers(folder, {**LORA, "targets": ["q_porj", "v_proj"]}, tmp_path)
-    with pytest.raises(ConfigError, match=r"no projection 'q_porj'; did you mean 'q_proj'\? \(it has q_proj, k_proj,"):
+    with pytest.raises(ConfigError, match=r"no projection 'q_porj'; did you mean 'q_proj'\? \(it has embed_tokens,"):
         Finetuning(config, base_of(folder), Mesh.single())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -11,11 +12,13 @@ import torch
 from converters.formats.huggingface import FORMAT
 from tests.helpers.hf_models import make_model
 from tests.helpers.models import answering_model, masked_model
+from tests.helpers.ranks import run_ranks
 from workbench.errors import ConfigError, ConversionError
 from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage
-from workbench.models.generate import Sampling, choose, generate, load_model, outputs
+from workbench.models.generate import Sampling, choose, generate, generate_batch, load_model, outputs
 from workbench.parallel.mesh import Mesh
+from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 CASES = (
@@ -57,6 +60,51 @@ def test_a_cached_step_equals_a_whole_forward_pass(tmp_path: Path, case: str) ->
     for token in generate(stage, PROMPT, max_new_tokens=24):
         assert token == int(outputs(stage, {"input_ids": tokens})[-1].argmax())
         tokens.append(token)
+
+
+PROMPTS = ([5, 9, 31, 7], [8], [3, 4, 5, 6, 7, 8, 9, 10, 11], [2, 2])
+
+
+@pytest.mark.parametrize("case", (*CASES, *CHANGING))
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_what_a_prompt_gets_does_not_depend_on_those_beside_it(tmp_path: Path, case: str, temperature: float) -> None:
+    make_model(case).save_pretrained(tmp_path)
+    opened = FORMAT.open(tmp_path)
+    stage = load_model(opened.model, opened.source, dtype=torch.float64)
+    beside = beside_each_other(stage, PROMPTS, temperature)
+    assert len({len(tokens) for tokens in beside}) > 1, "some rows end before others"
+    alone = [beside_each_other(stage, [prompt] * (row + 1), temperature)[row] for row, prompt in enumerate(PROMPTS)]
+    assert beside == alone
+
+
+def beside_each_other(stage: DecoderStage, prompts: Sequence[Sequence[int]], temperature: float) -> list[list[int]]:
+    found: list[list[int]] = [[] for _ in prompts]
+    limits = [14, 3, 9, 14]
+    steps = generate_batch(
+        stage,
+        prompts,
+        max_new_tokens=14,
+        sampling=Sampling(temperature=temperature, seed=3),
+        ends=lambda row: len(found[row]) == limits[len(prompts[row]) % 4],
+    )
+    for step in steps:
+        for row, token in step.items():
+            found[row].append(token)
+    return found
+
+
+@pytest.mark.parity
+def test_ranks_that_share_layers_say_the_same(tmp_path: Path) -> None:
+    make_model(CASES[0]).save_pretrained(tmp_path)
+    expected = say_at(1, tmp_path)
+    assert run_ranks(2, say_at, 2, tmp_path) == [expected, expected]
+
+
+def say_at(tp: int, folder: Path) -> list[list[list[int]]]:
+    opened = FORMAT.open(folder)
+    mesh = Mesh.create(ParallelLayout(tp=tp), torch.device("cpu"))
+    stage = load_model(opened.model, opened.source, mesh=mesh, dtype=torch.float64)
+    return [beside_each_other(stage, PROMPTS, temperature) for temperature in (0.0, 1.0)]
 
 
 def test_a_draw_depends_on_the_seed_alone(tmp_path: Path) -> None:

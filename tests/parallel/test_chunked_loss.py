@@ -27,15 +27,16 @@ SCALE = 0.25
 
 
 @pytest.mark.parametrize("tp", [1, 2, 4])
-@pytest.mark.parametrize("chunk", [1, 3, 7, 100])
-def test_loss_and_gradients_equal_those_of_the_whole_vocabulary(tp: int, chunk: int) -> None:
+@pytest.mark.parametrize(("chunk", "smoothing"), [(1, 0.0), (3, 0.1), (7, 0.0), (100, 0.0)])
+def test_loss_and_gradients_equal_those_of_the_whole_vocabulary(tp: int, chunk: int, smoothing: float) -> None:
     hidden, weight, labels = _case()
     hidden.requires_grad_()
     weight.requires_grad_()
-    losses = F.cross_entropy(hidden @ weight.t(), labels, reduction="none", ignore_index=IGNORE)
+    logits = hidden @ weight.t()
+    losses = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
     (losses.sum() * SCALE).backward()
     assert hidden.grad is not None and weight.grad is not None
-    for rank, (total, each, grad_hidden, grad_weight) in enumerate(run_ranks(tp, _local, tp, chunk)):
+    for rank, (total, each, grad_hidden, grad_weight) in enumerate(run_ranks(tp, _local, tp, chunk, smoothing)):
         torch.testing.assert_close(total, losses.sum().detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(each, losses.detach(), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(grad_hidden, hidden.grad, rtol=1e-12, atol=1e-12)
@@ -129,13 +130,13 @@ def _mesh(tp: int) -> Mesh:
     return Mesh.create(ParallelLayout(tp=tp), torch.device("cpu"))
 
 
-def _local(tp: int, chunk: int) -> tuple[torch.Tensor, ...]:
+def _local(tp: int, chunk: int, smoothing: float) -> tuple[torch.Tensor, ...]:
     mesh = _mesh(tp)
     hidden, weight, labels = _case()
     padded = F.pad(weight, (0, 0, 0, PADDED - VOCAB), value=50.0)
     local = padded.chunk(tp)[mesh.tp.rank].clone().requires_grad_()
     hidden.requires_grad_()
-    how = Chunking(mesh.tp, VOCAB, chunk)
+    how = Chunking(mesh.tp, VOCAB, chunk, smoothing=smoothing)
     total = chunked_loss(copy_to(hidden, mesh.tp), local, None, labels, how)
     (total * SCALE).backward()
     assert hidden.grad is not None and local.grad is not None

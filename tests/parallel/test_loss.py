@@ -14,15 +14,16 @@ from workbench.spec.layout import ParallelLayout
 VOCAB, TOKENS = 10, 6
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
 @pytest.mark.parametrize(("tp", "rows"), [(1, 10), (1, 16), (2, 8), (4, 4)])
-def test_loss_and_gradient_equal_cross_entropy_of_the_whole_vocabulary(tp: int, rows: int) -> None:
+def test_loss_and_gradient_equal_cross_entropy_of_the_whole_vocabulary(tp: int, rows: int, smoothing: float) -> None:
     """With tp=4 and 4 rows a rank, the third rank is half padding and the fourth all of it."""
     logits, labels = _case()
     logits.requires_grad_()
-    expected = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE)
+    expected = F.cross_entropy(logits, labels, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
     (expected * _weights()).sum().backward()
     assert logits.grad is not None
-    for rank, (losses, gradient) in enumerate(run_ranks(tp, _local_loss, tp, rows)):
+    for rank, (losses, gradient) in enumerate(run_ranks(tp, _local_loss, tp, rows, smoothing)):
         torch.testing.assert_close(losses, expected.detach(), rtol=1e-12, atol=1e-12)
         mine = logits.grad[:, rank * rows : (rank + 1) * rows]
         torch.testing.assert_close(gradient[:, : mine.shape[1]], mine, rtol=1e-12, atol=1e-12)
@@ -49,12 +50,12 @@ def _weights() -> torch.Tensor:
     return torch.linspace(0.5, 2.0, TOKENS, dtype=torch.float64)
 
 
-def _local_loss(tp: int, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _local_loss(tp: int, rows: int, smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
     mesh = Mesh.create(ParallelLayout(tp=tp), torch.device("cpu"))
     logits, labels = _case()
     padded = F.pad(logits, (0, tp * rows - VOCAB), value=1e4)
     local = padded[:, mesh.tp.rank * rows : (mesh.tp.rank + 1) * rows].clone().requires_grad_()
-    losses = vocab_parallel_cross_entropy(local, labels, mesh.tp, vocab_size=VOCAB)
+    losses = vocab_parallel_cross_entropy(local, labels, mesh.tp, vocab_size=VOCAB, smoothing=smoothing)
     (losses * _weights()).sum().backward()
     assert local.grad is not None
     return losses.detach(), local.grad

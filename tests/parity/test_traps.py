@@ -63,12 +63,15 @@ GUARDS = {
         "tests/models/test_router.py::test_the_gradient_of_the_whole_loss_is_that_of_transformers",
     ),
     "a gradient norm off under EP": ("tests/models/test_moe.py::test_the_norm_that_clips_counts_each_expert_once",),
+    "label smoothing under TP": (
+        "tests/parallel/test_loss.py::test_loss_and_gradient_equal_cross_entropy_of_the_whole_vocabulary",
+        "tests/finetune/test_comforts.py::test_smoothing_and_noise_are_the_same_at_every_layout",
+    ),
     "experts dropped without a word": (
         "tests/models/test_router.py::test_an_expert_that_drops_its_tokens_is_seen",
         "tests/converters/families/test_experts.py::test_a_missing_expert_is_refused_by_name",
     ),
 }
-"""Not there yet, so without a guard: label smoothing."""
 
 
 @cache

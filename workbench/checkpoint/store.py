@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from workbench.checkpoint.manifest import MANIFEST, is_native
+from workbench.checkpoint.manifest import MANIFEST, is_native, read_manifest
 from workbench.checkpoint.writer import partial_folder
 from workbench.errors import CheckpointError
 
@@ -48,10 +48,26 @@ class Store:
             shutil.rmtree(folder)
         return tuple(stale)
 
-    def retain(self, keep: int) -> tuple[Path, ...]:
-        """Removes all but the newest `keep` checkpoints and returns those removed; a crash leaves no half of one."""
+    def best(self) -> Path:
+        """The checkpoint of the best evaluation, as the newest one knows it; CheckpointError when there is none."""
+        latest = self.latest()
+        training = None if latest is None else read_manifest(latest).training
+        best = {} if training is None else training.scheduler.get("best", {})
+        if not best:
+            raise CheckpointError(f"{self.root}: no checkpoint says which was the best; the run evaluated nothing")
+        path = self.path(best["step"])
+        if not (path / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{path}: was the best by {best['metric']} = {best['value']:.6g}, but was not kept; train with "
+                "checkpoint.keep_best = true"
+            )
+        return path
+
+    def retain(self, keep: int, *, besides: int = 0) -> tuple[Path, ...]:
+        """Removes all but the newest `keep` checkpoints and that of step `besides`, and returns those removed; a crash
+        leaves no half of one."""
         assert keep > 0
-        removed = [self.path(step) for step in self.steps()[:-keep]]
+        removed = [self.path(step) for step in self.steps()[:-keep] if step != besides]
         for folder in removed:
             grave = folder.with_name(folder.name + _REMOVED)
             folder.rename(grave)

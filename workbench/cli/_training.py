@@ -221,6 +221,19 @@ def skipped_text(outcome: Outcome) -> list[str]:
     return [f"skipped    {skipped} steps whose gradients overflowed in fp16"] if skipped else []
 
 
+def best_text(outcome: Outcome) -> list[str]:
+    """A line on the best evaluation of a run, if it was not the last one."""
+    best = outcome["best"]
+    if not best or best["step"] == outcome["step"]:
+        return []
+    return [f"best       step {best['step']}, {best['metric']} {best['value']:.4f}"]
+
+
+def ended_text(outcome: Outcome) -> str:
+    """Why a run stopped before its steps were made, if it did."""
+    return " (stopped early: eval.patience)" if outcome["ended_by"] == "patience" else ""
+
+
 def run_in_folder(
     out: Output,
     loaded: Loaded[Any],

@@ -11,6 +11,7 @@ EXTRAS = {
     "te": ("transformer-engine",),
     "track": ("tensorboard", "wandb"),
     "datasets": ("datasets",),
+    "harness": ("lm-eval",),
     "interop": ("megatron-core",),
 }
 

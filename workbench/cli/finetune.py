@@ -12,6 +12,8 @@ from workbench.cli._training import (
     Outcome,
     Terminal,
     Voice,
+    best_text,
+    ended_text,
     find_ranks,
     outcome_of,
     plan_facts,
@@ -140,9 +142,10 @@ def _base(config: FinetuneConfig, opened: OpenedCheckpoint, fingerprint: str) ->
 def _summary(outcome: Outcome, config: FinetuneConfig) -> str:
     """What a finished run is told as."""
     lines = [
-        f"done       step {outcome['step']}, {count_text(outcome['tokens'])} tokens, {time_text(outcome['seconds'])}, "
-        f"{count_text(outcome['trained_parameters'])} parameters trained",
+        f"done       step {outcome['step']}{ended_text(outcome)}, {count_text(outcome['tokens'])} tokens, "
+        f"{time_text(outcome['seconds'])}, {count_text(outcome['trained_parameters'])} parameters trained",
         *skipped_text(outcome),
+        *best_text(outcome),
         *(f"{name:<22} {_number(value)}" for name, value in outcome["metrics"].items()),
         f"checkpoint {outcome['checkpoint']}",
     ]

@@ -2,25 +2,36 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator
+import json
+import os
+import sys
+import tempfile
+import threading
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
-    import torch
-
-    from workbench.tokenizer import Tokenizer
+    from workbench.cli._speech import Request
 
 
 def generate(
     out: Output,
-    path: Annotated[Path, typer.Argument(help="A checkpoint, a run folder or a Hugging Face folder.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    path: Annotated[Path, typer.Argument(help="A checkpoint, a run folder, an adapter or a Hugging Face folder.")],
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="The text to go on from; may be given several times.")
+    ] = None,
+    prompts_file: Annotated[
+        Path | None, typer.Option(help='A prompt a line; of a .jsonl file, {"prompt": ...} a line.')
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Answer what is typed, in the tokenizer's chat template, until it ends.")
+    ] = False,
+    system: Annotated[str, typer.Option(help="The system message of a chat.")] = "",
     max_new_tokens: Annotated[int, typer.Option(help="Tokens to add at most.", min=1)] = 64,
     temperature: Annotated[
         float, typer.Option(help="0 takes the likeliest token each time; 1 draws as trained.")
@@ -28,68 +39,77 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0: from all.")] = 0,
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides the draw.")] = 0,
+    stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer and is left out of it.")] = None,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks to start, which share each layer.")] = 1,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer folder, when the checkpoint has none.")] = None,
     base: Annotated[Path | None, typer.Option(help="Where the base of an adapter is, if it has moved.")] = None,
     family: Annotated[str, typer.Option(help="The model family of a Hugging Face folder.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
 ) -> None:
-    """Go on from a prompt, token by token as they come; greedy unless --temperature is given."""
+    """Go on from prompts, or chat; a single answer is shown as it comes. Greedy unless --temperature is given."""
     from converters.merge import open_merged
+    from workbench.cli._speech import Request, device_of
     from workbench.errors import ConfigError
-    from workbench.models.generate import Sampling, load_model
-    from workbench.models.generate import generate as generate_tokens
-    from workbench.tokenizer import Tokenizer
+    from workbench.models.generate import Sampling
+    from workbench.spec.layout import ParallelLayout
 
+    given = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
+    if bool(given) == chat:
+        raise ConfigError("give --prompt or --prompts-file, or else --chat" + (", not both" if chat else ""))
+    device_of(device)
     opened = open_merged(path, base=base, family=family or None)
-    folder = tokenizer or opened.tokenizer
-    if folder is None:
+    if tokenizer is None and opened.tokenizer is None:
         raise ConfigError(f"{path}: holds no tokenizer; name a folder with --tokenizer")
-    words = Tokenizer.load(folder)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    ids = words.encode(prompt, special=True)
-    stop = {token for token in (opened.model.eos_token_id, words.eos_id) if token is not None}
-    stage = load_model(opened.model, opened.source, device=_device(device))
-    started = time.monotonic()
-    tokens = generate_tokens(stage, ids, max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
-    found: list[int] = []
-    text = ""
-    for piece in _pieces(words, ids, tokens, found):
-        if not text and not (out.json or out.quiet):
-            print(prompt, end="", file=out.stdout)
-        text += piece
-        if not out.json:
-            print(piece, end="", file=out.stdout, flush=True)
-    seconds = time.monotonic() - started
-    result = {"prompt": prompt, "text": text, "prompt_tokens": len(ids), "tokens": found, "seconds": seconds}
-    out.result({**result, "tokens_per_second": len(found) / max(seconds, 1e-9)}, text="")
+    ParallelLayout(tp=tp).validate_for(opened.model)
+    request = Request(
+        path,
+        base,
+        family or None,
+        tokenizer,
+        device,
+        tp,
+        tuple(given),
+        max_new_tokens,
+        Sampling(temperature, top_k, top_p, seed),
+        tuple(stop or ()),
+        turns="" if chat else None,
+        system=system,
+        shows=not out.json,
+        shows_prompts=not out.quiet,
+    )
+    out.result(_spoken(request, out), text="")
 
 
-def _pieces(words: Tokenizer, prompt: list[int], tokens: Iterator[int], found: list[int]) -> Iterator[str]:
-    """The text that each token adds; a token that ends inside a character waits for the next one."""
-    shown = words.decode(prompt)
-    for token in tokens:
-        found.append(token)
-        whole = words.decode([*prompt, *found])
-        if not whole.endswith("\ufffd"):
-            yield whole[len(shown) :]
-            shown = whole
-    rest = words.decode([*prompt, *found])[len(shown) :]
-    if rest:
-        yield rest
+def _spoken(request: Request, out: Output) -> dict[str, Any]:
+    """What `speak` gives on the ranks that are started here; a chat's input is passed on to the first of them."""
+    from workbench.cli._speech import forward_lines, speak
+    from workbench.parallel.launch import rank_environment, run_on_ranks
+
+    if request.turns is None or request.tp == 1 or rank_environment() is not None:
+        return run_on_ranks(speak, request, nproc=request.tp)
+    with tempfile.TemporaryDirectory(prefix="wb-chat-") as folder:
+        pipe = os.path.join(folder, "turns")
+        os.mkfifo(pipe)  # started ranks have no input of their own
+        threading.Thread(target=forward_lines, args=(sys.stdin, pipe), daemon=True).start()
+        return run_on_ranks(speak, replace(request, turns=pipe), nproc=request.tp)
 
 
-def _device(name: str) -> torch.device:
-    import torch
+def _read_prompts(path: Path) -> list[str]:
+    """The prompts of a file; DataError when there are none, or a line of JSON has no text under "prompt"."""
+    from workbench.errors import DataError
 
-    from workbench.errors import ConfigError
-
-    if name not in ("auto", "cpu", "cuda"):
-        raise ConfigError(f"--device {name!r} is not known; use one of auto, cpu, cuda")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device cuda: there is no CUDA device on this machine; use cpu")
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return torch.device(name)
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").split("\n") if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read as text: {error}") from error
+    if not lines:
+        raise DataError(f"{path}: holds no prompts; give one a line")
+    if path.suffix != ".jsonl":
+        return lines
+    try:
+        return [str(json.loads(line)["prompt"]) for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{path}: not {{"prompt": ...}} on every line ({type(error).__name__}: {error})') from error
 
 
 COMMAND = Command(
@@ -98,5 +118,6 @@ COMMAND = Command(
     panel="Models",
     order=60,
     example='wb generate runs/tiny --prompt "def main():"\n'
-    'wb generate models/gpt2 --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95',
+    'wb generate models/gpt2 --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95\n'
+    "wb generate runs/chat --chat --tp 2",
 )

@@ -11,6 +11,8 @@ from workbench.cli._training import (
     Outcome,
     Terminal,
     Voice,
+    best_text,
+    ended_text,
     find_ranks,
     outcome_of,
     plan_facts,
@@ -113,8 +115,10 @@ def _summary(outcome: Outcome, config: PretrainConfig) -> str:
     scores = {name: value for name, value in outcome["metrics"].items() if not name.endswith("/tokens")}
     speak = f"wb generate {config.run.dir} --prompt '...'    " if config.data.objective == "causal" else ""
     lines = [
-        f"done       step {outcome['step']}, {count_text(outcome['tokens'])} tokens in {time_text(outcome['seconds'])}",
+        f"done       step {outcome['step']}{ended_text(outcome)}, {count_text(outcome['tokens'])} tokens in "
+        f"{time_text(outcome['seconds'])}",
         *skipped_text(outcome),
+        *best_text(outcome),
         *(f"{name:<22} {_number(value)}" for name, value in scores.items()),
         f"checkpoint {outcome['checkpoint']}",
         f"next       {speak}wb export {config.run.dir} DST",

@@ -10,7 +10,7 @@ import typer
 from workbench.cli.common import Command, Output, count_text
 
 DEFAULT_ROOT = Path("runs")
-COLUMNS = ("name", "status", "step", "tokens", "loss", "valid/loss", "tokens_per_second")
+COLUMNS = ("name", "status", "step", "tokens", "loss", "valid/loss", "best_step", "tokens_per_second")
 
 
 def runs(

@@ -49,6 +49,15 @@ class KeyValueCache:
         self._entries[layer] = (k_BTKd[:, kept], v_BTKd[:, kept])
         return k_BTKd, v_BTKd
 
+    def keep(self, rows: list[int]) -> None:
+        """Forgets all but these rows of the batch."""
+        self._entries = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self._entries.items()}
+
+
+def last_documents(batch: LocalBatch, keys_BS: torch.Tensor) -> torch.Tensor | None:
+    """The documents of as many tokens of each row, from its end, as there are keys."""
+    return None if batch.documents is None else batch.documents[:, -keys_BS.shape[1] :]
+
 
 class Attention(nn.Module):
     """softmax(scores) v, each token attending to those of its document that it may see (scoring.py)."""
@@ -113,7 +122,8 @@ class Attention(nn.Module):
     ) -> torch.Tensor:
         """What each head sees, [B, T, H, d]."""
         if cache is not None:
-            return attend(q_BTHd, *cache.extend(self.layer, k_BTKd, v_BTKd, self.scoring.window), scoring=self.scoring)
+            k_BTKd, v_BTKd = cache.extend(self.layer, k_BTKd, v_BTKd, self.scoring.window)
+            return attend(q_BTHd, k_BTKd, v_BTKd, last_documents(batch, k_BTKd), scoring=self.scoring)
         if self.core is not None:
             if batch.documents is not None:
                 raise LayoutError(

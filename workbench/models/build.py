@@ -76,6 +76,7 @@ def _equip(stage: DecoderStage, options: StageOptions, mesh: Mesh) -> Gemm:
     executor = open_executor(options, mesh, stage.compute_dtype)
     gemm = head = executor.head()
     stage.loss_chunk_tokens, stage.region = options.loss_chunk_tokens, executor.region
+    stage.label_smoothing, stage.embedding_noise = options.label_smoothing, options.embedding_noise
     for layer in stage.modules():
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear | DuplicatedLinear):
             layer.gemm = gemm = executor.linear(*layer.weight.shape)

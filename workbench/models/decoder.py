@@ -20,6 +20,7 @@ from workbench.models.cross import CrossAttention, RelativeBias
 from workbench.models.latent_attention import LatentAttention
 from workbench.models.mlp import MLP
 from workbench.models.moe import SparseMLP
+from workbench.models.noise import add_noise, drop_hidden
 from workbench.models.norm import build_norm
 from workbench.models.pooling import label_losses, pooled, speaker
 from workbench.models.recompute import recomputed
@@ -143,6 +144,7 @@ class DecoderStage(nn.Module):
         specs = {spec.path: spec for spec in stage_specs(model, layout, stage)}
         self.model, self.mesh, self.compute_dtype = model, mesh, compute_dtype
         self.loss_chunk_tokens = 0
+        self.label_smoothing = self.embedding_noise = 0.0
         self.region: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.virtual = tuple(virtual_stage(layout.placement, layout.pp, stage, chunk) for chunk in range(layout.vpp))
         self.num_virtual = layout.num_virtual
@@ -290,6 +292,7 @@ class DecoderStage(nn.Module):
         x_BTD = self.embed_tokens(batch.input_ids, self.compute_dtype)
         if self.model.scale_embeddings:
             x_BTD = x_BTD * self.embed_scale
+        x_BTD = add_noise(x_BTD, self.embedding_noise, batch, site)
         if self.model.position_embedding == "learned":
             x_BTD = x_BTD + self.embed_positions(batch.hidden_positions, self.compute_dtype)
         if self.model.type_vocab_size:
@@ -298,6 +301,10 @@ class DecoderStage(nn.Module):
         if self.model.embed_norm:
             x_BTD = self.embed_norm(x_BTD)
         return drop_hidden(x_BTD, self.model.embed_dropout, batch, site)
+
+    @property
+    def _smoothing(self) -> float:
+        return self.label_smoothing if self.training else 0.0
 
     def _ropes(self, batch: LocalBatch) -> tuple[Positions, Positions]:
         """The rotations of layers that see all tokens, and of those that slide."""
@@ -321,14 +328,24 @@ class DecoderStage(nn.Module):
             return gather_copies(logits_BTV, self.mesh.tp, dim=-1)[..., : self.model.vocab_size]
         assert batch.labels is not None
         losses_N = vocab_parallel_cross_entropy(
-            logits_BTV.flatten(0, 1), batch.labels.flatten(), self.mesh.tp, vocab_size=self.model.vocab_size
+            logits_BTV.flatten(0, 1),
+            batch.labels.flatten(),
+            self.mesh.tp,
+            vocab_size=self.model.vocab_size,
+            smoothing=self._smoothing,
         )
         return losses_N.sum() if output == "loss" else losses_N.view(batch.labels.shape)
 
     def _chunked_losses(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         assert batch.labels is not None
         x_ND = whole_input(x_BTD, self.mesh).flatten(0, 1)
-        how = Chunking(self.mesh.tp, self.model.vocab_size, self.loss_chunk_tokens, self.model.final_logit_softcapping)
+        how = Chunking(
+            self.mesh.tp,
+            self.model.vocab_size,
+            self.loss_chunk_tokens,
+            self.model.final_logit_softcapping,
+            self._smoothing,
+        )
         arguments = (x_ND, self._head_weight, self.lm_head.bias, batch.labels.flatten(), how)
         if output == "loss":
             return chunked_loss(*arguments)
@@ -361,7 +378,7 @@ class DecoderStage(nn.Module):
         if output == "logits":
             return sum_over(logits_BN.masked_fill(~is_here_B.unsqueeze(-1), 0.0), self.mesh.cp)
         assert labels_B is not None
-        losses_B = label_losses(logits_BN, labels_B.masked_fill(~is_here_B, IGNORE))
+        losses_B = label_losses(logits_BN, labels_B.masked_fill(~is_here_B, IGNORE), self._smoothing)
         return losses_B.sum() if output == "loss" else sum_over(losses_B, self.mesh.cp)
 
     def _judge_tokens(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output, length: int) -> torch.Tensor:
@@ -371,17 +388,9 @@ class DecoderStage(nn.Module):
         if output == "logits":
             return gather_context(logits_BTN, self.mesh.cp)[:, :length]
         assert batch.labels is not None
-        losses_BT = label_losses(logits_BTN, batch.labels)
+        losses_BT = label_losses(logits_BTN, batch.labels, self._smoothing)
         return losses_BT.sum() if output == "loss" else gather_context(losses_BT, self.mesh.cp)[:, :length]
 
     def _all_tokens(self, x_BTD: torch.Tensor) -> torch.Tensor:
         """The states of all tokens of this context rank, on which all tensor ranks go on to compute the same."""
         return gather_copies(x_BTD, self.mesh.tp) if self.mesh.layout.sequence_parallel else x_BTD
-
-
-def drop_hidden(x_BTD: torch.Tensor, probability: float, batch: LocalBatch, *site: str) -> torch.Tensor:
-    """Dropout on the hidden states of this rank's tokens; the same elements fall at every layout."""
-    if not probability or batch.dropout is None:
-        return x_BTD
-    coordinates = (batch.hidden_tokens, torch.arange(x_BTD.shape[-1], device=x_BTD.device))
-    return dropout(x_BTD, probability, batch.dropout.rows(*site), coordinates)

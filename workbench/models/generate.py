@@ -1,11 +1,11 @@
-"""Text from a model on one process: a stage filled from any tensor source, and sampling with a key/value cache.
+"""Text from a model: a stage filled from any tensor source, and sampling with a key/value cache, many rows at once.
 
-Legend: B batch, T tokens, V vocabulary.
+Legend: B batch, T tokens, S tokens with those in the cache, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,7 @@ from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage, Output
 from workbench.models.rope import rope_changes
 from workbench.models.state import load
+from workbench.parallel.hashing import hash_text
 from workbench.parallel.mesh import Mesh
 from workbench.spec.model import ModelConfig
 
@@ -47,11 +48,11 @@ def load_model(
     model: ModelConfig,
     source: TensorSource,
     *,
+    mesh: Mesh | None = None,
     dtype: torch.dtype = torch.float32,
-    device: torch.device | None = None,
 ) -> DecoderStage:
-    """The whole model in one process, filled from `source`, ready to be evaluated."""
-    built = build_stage(model, Mesh.single(device), dtype=dtype)
+    """The whole model, filled from `source`, ready to be evaluated: in one process, or cut over the tensor axis."""
+    built = build_stage(model, mesh or Mesh.single(), dtype=dtype)
     load(built.parameters, source)
     return built.module.eval().requires_grad_(False)
 
@@ -76,12 +77,39 @@ def generate(
     sampling: Sampling | None = None,
     stop: Collection[int] = (),
 ) -> Iterator[int]:
-    """The tokens that follow `prompt`, one by one, up to and without the first of `stop`.
+    """The tokens that follow `prompt`, one by one, up to and without the first of `stop`."""
+    steps = generate_batch(stage, [prompt], max_new_tokens=max_new_tokens, sampling=sampling, stop=stop)
+    return (token for step in steps for token in step.values())
 
-    Raises ConfigError when prompt and new tokens are more than the model has positions for, or the prompt is empty.
+
+def generate_batch(
+    stage: DecoderStage,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling | None = None,
+    stop: Collection[int] = (),
+    ends: Callable[[int], bool] = lambda row: False,
+) -> Iterator[dict[int, int]]:
+    """The next token of each prompt that still goes on, by its row, a step at a time.
+
+    A row ends before the first of `stop`, or when `ends(row)` says so after its token was taken. What a row says does
+    not depend on the others: its draws have a seed of their own. Collective over the tensor axis, whose ranks choose
+    alike. Raises ConfigError for an empty prompt, or more tokens than the model has positions for.
     """
-    sampling = sampling or Sampling()
-    model = stage.model
+    _require_speech(stage.model)
+    for prompt in prompts:
+        _require_fits(stage.model, prompt, max_new_tokens)
+    if stage.model.attention_mask != "causal" and len(set(map(len, prompts))) > 1:
+        raise ConversionError(
+            f"this model's attention_mask={stage.model.attention_mask!r} goes by the place in a row, which is another "
+            "beside a longer prompt; give prompts of one length, or one at a time"
+        )
+    return _generate(stage, prompts, max_new_tokens, sampling or Sampling(), frozenset(stop), ends)
+
+
+def _require_speech(model: ModelConfig) -> None:
+    """ConversionError for a model that cannot go on with a text."""
     if model.num_labels:
         raise ConversionError(f"this model has a head of num_labels={model.num_labels} and no vocabulary to speak with")
     if model.num_encoder_layers:
@@ -90,6 +118,9 @@ def generate(
         raise ConversionError(
             "this model sees the tokens after each as well (causal=false) and cannot go on with a text"
         )
+
+
+def _require_fits(model: ModelConfig, prompt: Sequence[int], max_new_tokens: int) -> None:
     if not prompt:
         raise ConfigError("the prompt has no tokens; give at least one")
     if outside := [token for token in prompt if not 0 <= token < model.vocab_size]:
@@ -99,28 +130,66 @@ def generate(
             f"{len(prompt)} tokens of prompt and {max_new_tokens} new ones are more than the {model.max_length} of the "
             f"model (max_position_embeddings={model.max_position_embeddings}); shorten one of them"
         )
-    return _generate(stage, list(prompt), max_new_tokens, sampling, frozenset(stop))
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A prompt and what follows it, behind `padding` tokens that make all rows end together."""
+
+    number: int
+    padding: int
+    tokens: list[int]
+    generator: torch.Generator
 
 
 def _generate(
-    stage: DecoderStage, prompt: list[int], max_new_tokens: int, sampling: Sampling, stop: frozenset[int]
-) -> Iterator[int]:
-    device = stage.mesh.device
-    generator = torch.Generator().manual_seed(sampling.seed)
+    stage: DecoderStage,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop: frozenset[int],
+    ends: Callable[[int], bool],
+) -> Iterator[dict[int, int]]:
+    widest = max(map(len, prompts))
+    rows = [
+        _Row(number, widest - len(prompt), list(prompt), _generator(sampling.seed, number))
+        for number, prompt in enumerate(prompts)
+    ]
     cache = KeyValueCache()
-    tokens, pending = list(prompt), prompt
     for _ in range(max_new_tokens):
-        if cache.length and rope_changes(stage.model, cache.length, len(tokens)):
-            cache, pending = KeyValueCache(), tokens
+        if cache.length and any(rope_changes(stage.model, len(row.tokens) - 1, len(row.tokens)) for row in rows):
+            cache = KeyValueCache()
         with torch.inference_mode():
-            batch = Batch(torch.tensor([pending], device=device))
-            logits_V = stage(None, batch, "logits", cache)[0, -1]
-            token = choose(logits_V, sampling, generator)
-        if token in stop:
+            logits_BV = stage(None, _batch(rows, cache.length, stage.mesh.device), "logits", cache)[:, -1]
+            chosen = [choose(logits_V, sampling, row.generator) for logits_V, row in zip(logits_BV, rows, strict=True)]
+        going = [(row, token) for row, token in zip(rows, chosen, strict=True) if token not in stop]
+        for row, token in going:
+            row.tokens.append(token)
+        yield {row.number: token for row, token in going}
+        left = [row for row, _ in going if not ends(row.number)]
+        if not left:
             return
-        yield token
-        tokens.append(token)
-        pending = [token]
+        if len(left) < len(rows):
+            cache.keep([at for at, row in enumerate(rows) if row in left])
+        rows = left
+
+
+def _generator(seed: int, row: int) -> torch.Generator:
+    return torch.Generator().manual_seed(hash_text(f"{seed}/{row}") % 2**63)
+
+
+def _batch(rows: Sequence[_Row], cached: int, device: torch.device) -> Batch:
+    """The tokens that the cache does not have yet; rows with padding see none of it."""
+
+    def tensor(values: list[list[int]]) -> torch.Tensor:
+        return torch.tensor(values, device=device)
+
+    ids_BT = tensor([([0] * row.padding + row.tokens)[cached:] for row in rows])
+    if not any(row.padding for row in rows):
+        return Batch(ids_BT)
+    padding_B1 = tensor([[row.padding] for row in rows])
+    places_BS = torch.arange(cached + ids_BT.shape[1], device=device) - padding_B1
+    return Batch(ids_BT, positions=places_BS[:, cached:].clamp(min=0), documents=places_BS.clamp(min=-1, max=0))
 
 
 def choose(logits_V: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from workbench.models.attend import WeightDropout, attend
-from workbench.models.attention import KeyValueCache, Positions
+from workbench.models.attention import KeyValueCache, Positions, last_documents
 from workbench.models.batch import LocalBatch
 from workbench.models.context import attend_in_context, attend_to_row
 from workbench.models.norm import RMSNorm
@@ -94,8 +94,10 @@ class LatentAttention(nn.Module):
     ) -> torch.Tensor:
         """What each head sees, [B, T, H, d]. Communicates over cp."""
         if cache is not None:
-            seen = cache.extend(self.layer, kv_BTC, k_rope_BTd, self.scoring.window)
-            return attend(q_BTHd, *self._expand(*seen), scoring=self.scoring)
+            kv_BTC, k_rope_BTd = cache.extend(self.layer, kv_BTC, k_rope_BTd, self.scoring.window)
+            return attend(
+                q_BTHd, *self._expand(kv_BTC, k_rope_BTd), last_documents(batch, kv_BTC), scoring=self.scoring
+            )
         dropped = None
         if self.dropout and batch.dropout is not None:
             dropped = WeightDropout(self.dropout, batch.dropout.rows(self.path), self.first_head)

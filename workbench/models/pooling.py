@@ -36,8 +36,9 @@ def speaker(x_BTD: torch.Tensor, batch: LocalBatch, *, first: bool) -> tuple[tor
     return x_BTD[rows_B, speaks_BT.int().argmax(dim=-1)], speaks_BT.any(dim=-1)
 
 
-def label_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The loss of each label [...], in fp32 or wider, given logits [..., N]; 0 where it is IGNORE."""
+def label_losses(logits: torch.Tensor, labels: torch.Tensor, smoothing: float) -> torch.Tensor:
+    """The loss of each label [...], in fp32 or wider, given logits [..., N]; 0 where it is IGNORE. smoothing: the share
+    of each label that is spread over all."""
     wide = logits.to(accumulation_dtype(logits.dtype)).flatten(0, -2)
-    losses = F.cross_entropy(wide, labels.flatten(), reduction="none", ignore_index=IGNORE)
+    losses = F.cross_entropy(wide, labels.flatten(), reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
     return losses.view(labels.shape)

@@ -24,27 +24,30 @@ from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 @dataclass(frozen=True)
 class Chunking:
-    """How a head's loss is computed: over which axis its vocabulary is cut, its true size, tokens at a time, and what
-    its logits are capped at."""
+    """How a head's loss is computed: over which axis its vocabulary is cut, its true size, tokens at a time, what its
+    logits are capped at, and the share of each label that is spread over the vocabulary."""
 
     axis: Axis
     vocab_size: int
     tokens: int
     softcap: float | None = None
+    smoothing: float = 0.0
 
     def softmax(
         self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
     ) -> tuple[VocabParallelSoftmax, torch.Tensor]:
         """The losses of a chunk, and its logits."""
         logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
-        return VocabParallelSoftmax(logits_CV, labels_C, self.axis, self.vocab_size), logits_CV
+        return VocabParallelSoftmax(logits_CV, labels_C, self.axis, self.vocab_size, self.smoothing), logits_CV
 
     def losses(
         self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
     ) -> torch.Tensor:
         """The losses of a chunk [C], through which autograd finds its way back."""
         logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
-        return vocab_parallel_cross_entropy(logits_CV, labels_C, self.axis, vocab_size=self.vocab_size)
+        return vocab_parallel_cross_entropy(
+            logits_CV, labels_C, self.axis, vocab_size=self.vocab_size, smoothing=self.smoothing
+        )
 
 
 def chunked_loss(
@@ -104,7 +107,7 @@ class _ChunkedLoss(torch.autograd.Function):
             softmax, logits_CV = how.softmax(hidden_CD, weight, bias, labels_N[rows])
             total += softmax.losses_N.sum()
             ones_C = torch.ones_like(softmax.losses_N)
-            grad_CV = VocabParallelSoftmax.gradient(softmax.tensors, ones_C)
+            grad_CV = VocabParallelSoftmax.gradient(softmax.tensors, ones_C, softmax.smoothed)
             grad_CV = through_soft_cap(grad_CV, logits_CV, how.softcap).to(weight.dtype)
             if grad_ND is not None:
                 torch.mm(grad_CV, weight, out=grad_ND[rows])

@@ -39,3 +39,8 @@ def dropout(
     """
     keep = (hash_grid(rows, coordinates) & (_RESOLUTION - 1)) >= int(probability * _RESOLUTION)
     return x * (keep.to(x.dtype) / (1.0 - probability))
+
+
+def uniform_noise(rows: torch.Tensor, coordinates: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Draws from [-1, 1) in float32, one for each point of the grid that `dropout` takes."""
+    return (hash_grid(rows, coordinates) & (_RESOLUTION - 1)).float() * (2 / _RESOLUTION) - 1

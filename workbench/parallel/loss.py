@@ -6,6 +6,7 @@ Legend: N tokens, V vocabulary (local, padded).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,10 +16,24 @@ from workbench.parallel.mesh import Axis
 IGNORE = -100
 
 
-class VocabParallelSoftmax:
-    """Losses of tokens [N], and how to get the gradient of their logits. Communicates the maxima, then the sums."""
+@dataclass(frozen=True, slots=True)
+class Smoothed:
+    """What a label lost to the whole vocabulary: `share`, of which `each` of this rank's `columns` got so much."""
 
-    def __init__(self, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int) -> None:
+    share: float
+    each: float
+    columns: int
+
+
+class VocabParallelSoftmax:
+    """Losses of tokens [N], and how to get the gradient of their logits. Communicates the maxima, then the sums.
+
+    smoothing: this share of each label is spread evenly over the whole vocabulary (arXiv:1512.00567, sec. 7).
+    """
+
+    def __init__(
+        self, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int, smoothing: float = 0.0
+    ) -> None:
         rows = logits_NV.shape[-1]
         first = rows * axis.rank
         valid = max(0, min(rows, vocab_size - first))
@@ -31,42 +46,52 @@ class VocabParallelSoftmax:
         mine_N = counted_N & (local_N >= 0) & (local_N < valid)
         target_N = local_N.clamp(0, rows - 1).unsqueeze(-1)
         chosen_N = exp_NV.gather(-1, target_N).squeeze(-1).masked_fill(~mine_N, 0.0)
+        if smoothing:
+            chosen_N = (1 - smoothing) * chosen_N + smoothing / vocab_size * exp_NV[:, :valid].sum(dim=-1)
         exp_NV.exp_()
         sums_2N = axis.all_reduce(torch.stack((exp_NV.sum(dim=-1), chosen_N)))
         self.losses_N = (sums_2N[0].log() - sums_2N[1]).masked_fill(~counted_N, 0.0)
         self.tensors = (exp_NV, sums_2N[0], target_N, mine_N, counted_N)
+        self.smoothed = Smoothed(smoothing, smoothing / vocab_size, valid)
 
     @staticmethod
-    def gradient(tensors: Sequence[torch.Tensor], scale_N: torch.Tensor) -> torch.Tensor:
+    def gradient(tensors: Sequence[torch.Tensor], scale_N: torch.Tensor, smoothed: Smoothed) -> torch.Tensor:
         """The gradient of sum(scale * losses) with respect to the logits [N, V]; overwrites the first of `tensors`."""
         exp_NV, sum_N, target_N, mine_N, counted_N = tensors
         scale_N = scale_N.masked_fill(~counted_N, 0.0)
         grad_NV = exp_NV.mul_((scale_N / sum_N).unsqueeze(-1))
-        return grad_NV.scatter_add_(-1, target_N, (-scale_N).masked_fill(~mine_N, 0.0).unsqueeze(-1))
+        if smoothed.share:
+            grad_NV[:, : smoothed.columns] -= (smoothed.each * scale_N).unsqueeze(-1)
+        chosen_N = ((smoothed.share - 1) * scale_N).masked_fill(~mine_N, 0.0)
+        return grad_NV.scatter_add_(-1, target_N, chosen_N.unsqueeze(-1))
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int) -> torch.Tensor:
-        softmax = VocabParallelSoftmax(logits_NV, labels_N, axis, vocab_size)
+    def forward(
+        ctx: Any, logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, vocab_size: int, smoothing: float
+    ) -> torch.Tensor:
+        softmax = VocabParallelSoftmax(logits_NV, labels_N, axis, vocab_size, smoothing)
         ctx.save_for_backward(*softmax.tensors)
-        ctx.dtype = logits_NV.dtype
+        ctx.dtype, ctx.smoothed = logits_NV.dtype, softmax.smoothed
         return softmax.losses_N
 
     @staticmethod
-    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor, None, None, None]:
-        return VocabParallelSoftmax.gradient(ctx.saved_tensors, grad_N).to(ctx.dtype), None, None, None
+    def backward(ctx: Any, grad_N: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        grad_NV = VocabParallelSoftmax.gradient(ctx.saved_tensors, grad_N, ctx.smoothed)
+        return grad_NV.to(ctx.dtype), None, None, None, None
 
 
 def vocab_parallel_cross_entropy(
-    logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, *, vocab_size: int
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, axis: Axis, *, vocab_size: int, smoothing: float = 0.0
 ) -> torch.Tensor:
     """Loss of each token [N], in fp32 or wider, 0 where the label is IGNORE; equal on all ranks of `axis`.
 
     `logits_NV` are this rank's columns; those at and past `vocab_size` of the whole vocabulary are padding and count
-    for nothing. Communicates the maxima, then the sums, over the axis.
+    for nothing. `smoothing`: the share of each label that is spread over the vocabulary. Communicates the maxima, then
+    the sums, over the axis.
     """
-    return _VocabParallelCrossEntropy.apply(logits_NV, labels_N, axis, vocab_size)
+    return _VocabParallelCrossEntropy.apply(logits_NV, labels_N, axis, vocab_size, smoothing)
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -27,7 +27,8 @@ class StageOptions:
     gradients in `BuiltStage.gemm.waiting`. backend: who executes linear layers, norms and attention. linear: the format
     of the products in the layers' linear layers. recompute: what backward computes again; offload: whether what it
     keeps waits in the host's memory. loss_chunk_tokens: tokens whose logits exist at once; 0: all. grad_reduce: in
-    which replicas sum gradients.
+    which replicas sum gradients. label_smoothing: the share of each label that is spread over all while training.
+    embedding_noise: NEFTune's alpha, how much noise embeddings get while training.
     """
 
     compile_blocks: bool = False
@@ -38,6 +39,8 @@ class StageOptions:
     offload: bool = False
     loss_chunk_tokens: int = 0
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
+    label_smoothing: float = 0.0
+    embedding_noise: float = 0.0
 
     @property
     def te_recipe(self) -> str | None:
