@@ -45,7 +45,9 @@ class Chunking:
     ) -> torch.Tensor:
         """The losses of a chunk [C], through which autograd finds its way back."""
         logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
-        return vocab_parallel_cross_entropy(logits_CV, labels_C, self.axis, vocab_size=self.vocab_size)
+        return vocab_parallel_cross_entropy(
+            logits_CV, labels_C, self.axis, vocab_size=self.vocab_size, smoothing=self.smoothing
+        )
 
 
 def chunked_loss(
