@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 
@@ -28,20 +28,41 @@ Read = Callable[[LogicalTensor, Box], np.ndarray]
 """Rows of a logical tensor, in storage dtype: a box that spans all but the first dimension."""
 
 
-def reader_name(format: str, folder: Path) -> str:
-    """Who reads the tensors of a folder, in words."""
-    return "an independent reader" if _has_independent(format, folder) else f"the reader of {format} folders"
+class Reader(Protocol):
+    """The READER of a module of `converters/independent/`: made of a folder and of the source that its format opens."""
+
+    def __init__(self, folder: Path, source: TensorSource) -> None: ...
+
+    @staticmethod
+    def reads(folder: Path, *, own: bool) -> bool:
+        """Whether it reads this folder. own: it was written here just now, so that nothing in it need be feared."""
+        ...
+
+    def read(self, tensor: LogicalTensor, rows: slice) -> np.ndarray:
+        """These rows of a logical tensor, in storage dtype (all of a scalar)."""
+        ...
 
 
-def _has_independent(format: str, folder: Path) -> bool:
-    return format in module_names(_PACKAGE) and next(folder.glob("*.safetensors"), None) is not None
+def reader_name(format: str, folder: Path, *, own: bool) -> str:
+    """Who reads the tensors of a folder, in words. own: as of `Reader.reads`."""
+    return (
+        f"the reader of {format} folders" if _independent(format, folder, own=own) is None else "an independent reader"
+    )
 
 
-def _reader(format: str, folder: Path, source: TensorSource) -> Read:
+def _independent(format: str, folder: Path, *, own: bool) -> type[Reader] | None:
+    if format not in module_names(_PACKAGE):
+        return None
+    found: type[Reader] = load(_PACKAGE, format, "READER")
+    return found if found.reads(folder, own=own) else None
+
+
+def _reader(format: str, folder: Path, source: TensorSource, *, own: bool) -> Read:
     """Reads tensors of a folder, which its format opens as `source`."""
-    if not _has_independent(format, folder):
+    found = _independent(format, folder, own=own)
+    if found is None:
         return lambda tensor, box: source.read(tensor.name, box)
-    files = load(_PACKAGE, format, "READER")(folder, source)
+    files = found(folder, source)
     return lambda tensor, box: files.read(tensor, box.slices[0] if box.size else slice(0, 1))
 
 
@@ -57,8 +78,8 @@ def check_whole(
         written = destination.reopen()
     except CheckpointError as error:
         raise VerificationError(f"what was written cannot be read back: {error}") from error
-    ours = None if opened.edits else _reader(opened.format, opened.path, opened.source)
-    theirs = _reader(format, partial_folder(destination.path), written)
+    ours = None if opened.edits else _reader(opened.format, opened.path, opened.source, own=False)
+    theirs = _reader(format, partial_folder(destination.path), written, own=True)
     for name, tensor in destination.schema.items():
         total = PartialFingerprint()
         for box in slabs(Box.whole(tensor.shape), ITEM_BYTES[tensor.dtype]):

@@ -63,8 +63,8 @@ class Job:
         """Who reads each side for full verification, once the destination is there."""
         from converters.full import reader_name
 
-        here = "the edits" if self.opened.edits else reader_name(self.opened.format, self.opened.path)
-        return {"source": here, "destination": reader_name(self.format, self.destination.path)}
+        here = "the edits" if self.opened.edits else reader_name(self.opened.format, self.opened.path, own=False)
+        return {"source": here, "destination": reader_name(self.format, self.destination.path, own=True)}
 
     def run(self, *, verify: Verify = "crc", resume: bool = False, progress: Progress = no_progress) -> dict[str, str]:
         """Writes and commits the destination; the fingerprints of what it holds."""

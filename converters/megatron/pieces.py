@@ -77,21 +77,21 @@ class PieceSource:
 
     def __init__(self, schema: Mapping[str, LogicalTensor], rules: Mapping[str, Rule], found: Foreign) -> None:
         self.schema: Mapping[str, LogicalTensor] = schema
-        self._rules = rules
+        self.rules = rules
         self._tensors = {name: _Pieces(found[name]) for name in {rule.foreign for rule in rules.values()}}
         self._files: dict[Path, RangedFile] = {}
         self._lock = threading.Lock()
 
     def chunks(self, name: str) -> tuple[Box, ...]:
         """The logical boxes of the pieces in which the tensor lies."""
-        rule = self._rules[name]
+        rule = self.rules[name]
         hull = _hull(origins(rule.view, Box.whole(self.schema[name].shape)))
         near = self._tensors[rule.foreign].meeting(hull)
         return tuple(box for piece in near for box in images(rule.view, piece.box))
 
     def read(self, name: str, box: Box) -> np.ndarray:
         """The elements of `box` in storage dtype."""
-        rule = self._rules[name]
+        rule = self.rules[name]
         return pull(rule.view, box, lambda part: self._fetch(self._tensors[rule.foreign], part))
 
     def close(self) -> None:

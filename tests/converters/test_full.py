@@ -68,16 +68,24 @@ def planned(source: Path, path: Path, target: str = "native", **options: object)
     )
 
 
-@pytest.mark.parametrize("target", ["native", "huggingface"])
+@pytest.mark.parametrize("target", ["native", "huggingface", "dcp", "torchtitan"])
 @pytest.mark.parametrize("dtype", [None, "F32", "F16"])
 def test_what_was_written_passes_cast_or_not(target: str, dtype: str | None, tmp_path: Path) -> None:
-    random_native(tmp_path / "a", layout=ParallelLayout(tp=2, pp=2), optimizer=target == "native")
+    random_native(tmp_path / "a", layout=ParallelLayout(tp=2, pp=2), optimizer=target != "huggingface")
     job = planned(tmp_path / "a", tmp_path / "b", target, dtype=dtype)
     job.run(verify="full")
     assert job.readers() == {"source": "an independent reader", "destination": "an independent reader"}
 
 
-@pytest.mark.parametrize("target", ["native", "huggingface"])
+def test_pytorchs_reader_of_dcp_folders_unpickles_none_that_came_from_elsewhere(tmp_path: Path) -> None:
+    random_native(tmp_path / "a")
+    planned(tmp_path / "a", tmp_path / "b", "dcp").run(verify="full")
+    job = planned(tmp_path / "b", tmp_path / "c")
+    job.run(verify="full")
+    assert job.readers() == {"source": "the reader of dcp folders", "destination": "an independent reader"}
+
+
+@pytest.mark.parametrize("target", ["native", "huggingface", "dcp"])
 def test_a_copier_that_errs_is_found_although_it_read_back_what_it_wrote(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

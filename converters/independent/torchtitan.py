@@ -1,0 +1,5 @@
+"""Tensors of a folder for torchtitan: as of all that torch.distributed.checkpoint reads."""
+
+from converters.independent.dcp import DcpFiles
+
+READER = DcpFiles
