@@ -1,6 +1,6 @@
 """What every benchmark shares: its flags, the machine it ran on, and claims that are measured against a bar.
 
-A benchmark is a script with one `run(quick) -> list[Claim]` and `main(run)` at its end. It prints a table, or with
+A benchmark is a script with one `run(quick, ...) -> list[Claim]` and `main(run)` at its end. It prints a table, or with
 --json one object: versions, machine and claims. It exits with 4 when a claim misses its bar.
 """
 
@@ -13,9 +13,10 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -93,15 +94,22 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(run: Callable[[bool], list[Claim]], *, description: str = "") -> None:
-    """Parses --quick and --json, runs the benchmark, prints its claims, and exits with 0 or 4."""
+def main(
+    run: Callable[..., list[Claim]], *, description: str = "", flags: Mapping[str, str] = MappingProxyType({})
+) -> None:
+    """Parses --quick, --json and `flags` (name -> help), runs the benchmark, prints its claims, exits with 0 or 4.
+
+    `run` gets `quick`, and each flag by its name.
+    """
     parser = argparse.ArgumentParser(description=description or None)
     parser.add_argument("--quick", action="store_true", help="smaller and fewer: whether it runs, not how fast")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    for name, told in flags.items():
+        parser.add_argument(f"--{name}", action="store_true", help=told)
     asked = parser.parse_args()
     started = time.perf_counter()
     with quiet_stdout():
-        claims = run(asked.quick)
+        claims = run(asked.quick, **{name: getattr(asked, name) for name in flags})
     found = environment()
     if asked.json:
         report = {

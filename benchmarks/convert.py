@@ -1,26 +1,30 @@
-"""Conversions against copying, at several sizes, weights only and with Adam: `cp`, memcpy, DCP, transformers and `wb`.
+"""Conversions against copying, at several sizes, warm and cold, weights only and with Adam, and against other programs.
 
-python benchmarks/convert.py [--quick] [--json]
+python benchmarks/convert.py [--quick] [--large] [--json]
 
-Whole processes, Python's start included, in turn (A B A B), on a memory file system with warm sources; 0.5 and 2 GB,
-or 0.13 GB with --quick. The roofline is the faster of `cp -r` and a memcpy of the same bytes in this process. `wb`
-verifies checksums on both sides; none of the others does.
+Whole processes, Python's start included, in turn (A B A B): `cp -r`, torch DCP's and megatron-core's load and save,
+transformers' load and save_pretrained, and `wb`, at 0.5 and 2 GB; with --large 8 GB too; 0.13 GB with --quick. Sources
+are warm and in memory where that has room for them, else on the disk; cold ones are on the disk, evicted before each
+run, and what is written is synced. `wb` verifies checksums on both sides; none of the others does. How long a plan of
+10^6 pieces takes is for benchmarks/plan.py to say.
 """
 
 from __future__ import annotations
 
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from reshard import DCP, MEMORY_FOLDER, Patterned, copied, median, process, timed
+from _race import Contender, evict, race, ratio
+from reshard import DCP, MEMORY_FOLDER, Patterned
+from xxhash import xxh3_64
 
-from _common import Claim, claim, main, median_ratio, say
+from _common import Claim, claim, main, say, seconds_of
 from tests.helpers.checkpoints import MOMENTS, checkpoint_schema, write_native
 from workbench.checkpoint.manifest import TrainingState
 from workbench.spec.dtypes import ITEM_BYTES
@@ -29,12 +33,28 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 BUDGET_BYTES = 300 << 20
+ROOM = 3.2  # source, what was exported of it and what is being written
+WB = str(Path(sys.executable).parent / "wb")
+COPY_AND_SYNC = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
 TRANSFORMERS = """
-import sys, torch
+import sys
 from transformers import AutoModelForCausalLM
 AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype="auto").save_pretrained(sys.argv[2])
 """
-WB = str(Path(sys.executable).parent / "wb")
+MEGATRON = """
+import os, sys, torch
+sys.path.insert(0, sys.argv[4])
+from tests.helpers.megatron import gpt_model, single_rank
+from workbench.spec.model import ModelConfig
+if __name__ == "__main__":
+    with single_rank():
+        from megatron.core import dist_checkpointing
+        gpt = gpt_model(ModelConfig.model_validate_json(sys.argv[3]), torch.bfloat16)
+        state = dist_checkpointing.load({"model": gpt.sharded_state_dict()}, sys.argv[1])
+        gpt.load_state_dict(state["model"])
+        os.mkdir(sys.argv[2])
+        dist_checkpointing.save({"model": gpt.sharded_state_dict()}, sys.argv[2])
+"""
 
 
 class WithMoments(Patterned):
@@ -60,118 +80,172 @@ def model_of(gigabytes: float) -> ModelConfig:
     return ModelConfig.model_validate(sizes | {"num_key_value_heads": 8, "num_hidden_layers": layers})
 
 
-def run(quick: bool) -> list[Claim]:
+def run(quick: bool, large: bool = False) -> list[Claim]:
     """Every comparison at every size."""
-    claims: list[Claim] = []
-    for gigabytes, moments in ((0.13, False),) if quick else ((0.5, False), (0.5, True), (2.0, False)):
-        with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER) as folder:
-            claims += compare(Path(folder), model_of(gigabytes), moments=moments, barred=not quick)
-    return claims
+    cases = [(0.13, False)] if quick else [(0.5, False), (0.5, True), (2.0, False)]
+    cases += [(2.0, True), (8.0, False)] if large else []
+    return [one for gigabytes, moments in cases for one in Case(gigabytes, moments=moments, barred=not quick).claims()]
 
 
-def compare(folder: Path, model: ModelConfig, *, moments: bool, barred: bool) -> list[Claim]:
-    """All programs at one size."""
-    weights = WithMoments(model) if moments else Patterned(model)
-    num_bytes = sum(t.numel * ITEM_BYTES[t.dtype] for t in weights.schema.values())
-    title = f"{num_bytes / 1e9:.2f} GB{' with Adam' if moments else ''}"
-    say(f"{title}: making the source")
-    state = TrainingState(step=1) if moments else None
-    source = write_native(folder / "source", weights, model, ParallelLayout(tp=2, pp=2), training=state)
-    claims = reshard(folder, source, title, num_bytes, barred=barred)
-    if not moments:
-        claims += hugging_face(folder, source, title, barred=barred)
-        claims += dcp(folder, weights, title, barred=barred)
-    return [*claims, *lazy(folder, source, title)]
+class Case:
+    """One size. barred: whether its claims have bars; a quick run is mostly Python's start."""
+
+    def __init__(self, gigabytes: float, *, moments: bool, barred: bool) -> None:
+        self.model, self.moments, self._barred = model_of(gigabytes), moments, barred
+        self.repeat = 3 if gigabytes <= 2 else 1
+        self.weights = (WithMoments if moments else Patterned)(self.model)
+        self.num_bytes = sum(t.numel * ITEM_BYTES[t.dtype] for t in self.weights.schema.values())
+        self.in_memory = ROOM * self.num_bytes < _available_bytes()
+        place = "" if self.in_memory else ", disk"
+        self.title = f"{self.num_bytes / 1e9:.2f} GB{' with Adam' if moments else ''}{place}"
+
+    def bar(self, value: float) -> float | None:
+        """A bar, if this case has any."""
+        return value if self._barred else None
+
+    def claims(self) -> list[Claim]:
+        """All programs, each group in a folder of its own."""
+        groups = [self.reshard, self.lazy]
+        if not self.moments:
+            groups += [self.hugging_face, self.dcp]
+            groups += [self.megatron] if self.num_bytes < 1e9 and find_spec("megatron.core") else []
+        found: list[Claim] = []
+        with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER if self.in_memory else None) as folder:
+            source = self.made(Path(folder))
+            for group in groups:
+                found += group(Path(folder), source)
+        with tempfile.TemporaryDirectory() as folder:
+            return found + self.cold(Path(folder), self.made(Path(folder)))
+
+    def made(self, folder: Path) -> Path:
+        """The source: a native checkpoint at tp=2 pp=2."""
+        say(f"{self.title}: making the source in {folder}")
+        state = TrainingState(step=1) if self.moments else None
+        return write_native(folder / "source", self.weights, self.model, ParallelLayout(tp=2, pp=2), training=state)
+
+    def reshard(self, folder: Path, source: Path) -> list[Claim]:
+        """Another layout, against copying; what checksums cost."""
+        ours = wb("wb reshard", folder, "reshard", source, "--tp", 4, "--pp", 1)
+        unread = wb("wb reshard --verify none", folder, "reshard", source, "--tp", 4, "--pp", 1, "--verify", "none")
+        copy = cp(folder, source)
+        race([ours, unread, copy], self.repeat)
+        hashing = 200 * hash_seconds(self.num_bytes) / statistics.median(ours.cpu_seconds)
+        reading = 100 * statistics.median(ours.seconds) / statistics.median(unread.seconds) - 100
+        title = self.title
+        return [
+            *(one.claim(title) for one in (copy, unread)),
+            ours.claim(title, budget_bytes=BUDGET_BYTES),
+            claim(f"{title}: memcpy", memcpy_seconds(self.num_bytes), unit="s", note="into fresh memory, one thread"),
+            ratio(title, copy, ours, self.bar(0.85)),
+            claim(f"{title}: inline checksums", hashing, unit="%", at_most=self.bar(10), note="of its CPU time"),
+            claim(f"{title}: reading back", reading, unit="%", note="of --verify none"),
+        ]
+
+    def hugging_face(self, folder: Path, source: Path) -> list[Claim]:
+        """Export and import, against cp and against transformers' load and save."""
+        exported = folder / "exported"
+        subprocess.run([WB, "export", source, exported, "--verify", "crc", "-q"], check=True, capture_output=True)
+        export = wb("wb export", folder, "export", source, "--verify", "crc")
+        import_ = wb("wb import", folder, "import", exported, "--tp", 2, "--verify", "crc")
+        copy, theirs = cp(folder, exported), python("save_pretrained", folder, TRANSFORMERS, exported)
+        race([export, import_, copy, theirs], self.repeat)
+        shutil.rmtree(exported)
+        return [
+            *(one.claim(self.title) for one in (copy, theirs)),
+            *(one.claim(self.title, budget_bytes=BUDGET_BYTES) for one in (export, import_)),
+            *(ratio(self.title, copy, one, self.bar(0.8)) for one in (export, import_)),
+            ratio(self.title, theirs, export),
+        ]
+
+    def dcp(self, folder: Path, source: Path) -> list[Claim]:
+        """torch DCP's load and save of the same tensors."""
+        import torch
+        import torch.distributed.checkpoint as checkpoint
+
+        state = {
+            name: torch.from_numpy(self.weights.read(name, Box.whole(tensor.shape)).view(np.int16)).view(torch.bfloat16)
+            for name, tensor in self.weights.schema.items()
+        }
+        checkpoint.save(state, checkpoint_id=folder / "dcp", no_dist=True)
+        del state
+        ours = wb("wb reshard", folder, "reshard", source, "--tp", 4, "--pp", 1)
+        theirs = python("DCP load + save", folder, DCP, folder / "dcp")
+        race([ours, theirs], self.repeat)
+        shutil.rmtree(folder / "dcp")
+        return [theirs.claim(self.title), ratio(self.title, theirs, ours, self.bar(3))]
+
+    def megatron(self, folder: Path, source: Path) -> list[Claim]:
+        """megatron-core's load and save in one process, without the optimizer."""
+        exported = folder / "megatron"
+        words = [WB, "export", source, exported, "--to", "megatron-dist", "--tp", "1", "--pp", "1", "--verify", "crc"]
+        subprocess.run([*words, "-q"], check=True, capture_output=True)
+        ours = wb("wb reshard", folder, "reshard", source, "--tp", 4, "--pp", 1)
+        import_ = wb("wb import from Megatron", folder, "import", exported, "--tp", 4, "--verify", "crc")
+        root = Path(__file__).parents[1]
+        more = (self.model.model_dump_json(), str(root))
+        theirs = python("megatron-core load + save", folder, MEGATRON, next(exported.glob("*/")), *more)
+        race([ours, import_, theirs], 1)
+        shutil.rmtree(exported)
+        return [
+            theirs.claim(self.title),
+            import_.claim(self.title, budget_bytes=BUDGET_BYTES),
+            ratio(self.title, theirs, ours, self.bar(10)),
+            ratio(self.title, theirs, import_),
+        ]
+
+    def cold(self, folder: Path, source: Path) -> list[Claim]:
+        """Another layout from a disk that must be read, to one that is synced."""
+        ours = wb("wb reshard, cold", folder, "reshard", source, "--tp", 4, "--pp", 1)
+        target = folder / "copy"
+        copy = Contender("cp -r and sync, cold", ["sh", "-c", COPY_AND_SYNC, "sh", str(source), str(target)], target)
+        race([ours, copy], self.repeat, before=lambda: evict(source))
+        return [ours.claim(self.title), copy.claim(self.title), ratio(self.title, copy, ours)]
+
+    def lazy(self, folder: Path, source: Path) -> list[Claim]:
+        """A change of pipeline and of its chunks that copies nothing."""
+        found = []
+        for words in (("--pp", "1"), ("--vpp", "1", "--pp", "1")):
+            command = [WB, "reshard", str(source), str(folder / "lazy"), *words, "--lazy", "-q"]
+            one = Contender(f"--lazy {' '.join(words)}", command, folder / "lazy")
+            race([one], 3)
+            found.append(claim(f"{self.title}: {one.name}", one.median, unit="s", at_most=1.0))
+        return found
 
 
-def wb(*words: object) -> list[str]:
+def wb(name: str, folder: Path, command: str, source: Path, *options: object) -> Contender:
     """A command of ours, within the budget."""
-    return [WB, *map(str, words), "--mem", f"{BUDGET_BYTES}", "-q"]
+    words = [WB, command, str(source), str(folder / "target"), *map(str, options), "--mem", str(BUDGET_BYTES), "-q"]
+    return Contender(name, words, folder / "target")
 
 
-def reshard(folder: Path, source: Path, title: str, num_bytes: int, *, barred: bool) -> list[Claim]:
-    """Another layout with and without checksums, against the roofline."""
-    target, copy = folder / "target", folder / "copy"
-    block, peaks = np.ones(num_bytes, np.uint8), []
-    words = wb("reshard", source, target, "--tp", 4, "--pp", 1)
-    works: list[Callable[[], object]] = [
-        lambda: peaks.append(process(words, target)),
-        lambda: process([*words, "--verify", "none"], target),
-        lambda: copied(source, copy, sync=False),
-        lambda: block.copy(),
-    ]
-    ours, unread, cp, memcpy = timed(works, (target, copy), 5)  # type: ignore[arg-type]
-    roofline = [min(a, b) for a, b in zip(cp, memcpy, strict=True)]
-    note = f"medians: wb {median(ours):.2f}, cp {median(cp):.2f}, memcpy {median(memcpy):.2f} s"
-    return [
-        claim(f"{title}: cp -r / wb reshard", median_ratio(cp, ours), unit="x", at_least=bar(0.85, barred), note=note),
-        claim(f"{title}: roofline / wb reshard", median_ratio(roofline, ours), unit="x"),
-        claim(f"{title}: reading back", median_ratio(ours, unread) * 100 - 100, unit="%", note="of --verify none"),
-        claim(f"{title}: peak memory", max(peaks) / 2**20, unit="MiB", at_most=BUDGET_BYTES / 2**20),
-    ]
+def python(name: str, folder: Path, program: str, source: Path, *more: str) -> Contender:
+    """A program of another library, which loads `source` and saves it."""
+    return Contender(
+        name, [sys.executable, "-c", program, str(source), str(folder / "theirs"), *more], folder / "theirs"
+    )
 
 
-def hugging_face(folder: Path, source: Path, title: str, *, barred: bool) -> list[Claim]:
-    """Export and import, against cp and against transformers' load and save."""
-    exported, target, copy = folder / "exported", folder / "target", folder / "copy"
-    process(wb("export", source, exported, "--verify", "crc"), exported)
-    works: list[Callable[[], object]] = [
-        lambda: process(wb("export", source, target, "--verify", "crc"), target),
-        lambda: process(wb("import", exported, target, "--tp", 2, "--verify", "crc"), target),
-        lambda: copied(exported, copy, sync=False),
-        lambda: process([sys.executable, "-c", TRANSFORMERS, str(exported), str(target)], target),
-    ]
-    export, import_, cp, theirs = timed(works, (target, copy), 3)  # type: ignore[arg-type]
-    shutil.rmtree(exported)
-    note = f"medians {median(export):.2f}, {median(import_):.2f}, cp {median(cp):.2f}, {median(theirs):.2f} s"
-    return [
-        claim(f"{title}: cp -r / wb export", median_ratio(cp, export), unit="x", at_least=bar(0.8, barred), note=note),
-        claim(f"{title}: cp -r / wb import", median_ratio(cp, import_), unit="x", at_least=bar(0.8, barred)),
-        claim(f"{title}: save_pretrained / wb export", median_ratio(theirs, export), unit="x"),
-    ]
+def cp(folder: Path, source: Path) -> Contender:
+    """A plain copy."""
+    return Contender("cp -r", ["cp", "-r", str(source), str(folder / "copy")], folder / "copy")
 
 
-def dcp(folder: Path, weights: Patterned, title: str, *, barred: bool) -> list[Claim]:
-    """torch DCP's load and save of the same tensors, in a process of its own."""
-    import torch
-    import torch.distributed.checkpoint as checkpoint
-
-    source, target, mine = folder / "dcp", folder / "dcp-target", folder / "target"
-    state = {
-        name: torch.from_numpy(weights.read(name, Box.whole(tensor.shape)).view(np.int16)).view(torch.bfloat16)
-        for name, tensor in weights.schema.items()
-    }
-    checkpoint.save(state, checkpoint_id=source, no_dist=True)
-    del state
-    works: list[Callable[[], object]] = [
-        lambda: process(wb("reshard", folder / "source", mine, "--tp", 4, "--pp", 1), mine),
-        lambda: process([sys.executable, "-c", DCP, str(source), str(target)], target),
-    ]
-    ours, theirs = timed(works, (target, mine), 3)  # type: ignore[arg-type]
-    shutil.rmtree(source)
-    ratio = median_ratio(theirs, ours)
-    note = f"median {median(theirs):.2f} s"
-    return [claim(f"{title}: DCP load + save / wb reshard", ratio, unit="x", at_least=bar(3, barred), note=note)]
+def memcpy_seconds(num_bytes: int) -> float:
+    """How long this process takes to copy so many bytes in memory."""
+    block = np.ones(min(num_bytes, 1 << 29), np.uint8)
+    return statistics.median(seconds_of(block.copy, repeat=3)) * num_bytes / block.nbytes
 
 
-def lazy(folder: Path, source: Path, title: str) -> list[Claim]:
-    """A change of pipeline and of its chunks that copies nothing."""
-    claims = []
-    for words in (("--pp", "1"), ("--vpp", "1", "--pp", "1")):
-        started = time.perf_counter()
-        subprocess.run(
-            [WB, "reshard", source, folder / "lazy", *words, "--lazy", "-q"], check=True, capture_output=True
-        )
-        seconds = time.perf_counter() - started
-        shutil.rmtree(folder / "lazy")
-        claims.append(claim(f"{title}: --lazy {' '.join(words)}", seconds, unit="s", at_most=1.0))
-    return claims
+def hash_seconds(num_bytes: int) -> float:
+    """How long a checksum of so many bytes takes, in blocks that are in the cache."""
+    block, hasher = np.ones(256 << 10, np.uint8).data, xxh3_64()
+    return statistics.median(seconds_of(lambda: hasher.update(block), repeat=99)) * num_bytes / block.nbytes
 
 
-def bar(value: float, barred: bool) -> float | None:
-    """The bar, unless the run is a quick one, which is mostly Python's start."""
-    return value if barred else None
+def _available_bytes() -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
 
 
 if __name__ == "__main__":
-    main(run, description=__doc__)
+    main(run, description=__doc__, flags={"large": "8 GB too, and 2 GB of weights with Adam"})

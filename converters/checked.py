@@ -60,6 +60,10 @@ class _CheckedDestination:
     def sweep(self, name: str) -> int:
         return self._inner.sweep(name)
 
+    @property
+    def in_order(self) -> bool:
+        return self._inner.in_order
+
     def begin(self, *, resume: bool = False) -> None:
         self._inner.begin(resume=resume)
 

@@ -117,6 +117,11 @@ class Destination(Protocol):
         """The dimension along which slabs of the tensor should arrive (that which varies slowest in the files)."""
         ...
 
+    @property
+    def in_order(self) -> bool:
+        """Whether `write` wants each of `boxes(name)` from its start on; else their parts may come in any order."""
+        ...
+
     def begin(self, *, resume: bool = False) -> None:
         """Makes the unfinished folder next to `path`, or with `resume` takes over the one that a dead process has left.
 
@@ -127,8 +132,9 @@ class Destination(Protocol):
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         """Stores a box that lies inside one of `boxes(name)`.
 
-        For each box of `boxes(name)` the calls come in order along `sweep(name)` and span its other dimensions, from
-        one thread at a time; different boxes may be written from different threads. `array` is only lent.
+        The calls for a box of `boxes(name)` span its dimensions other than `sweep(name)`. With `in_order` they come in
+        order along that one, from one thread at a time; otherwise different threads may have parts of it, each in
+        order. Different boxes may be written from different threads. `array` is only lent.
         """
         ...
 

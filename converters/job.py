@@ -118,7 +118,14 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
         adapter=opened.adapter,
     )
     destination = target.destination(request)
-    plan = make_plan(source, destination, drops=cut, workers=options.workers, budget_bytes=options.budget_bytes)
+    plan = make_plan(
+        source,
+        destination,
+        drops=cut,
+        workers=options.workers,
+        budget_bytes=options.budget_bytes,
+        source_in_order=opened.check is not None,
+    )
     if not options.lazy:
         require_space(path, sum(plan.files.values()))
     return Job(opened, source, destination, plan, target.name, dropped)

@@ -35,7 +35,7 @@ _START_SECONDS: Final = 0.3
 class Sweep:
     """A run of slabs for one worker: positions `start` to `stop` of dimension `dim`, `step` at a time.
 
-    It is the unit of work: each piece of the destination lies in one sweep.
+    It is the unit of work: each piece of a side that wants order lies in one sweep.
     """
 
     name: str
@@ -111,8 +111,11 @@ def make_plan(
     drops: Collection[str] = (),
     workers: int = 2,
     budget_bytes: int = DEFAULT_BUDGET_BYTES,
+    source_in_order: bool = True,
 ) -> Plan:
     """The plan of copying `source` into `destination`; ConversionError lists what would be lost, or stored twice.
+
+    source_in_order: whether the source should be read piece by piece from the start of each, for it has checksums.
 
     What it decides for a tensor is decided once for all that lie alike: models of 10^6 pieces have few kinds of them.
     """
@@ -130,7 +133,8 @@ def make_plan(
         key = (tensor.shape, tensor.dtype, dim, here, there)
         cut = cuts.get(key)
         if cut is None:
-            cut = cuts[key] = _cut(tensor, dim, here, there, slab_bytes)
+            whole = (*(here if source_in_order else ()), *(there if destination.in_order else ()))
+            cut = cuts[key] = _cut(tensor, dim, _faults(tensor, here, there), whole, slab_bytes)
         faults += [f"{name}: {fault}" for fault in cut.faults]
         sweeps += [Sweep(name, dim, start, stop, cut.step, (stop - start) * cut.row_bytes) for start, stop in cut.spans]
     if faults:
@@ -189,17 +193,22 @@ class _Cut:
         return min(self.step, max(stop - start for start, stop in self.spans)) * self.row_bytes
 
 
-def _cut(tensor: LogicalTensor, dim: int, here: Sequence[Box], there: Sequence[Box], slab_bytes: int) -> _Cut:
-    """Cuts a tensor where no piece on either side straddles the cut: then each piece has one worker."""
+def _faults(tensor: LogicalTensor, here: Sequence[Box], there: Sequence[Box]) -> tuple[str, ...]:
     sides = (("source", here), ("destination", there))
     found = [(side, coverage_fault(tensor.shape, boxes)) for side, boxes in sides]
-    faults = tuple(f"in the {side}, {fault}" for side, fault in found if fault)
+    return tuple(f"in the {side}, {fault}" for side, fault in found if fault)
+
+
+def _cut(tensor: LogicalTensor, dim: int, faults: tuple[str, ...], whole: Sequence[Box], slab_bytes: int) -> _Cut:
+    """Cuts a tensor where none of the boxes `whole` straddles the cut: then each of them has one worker."""
     if not tensor.shape or faults:
         return _Cut(((0, 1),), 1, tensor_bytes(tensor), faults)
     length = tensor.shape[dim]
     row_bytes = tensor_bytes(tensor) // max(1, length)
+    rows = max(1, _SPLIT_BYTES // max(1, row_bytes))
+    parts = {(box.offset[dim], box.end[dim]) for box in whole} or {(at, at + rows) for at in range(0, length, rows)}
     cuts, reach = [0], 0
-    for start, end in sorted({(box.offset[dim], box.end[dim]) for box in (*here, *there)}):
+    for start, end in sorted(parts):
         if start >= reach and (start - cuts[-1]) * row_bytes >= _SPLIT_BYTES:
             cuts.append(start)
         reach = max(reach, end)

@@ -134,6 +134,11 @@ class FolderDestination:
         """The first dimension. Files are filled at any place, so the order is the one that suits the source."""
         return 0
 
+    @property
+    def in_order(self) -> bool:
+        """Whether files carry checksums: these are made of bytes that pass in order."""
+        return any(content.checksums for content in self._contents.files.values())
+
     def begin(self, *, resume: bool = False) -> None:
         """Makes the unfinished folder with files of full size. ConfigError when it exists or is being written."""
         self._claim = claim(self.path, resume=resume)
@@ -151,8 +156,11 @@ class FolderDestination:
                     rule.view, origin, lambda wanted: array[wanted.relative_to(box).slices]
                 ):
                     self._scatter(pieces, part, values)
+        digest = _digest(array)
+        if self._request.read_back:  # at once, while it is in the cache
+            self._compare(name, box, digest)
         with self._mutex:
-            self._written[name].append((box, _digest(array)))
+            self._written[name].append((box, digest))
 
     def _scatter(self, pieces: Iterable[WrittenPiece], part: Box, values: np.ndarray) -> None:
         for piece, common in _meeting(pieces, part):
@@ -163,19 +171,21 @@ class FolderDestination:
                 self._flusher.written(writer, array.nbytes)
 
     def check(self, progress: Progress) -> None:
-        """Reads back every box from all of its places and compares it with what `write` was given."""
+        """Compares every box, in all of its places, with what `write` was given, unless `write` has done so."""
 
         def compare(written: tuple[str, Box, str], stop: threading.Event) -> None:
             name, box, digest = written
-            if not stop.is_set() and not self._holds(name, box, digest):
-                raise VerificationError(
-                    f"{self._partial}: {name!r} at {list(box.offset)} reads back other than written"
-                )
+            if not (self._request.read_back or stop.is_set()):
+                self._compare(name, box, digest)
             progress(box.numel * ITEM_BYTES[self.schema[name].dtype])
 
         self._finish()
         written = ((name, box, digest) for name, boxes in self._written.items() for box, digest in boxes)
         in_threads(written, compare, _WORKERS)
+
+    def _compare(self, name: str, box: Box, digest: str) -> None:
+        if not self._holds(name, box, digest):
+            raise VerificationError(f"{self._partial}: {name!r} at {list(box.offset)} reads back other than written")
 
     def receipt(self, name: str, part: Box) -> list[Any]:
         """The boxes that were written in `part`, with their digests."""

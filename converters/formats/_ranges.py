@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.safetensors_io import FileEntry, RangedFile
 from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box
@@ -26,7 +27,7 @@ class TensorReader:
         file, entry = self._entries[name]
         dtype = np.dtype(NUMPY_NAMES[entry.dtype])
         if (first := first_element(entry.shape, box)) is not None:
-            array = np.empty(box.size, dtype)
+            array = aligned_empty(box.size, dtype)
             self._files[file].read_into(array, entry.start + first * dtype.itemsize)
             return array
         mapped = np.memmap(self._folder / file, dtype, "r", entry.start, entry.shape)

@@ -101,6 +101,10 @@ class NativeDestination:
     def sweep(self, name: str) -> int:
         return 0
 
+    @property
+    def in_order(self) -> bool:
+        return True
+
     def begin(self, *, resume: bool = False) -> None:
         """Makes the `.partial` folder and its files; ConfigError when the path exists or is being written."""
         self._lock = claim(self.path, resume=resume)

@@ -156,6 +156,10 @@ class PeftDestination:
     def sweep(self, name: str) -> int:
         return 0
 
+    @property
+    def in_order(self) -> bool:
+        return True
+
     def begin(self, *, resume: bool = False) -> None:
         """Makes the unfinished folder. What has been written elsewhere is never there: all is written at the end."""
         self._claim = claim(self.path)

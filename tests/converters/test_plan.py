@@ -43,7 +43,8 @@ class Cut(MemorySource):
 class Sink:
     """A destination in memory that checks the order in which its boxes are filled."""
 
-    def __init__(self, tensor: LogicalTensor, boxes: tuple[Box, ...], dim: int = 0) -> None:
+    def __init__(self, tensor: LogicalTensor, boxes: tuple[Box, ...], dim: int = 0, *, in_order: bool = True) -> None:
+        self.in_order = in_order
         self.schema = {tensor.name: tensor}
         self.files = {"x": 1}
         self.pieces, self.dim = boxes, dim
@@ -60,7 +61,7 @@ class Sink:
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         piece = next(piece for piece in self.pieces if piece.contains(box))
         if box.size:
-            assert box.offset[self.dim] == self.filled[piece], "slabs of a piece come in order"
+            assert not self.in_order or box.offset[self.dim] == self.filled[piece], "slabs of a piece come in order"
             self.filled[piece] = box.end[self.dim]
             others = [d for d in range(len(box.size)) if d != self.dim]
             assert all(box.size[d] == piece.size[d] for d in others), "slabs span the other dimensions"
@@ -77,11 +78,12 @@ def test_a_plan_copies_each_element_once_between_any_two_partitions(data, slab_b
     tensor = LogicalTensor("x", shape, "F32")
     array = random_arrays({"x": tensor})["x"]
     source = Cut(tensor, array, data.draw(partitions(shape)))
-    sink = Sink(tensor, data.draw(partitions(shape)), data.draw(st.integers(0, max(0, len(shape) - 1))))
+    dim = data.draw(st.integers(0, max(0, len(shape) - 1)))
+    sink = Sink(tensor, data.draw(partitions(shape)), dim, in_order=data.draw(st.booleans()))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("converters.plan._SLAB_BYTES", slab_bytes)
         patch.setattr("converters.plan._SPLIT_BYTES", 0)
-        plan = make_plan(source, sink)
+        plan = make_plan(source, sink, source_in_order=data.draw(st.booleans()))
         assert plan.num_pieces == len(sink.pieces)
         assert coverage_fault(shape, [slab for sweep in plan.sweeps for slab in sweep.slabs(shape)]) is None
         found = run_plan(plan, source, sink, fingerprint=["x"])
@@ -146,6 +148,17 @@ def test_a_large_tensor_is_shared_out_only_where_no_piece_is_cut():
     source.boxes = tuple(Box((at, 0), (2048, 4096)) for at in (0, 2048))
     plan = make_plan(source, sink)
     assert sorted((sweep.start, sweep.stop) for sweep in plan.sweeps) == [(0, 2048), (2048, 4096)]
+
+
+@pytest.mark.parametrize(
+    ("in_order", "source_in_order", "units"), [(True, False, 4), (False, True, 2), (False, False, 8)]
+)
+def test_a_side_that_wants_no_order_lets_workers_share_its_pieces(in_order, source_in_order, units):
+    source, sink = pair((4096, 8192))
+    sink.in_order = in_order
+    sink.pieces = tuple(Box((at, 0), (1024, 8192)) for at in range(0, 4096, 1024))
+    source.boxes = tuple(Box((at, 0), (2048, 8192)) for at in (0, 2048))
+    assert len(make_plan(source, sink, source_in_order=source_in_order).sweeps) == units
 
 
 def test_the_cost_of_a_plan_grows_with_its_pieces_and_no_faster():

@@ -36,7 +36,7 @@ from workbench.spec.schema import OPTIMIZER_PREFIX
 JOURNAL: Final = "journal.jsonl"
 """What an interrupted conversion had done; it is never part of a checkpoint."""
 FILE_METADATA: Final = {"format": "pt"}
-_BLOCK_BYTES: Final = 1 << 20  # hashed, written and read back while still in the cache
+_BLOCK_BYTES: Final = 256 << 10  # hashed, written and read back while still in the cache
 
 
 def rank_tag(tp_rank: int, stage: int, dp_rank: int | None = None) -> str:

@@ -39,8 +39,8 @@ FILES = {
 RULES = {"x": (Rule("x", "padded", (Slice(0, 0, 6, 8),)), Rule("x", "head"))}
 
 
-def destination(path: Path, **changes: object) -> FolderDestination:
-    request = WriteRequest(path, {"x": LogicalTensor("x", (6, 4), "F32")}, tiny_model())
+def destination(path: Path, *, read_back: bool = True, **changes: object) -> FolderDestination:
+    request = WriteRequest(path, {"x": LogicalTensor("x", (6, 4), "F32")}, tiny_model(), read_back=read_back)
     contents = FolderContents(**{"files": FILES, "tensors": TENSORS, "rules": RULES, **changes})  # type: ignore[arg-type]
     return FolderDestination(request, contents, lambda partial: pytest.fail(f"{partial} is not to be opened"))
 
@@ -72,8 +72,10 @@ def test_a_logical_box_goes_to_every_place_where_it_lies(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(("file", "byte"), [("rank0/x.bin", 16), ("rank1/x.bin", 50), ("head", 0), ("head", 191)])
-def test_a_byte_that_changes_in_any_copy_is_found(tmp_path: Path, file: str, byte: int) -> None:
-    target = destination(tmp_path / "out")
+def test_without_reading_back_at_once_a_byte_that_changes_in_any_copy_is_found_by_the_check(
+    tmp_path: Path, file: str, byte: int
+) -> None:
+    target = destination(tmp_path / "out", read_back=False)
     fill(target)
     with (tmp_path / "out.partial" / file).open("r+b") as damaged:
         damaged.seek(byte)
@@ -82,6 +84,16 @@ def test_a_byte_that_changes_in_any_copy_is_found(tmp_path: Path, file: str, byt
         target.check(no_progress)
     target.abort()
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("place", [16, 0])  # of rank0/x.bin; of head
+def test_a_disk_that_stores_something_else_is_found_by_the_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: int
+) -> None:
+    pwrite = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, at: pwrite(fd, bytes(len(data)) if at == place else data, at))
+    with pytest.raises(VerificationError, match=r"out.partial: 'x' at \[0, 0\] reads back other than written"):
+        fill(destination(tmp_path / "out"))
 
 
 def test_two_writers_of_one_destination_do_not_disturb_each_other(tmp_path: Path) -> None:
