@@ -122,8 +122,9 @@ def rank_state(
     for expert in (False, True) if modules.grid.ep > 1 else (False,):
         state: dict[int, dict[str, StoredTensor]] = {}
         groups, masters = [], []
+        trained = modules.trained(rank, experts=expert)
         for decayed in modules.decay_groups(experts=expert):
-            here = [p for p in modules.trained(rank, experts=expert) if decays(p) == decayed]
+            here = [parameter for parameter in trained if decays(parameter) == decayed]
             numbers = range(len(state), len(state) + len(here))
             for number, parameter in zip(numbers, here, strict=True):
                 state[number] = {kind: new_tensor("F32", parameter.shape) for kind in MOMENTS}
