@@ -122,8 +122,9 @@ def rank_state(
     for expert in (False, True) if modules.grid.ep > 1 else (False,):
         state: dict[int, dict[str, StoredTensor]] = {}
         groups, masters = [], []
+        trained = modules.trained(rank, experts=expert)
         for decayed in modules.decay_groups(experts=expert):
-            here = [p for p in modules.trained(rank, experts=expert) if decays(p) == decayed]
+            here = [parameter for parameter in trained if decays(parameter) == decayed]
             numbers = range(len(state), len(state) + len(here))
             for number, parameter in zip(numbers, here, strict=True):
                 state[number] = {kind: new_tensor("F32", parameter.shape) for kind in MOMENTS}
@@ -139,12 +140,19 @@ def _settings(training: TrainingState) -> dict[str, Any]:
     """The rates of the optimizer; ConversionError names those that are not known."""
     settings = {"lr": training.scheduler.get("lr")}
     settings |= {name: training.optimizer.get(name) for name in ("betas", "eps", "weight_decay")}
-    if lacking := [name for name, value in settings.items() if value is None]:
+    if lacking := [name for name, value in settings.items() if not _is_known(value, 2 if name == "betas" else 0)]:
         raise ConversionError(
             f"the checkpoint does not say {', '.join(lacking)} of its optimizer, with which Megatron would go on; "
             "save it again with this version, or leave the optimizer out (--optimizer drop)"
         )
     return settings
+
+
+def _is_known(value: Any, count: int) -> bool:
+    """Whether this is a number, or as many of them."""
+    if count:
+        return isinstance(value, (list, tuple)) and len(value) == count and all(_is_known(one, 0) for one in value)
+    return type(value) in (int, float)
 
 
 def _group(training: TrainingState, *, expert: bool, decayed: bool) -> dict[str, Any]:
@@ -157,7 +165,7 @@ def _group(training: TrainingState, *, expert: bool, decayed: bool) -> dict[str,
         "lr_mult": 1.0,
         "is_decoupled_lr": False,
         "max_lr": settings["lr"],
-        "min_lr": training.scheduler.get("min_lr", 0.0),
+        "min_lr": training.scheduler.get("min_lr") or 0.0,
         **settings,
         "betas": tuple(settings["betas"]),
         "weight_decay": settings["weight_decay"] * multiple,
@@ -169,18 +177,19 @@ def _group(training: TrainingState, *, expert: bool, decayed: bool) -> dict[str,
 def schedule(training: TrainingState) -> dict[str, Any]:
     """The state of Megatron's OptimizerParamScheduler, which counts samples; nothing where the curve has no end."""
     scheduler, settings = training.scheduler, _settings(training)
-    theirs = {ours: name for name, ours in SCHEDULES.items()}.get(scheduler.get("schedule", ""))
-    if theirs is None or not scheduler.get("horizon") or not training.step:
+    theirs = {ours: name for name, ours in SCHEDULES.items()}.get(str(scheduler.get("schedule")))
+    horizon, warmup = scheduler.get("horizon"), scheduler.get("warmup", 0)
+    if theirs is None or type(horizon) is not int or type(warmup) is not int or not training.step:
         return {}
     batch = training.samples // training.step
     return {
         "opt_param_scheduler": {
             "max_lr": settings["lr"],
-            "min_lr": scheduler.get("min_lr", 0.0),
-            "lr_warmup_steps": scheduler.get("warmup", 0) * batch,
+            "min_lr": scheduler.get("min_lr") or 0.0,
+            "lr_warmup_steps": warmup * batch,
             "num_steps": training.samples,
             "lr_decay_style": theirs,
-            "lr_decay_steps": scheduler["horizon"] * batch,
+            "lr_decay_steps": horizon * batch,
             "start_wd": settings["weight_decay"],
             "end_wd": settings["weight_decay"],
             "wd_incr_style": "constant",

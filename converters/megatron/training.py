@@ -29,6 +29,7 @@ DROPPED: Final = {
     "ft_state": "times of Megatron's own watchdog",
 }
 """What else Megatron saves of a run, and why it is left out."""
+_LARGEST: Final = 1 << 62  # larger numbers are damage
 _PLAIN: Final = {"wd_mult": (0.0, 1.0), "lr_mult": (1.0,), "is_decoupled_lr": (False,)}
 
 
@@ -77,13 +78,13 @@ def _schedule(arguments: Mapping[str, Any], scheduler: Mapping[str, Any]) -> dic
     batch = arguments.get("global_batch_size")
     if not scheduler or not isinstance(batch, int) or batch < 1:
         return {}
-    style = scheduler.get("lr_decay_style")
+    style = str(scheduler.get("lr_decay_style"))
     return {
-        "schedule": SCHEDULES.get(str(style), style),
-        "horizon": scheduler.get("lr_decay_steps", 0) // batch,
-        "warmup": scheduler.get("lr_warmup_steps", 0) // batch,
-        "lr": scheduler.get("max_lr"),
-        "min_lr": scheduler.get("min_lr"),
+        "schedule": SCHEDULES.get(style, style),
+        "horizon": int(_number(scheduler.get("lr_decay_steps")) or 0) // batch,
+        "warmup": int(_number(scheduler.get("lr_warmup_steps")) or 0) // batch,
+        "lr": _number(scheduler.get("max_lr")),
+        "min_lr": _number(scheduler.get("min_lr")),
     }
 
 
@@ -92,10 +93,10 @@ def _optimizer(scheduler: Mapping[str, Any], groups: list[dict[str, Any]], step:
     updates = next((group["step"] for group in groups if group.get("step") is not None), step)
     return {
         "name": "adamw",
-        "step": int(updates),
-        "betas": list(decayed.get("betas", ())),
-        "eps": decayed.get("eps"),
-        "weight_decay": scheduler.get("end_wd", decayed.get("weight_decay")),
+        "step": int(_number(updates) or 0),
+        "betas": [_number(beta) for beta in decayed.get("betas", ())],
+        "eps": _number(decayed.get("eps")),
+        "weight_decay": _number(scheduler.get("end_wd", decayed.get("weight_decay"))),
     }
 
 
@@ -137,6 +138,14 @@ def _holding(key: str, tree: Any) -> Iterator[Mapping[str, Any]]:
 def _scalar(value: Any) -> Any:
     """A number that may have been stored as a tensor of one element."""
     return value.read(Box.whole(value.shape)).item() if isinstance(value, StridedTensor) else value
+
+
+def _number(value: Any) -> int | float | None:
+    """A finite number, if there is any."""
+    value = _scalar(value)
+    if value is not None and (type(value) not in (int, float) or not -_LARGEST < value < _LARGEST):
+        raise TypeError(f"{value!r} where a number should be")
+    return value
 
 
 def left_out(common: Mapping[str, Any], optimizer: Any) -> dict[str, str]:

@@ -7,9 +7,11 @@ import os
 import pickle
 import resource
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -26,7 +28,7 @@ from converters.untrusted.torch_file import MEGATRON, StridedTensor, read_torch
 from tests.converters.formats.test_deepspeed_universal import save_universal
 from tests.converters.formats.test_huggingface import save_as_pickle
 from tests.converters.formats.test_peft import exported
-from tests.helpers.checkpoints import random_native
+from tests.helpers.checkpoints import random_native, tiny_model
 from tests.helpers.fuzz import MUTATIONS, Mutation, mutate
 from tests.helpers.hf_models import save_model
 from tests.helpers.models import gated_model
@@ -160,6 +162,72 @@ def test_ten_thousand_damaged_files_of_a_format_are_read_or_refused(
     folders: Mapping[str, Path], name: str, choice: int, mutations: list[Mutation]
 ) -> None:
     attack(folders[name], choice, mutations, read_everything)
+
+
+# What Megatron saves beside its tensors, with other values.
+
+STATES = ({"param_groups": 3}, {"param_groups": [{}]}, {"state": {}, "param_groups": [{"params": [1]}]})
+VALUES = st.sampled_from(
+    (None, -1, 0, 1, 10**30, float("nan"), "x", b"x", [], [[]], [{}], {}, {"a": 1}, (), True, torch.ones(2), *STATES)
+)
+PLAIN = {"megatron": "*/mp_rank_00/model_optim_rng.pt", "megatron_dist": "*/common.pt"}
+
+
+def places(tree: Any) -> Iterator[tuple[Any, Any]]:
+    """Every container in a tree, and each key in it."""
+    inside = vars(tree) if isinstance(tree, Namespace) else tree
+    keys = list(inside) if isinstance(inside, dict) else range(len(inside)) if isinstance(inside, list) else ()
+    for key in keys:
+        yield inside, key
+        yield from places(inside[key])
+
+
+def attack_plain(folder: Path, pattern: str, choice: int, value: Any) -> None:
+    (path,) = folder.glob(pattern)
+    data = path.read_bytes()
+    state = torch.load(path, weights_only=False)
+    found = list(places(state))
+    inside, key = found[choice % len(found)]
+    inside[key] = value
+    torch.save(state, path)
+    try:
+        with bounds():
+            read_everything(folder)
+            opened = open_checkpoint(folder)
+            for name in ("native", "megatron"):
+                make_job(opened, get_format(name), folder / "never", JobOptions(ParallelLayout()), operation="test")
+    finally:
+        path.write_bytes(data)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("runs")
+    random_native(root / "native", tiny_model(), dtype="F32")
+    for name in PLAIN:
+        opened = open_checkpoint(root / "native")
+        make_job(opened, get_format(name), root / name, JobOptions(ParallelLayout()), operation="export").run()
+    return root
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@given(choice=st.integers(0, 1000), value=VALUES)
+@FEW
+def test_a_run_of_megatron_with_another_value_is_read_or_refused(
+    runs: Path, name: str, choice: int, value: Any
+) -> None:
+    attack_plain(runs / name, PLAIN[name], choice, value)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.timeout(7200)
+@pytest.mark.parametrize("name", PLAIN)
+@given(choice=st.integers(0, 1000), value=VALUES)
+@MANY
+def test_ten_thousand_runs_of_megatron_with_another_value_are_read_or_refused(
+    runs: Path, name: str, choice: int, value: Any
+) -> None:
+    attack_plain(runs / name, PLAIN[name], choice, value)
 
 
 # Single files, as fast as they go.

@@ -266,4 +266,6 @@ class _Parser:
     def training(self, raw: Mapping[str, Any]) -> TrainingState:
         step, samples, tokens = (self._size(raw[name]) for name in ("step", "samples", "tokens"))
         scheduler, optimizer, data = (dict(raw[name]) for name in ("scheduler", "optimizer", "data"))
+        if "step" in optimizer:
+            self._size(optimizer["step"])
         return TrainingState(step, samples, tokens, int(raw["seed"]), scheduler, optimizer, data)

@@ -226,6 +226,9 @@ def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
     stated.write_text(stated.read_text().replace("98", "97"))
     with pytest.raises(CheckpointError, match=r"its weights are at different steps \(97 to 98\)"):
         open_checkpoint(tmp_path / "h")
+    stated.write_text(stated.read_text().replace("97", "{}"))
+    with pytest.raises(CheckpointError, match=r"training.json: .*\{\} is not a size"):
+        open_checkpoint(tmp_path / "h")
     stated.write_text("{}")
     with pytest.raises(CheckpointError, match=r"training.json: is not a training state: KeyError 'step'"):
         open_checkpoint(tmp_path / "h")

@@ -128,7 +128,8 @@ def damaged(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         (damaged("state", {5: {}}), "KeyError: 0"),
         (damaged("state", {0: 7}), "AttributeError"),
         (damaged("param_groups", [3]), "TypeError"),
-        (damaged("param_groups.0.step", "x"), "ValueError"),
+        (damaged("param_groups.0.step", "x"), "'x' where a number should be"),
+        (damaged("param_groups.0.eps", float("nan")), "nan where a number should be"),
     ],
 )
 def test_state_that_is_not_built_as_megatron_builds_it_is_refused(
