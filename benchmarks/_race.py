@@ -55,6 +55,11 @@ class Contender:
             return claim(f"{title}: {self.name}", self.peak_bytes, at_most=budget_bytes, note="bytes of memory")
         return claim(f"{title}: {self.name}", self.median, unit="s", note=peak)
 
+    def rate(self, title: str, num_bytes: int) -> Claim:
+        """Bytes a second of CPU time, the start of the program included: no other program's load enters it."""
+        rate = num_bytes / 1e9 / statistics.median(self.cpu_seconds)
+        return claim(f"{title}: {self.name}, a second of CPU time", rate, unit="GB")
+
 
 def race(
     contenders: Sequence[Contender], repeat: int, *, warmup: int = 1, before: Callable[[], None] = lambda: None

@@ -137,6 +137,7 @@ class Case:
             ours.claim(title, budget_bytes=BUDGET_BYTES),
             claim(f"{title}: memcpy", memcpy_seconds(self.num_bytes), unit="s", note="into fresh memory, one thread"),
             ratio(title, copy, ours, self.bar(0.85)),
+            ours.rate(title, self.num_bytes),
             claim(f"{title}: inline checksums", hashing, unit="%", at_most=self.bar(10), note="of its CPU time"),
             claim(f"{title}: reading back", reading, unit="%", note="of --verify none"),
         ]
@@ -154,6 +155,7 @@ class Case:
             *(one.claim(self.title) for one in (copy, theirs)),
             *(one.claim(self.title, budget_bytes=BUDGET_BYTES) for one in (export, import_)),
             *(ratio(self.title, copy, one, self.bar(0.8)) for one in (export, import_)),
+            *(one.rate(self.title, self.num_bytes) for one in (export, import_)),
             ratio(self.title, theirs, export),
         ]
 

@@ -25,8 +25,9 @@ _SLAB_COPIES: Final = 4  # a slab as read, as cut or joined for the destination,
 _INTERPRETER_BYTES: Final = 96 << 20  # Python, NumPy and this program; measured by benchmarks/reshard.py
 _PIECE_BYTES: Final = 1 << 10  # what is kept of each piece until the end: place, checksum, line of a manifest
 _SPLIT_BYTES: Final = 16 << 20  # tensors are shared out among workers, where the pieces allow it, in parts of this size
-# Measured by benchmarks/convert.py on two cores, checksums and reading back included; more workers wait for the disk.
-_BYTES_PER_SECOND: Final = 6e8
+# Of a worker with a core to itself, checksums and reading back included: benchmarks/convert.py measured 1.1 GB a second
+# of CPU time with fingerprints and up to 1.6 without. More workers than these are taken to wait for the disk.
+_BYTES_PER_SECOND: Final = 1e9
 _FAST_WORKERS: Final = 4
 _START_SECONDS: Final = 0.3
 
