@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pretrain.engine import EngineConfig, Evaluation, Rows, Share, Subject
+from pretrain.engine import Criterion, EngineConfig, Evaluation, Rows, Share, Subject
 from pretrain.objective import NextTokenLoss
 from workbench.models.build import initialise
 from workbench.models.decoder import Output
@@ -69,7 +69,7 @@ def sample(index: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
 class Noise:
     """An objective over random tokens, that remembers which samples it was asked for."""
 
-    loss = None
+    criterion = Criterion()
 
     def __init__(
         self,
