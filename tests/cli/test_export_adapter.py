@@ -95,11 +95,19 @@ def only_a(tensors: dict[str, Any]) -> None:
     ("damage", "cause"),
     [
         (without_prefix, "names must begin with 'base_model.model.'"),
-        (only_a, "down_proj.lora_B.weight', 4 tensors"),
-        ({"target_modules": ["q_proj"]}, "target_modules or modules_to_save in adapter_config.json pass over"),
-        ({"use_rslora": True}, "use_rslora, lora_alpha or alpha_pattern in adapter_config.json scale"),
-        ({"lora_alpha": 3}, "by 1, not 16"),
-        ({"use_dora": True}, "use_dora=true in adapter_config.json, but"),
+        pytest.param(only_a, "down_proj.lora_B.weight', 4 tensors", marks=pytest.mark.exhaustive),
+        pytest.param(
+            {"target_modules": ["q_proj"]},
+            "target_modules or modules_to_save in adapter_config.json pass over",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param(
+            {"use_rslora": True},
+            "use_rslora, lora_alpha or alpha_pattern in adapter_config.json scale",
+            marks=pytest.mark.exhaustive,
+        ),
+        pytest.param({"lora_alpha": 3}, "by 1, not 16", marks=pytest.mark.exhaustive),
+        pytest.param({"use_dora": True}, "use_dora=true in adapter_config.json, but", marks=pytest.mark.exhaustive),
     ],
     ids=["no prefix", "only A", "fewer targets", "other scaling", "other alpha", "no magnitudes"],
 )

@@ -91,8 +91,10 @@ def test_once_inputs_have_their_gradients_only_the_factors_of_weights_are_kept()
         kept.add(found := _Kept(tensor))
         return found
 
+    gc.freeze()  # so that `spy` looks through what is made here, and not through all that the tests have imported
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda found: found.tensor):
         pipeline.train(batches_of(model, 2, 12), ONE)
+    gc.unfreeze()
     assert len(seen) == 2 * (4 * model.num_hidden_layers + 1)
     assert {graph for graph, _ in seen} == {0}
     assert {waiting for _, waiting in seen} == {1}  # each product lets go of its factors
