@@ -237,9 +237,13 @@ class Family:
         return {**unnamed, **self.features}
 
     def left_out(self, model: ModelConfig) -> dict[str, Any]:
-        """Fields of `model` that a configuration of this family does not give back: those that only training reads."""
+        """Fields of `model` that a configuration of this family does not give back: those that only training reads.
+        How initial values were drawn matters to nobody who has the values."""
         again = _flat(self.load_config(self.dump_config(model, "float32")))
-        return {name: value for name, value in _flat(model).items() if again.get(name) != value}
+        found = {name: value for name, value in _flat(model).items() if again.get(name) != value}
+        return {
+            name: value for name, value in found.items() if name not in ("initializer_range", "scale_residual_init")
+        }
 
     def bind(self, model: ModelConfig, rules: tuple[Rule, ...] | None = None) -> dict[str, Rule]:
         """The rule of each logical tensor of `model`, layers filled in; ConversionError for a tensor without one.

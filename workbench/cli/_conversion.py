@@ -240,7 +240,9 @@ def plan_text(job: Job, target: Format) -> str:
         f"{len(plan.files)} files; at most {size_text(plan.peak_bytes)} of memory, about {time_text(plan.seconds)}",
     ]
     lines += [f"edit  {edit}" for edit in opened.edits]
-    lines += [f"drops {', '.join(names)}: {why}" for why, names in reasons(job.dropped).items()]
+    for why, names in reasons(job.dropped).items():
+        more = f" and {len(names) - 2} more kinds" if len(names) > 2 else ""
+        lines.append(f"drops {', '.join(names[:2])}{more}: {why}")
     return "\n".join(lines)
 
 
