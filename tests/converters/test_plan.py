@@ -21,6 +21,7 @@ from tests.helpers.checkpoints import MemorySource, random_arrays
 from tests.helpers.geometry import GeometrySource, geometry_request, large_model
 from workbench.checkpoint.fingerprint import box_fingerprint, fingerprint
 from workbench.errors import ConversionError, ResourceError
+from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 from workbench.spec.layout import ParallelLayout
 
@@ -48,7 +49,7 @@ class Sink:
         self.files = {"x": 1}
         self.pieces, self.dim = boxes, dim
         self.filled = {box: box.offset[dim] if box.offset else 0 for box in boxes}
-        self.array: np.ndarray | None = None
+        self.array = np.zeros(tensor.shape, NUMPY_NAMES[tensor.dtype])
         self.writes = np.zeros(tensor.shape, int)
 
     def boxes(self, name: str) -> tuple[tuple[str, Box], ...]:
@@ -64,8 +65,6 @@ class Sink:
             self.filled[piece] = box.end[self.dim]
             others = [d for d in range(len(box.size)) if d != self.dim]
             assert all(box.size[d] == piece.size[d] for d in others), "slabs span the other dimensions"
-        if self.array is None:
-            self.array = np.zeros(self.writes.shape, array.dtype)
         self.array[box.slices] = array
         self.writes[box.slices] += 1
 
@@ -86,7 +85,7 @@ def test_a_plan_copies_each_element_once_between_any_two_partitions(data, slab_b
         assert coverage_fault(shape, [slab for sweep in plan.sweeps for slab in sweep.slabs(shape)]) is None
         found = run_plan(plan, source, sink, fingerprint=["x"])
     assert (source.reads == 1).all() and (sink.writes == 1).all()
-    assert sink.array is not None and np.array_equal(sink.array, array)
+    assert np.array_equal(sink.array, array)
     assert found == {"x": fingerprint(tensor, [box_fingerprint(tensor, Box.whole(shape), array)])}
 
 
