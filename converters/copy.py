@@ -15,7 +15,7 @@ from converters.full import check_whole
 from converters.journal import Done, Journal, refuse_changes, source_files
 from converters.plan import Plan, Sweep
 from converters.threads import in_threads
-from workbench.checkpoint.buffers import aligned_empty
+from workbench.checkpoint.buffers import aligned_empty, keep_freed_memory
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
 from workbench.checkpoint.writer import partial_folder
@@ -111,6 +111,7 @@ def run_plan(
     sums: dict[str, PartialFingerprint] = {name: PartialFingerprint() for name in fingerprint}
     done = journal.done if journal is not None else {}
     lock = threading.Lock()
+    keep_freed_memory()
     copier = _Copier(plan, source, destination, progress)
 
     def work(numbered: tuple[int, Sweep], stop: threading.Event) -> None:

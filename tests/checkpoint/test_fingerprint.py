@@ -91,11 +91,17 @@ def test_a_transposed_square_a_shape_and_a_dtype_are_told_apart():
     assert whole(square, zeros) != whole(LogicalTensor("x", (8, 8), "F16"), zeros)
 
 
-@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (7,), (40, 9), (11, 1023), (1, 2049), (70, 500)])
+@pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (7,), (40, 9), (11, 1023), (1, 2049), (70, 500), (33, 257)])
 def test_it_equals_the_definition_summed_word_by_word(shape):
     tensor = LogicalTensor("x", shape, "F32")
     array = random_bits(shape, "F32", 3)
     assert box_fingerprint(tensor, Box.whole(shape), array).sums == plain(tensor, array)
+
+
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0), (0,), ()])
+def test_a_tensor_of_no_elements_or_no_dimensions_has_one(shape):
+    tensor = LogicalTensor("x", shape, "F32")
+    assert len(whole(tensor, np.zeros(shape, np.float32))) == 32
 
 
 def test_sums_are_exact_where_every_word_is_the_largest():
@@ -120,5 +126,11 @@ def test_the_definition_does_not_drift():
     assert whole(tensor, array) == "7f1e437c19189537306570d547935021"
 
 
+def test_a_full_block_lets_other_threads_run_meanwhile():
+    """NumPy keeps the interpreter's lock for 500 sums or fewer."""
+    sums = fingerprint_module._STREAMS * fingerprint_module._BLOCK_WORDS // fingerprint_module._WIDTH
+    assert sums > 500
+
+
 def test_no_product_is_large_enough_for_blas_to_wake_its_threads():
-    assert fingerprint_module._SPAN <= fingerprint_module._PRODUCT_WORDS < 9216
+    assert fingerprint_module._WIDTH <= fingerprint_module._PRODUCT_WORDS < 9216

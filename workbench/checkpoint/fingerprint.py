@@ -21,11 +21,13 @@ from workbench.spec.geometry import Box, LogicalTensor
 
 _PRIME: Final = (1 << 31) - 1
 _COLUMN_BLOCK: Final = 1 << 16
-_BLOCK_WORDS: Final = 1 << 16  # turned into float64 at a time: 512 KiB stay in the cache
-_SPAN: Final = 1 << 11  # columns of a product of four rows or more
+_BLOCK_WORDS: Final = 1 << 17
+"""Words turned into float64 at a time: 1 MiB stays in the cache. They are multiplied by one call, which gives more
+than 500 sums for a full block: for fewer, NumPy does not let other threads run meanwhile."""
+_WIDTH: Final = 1 << 8  # columns of a product of a matrix and a vector
 _PRODUCT_WORDS: Final = 1 << 13
-"""Words of one product of a matrix and a vector. OpenBLAS does not share out so few among threads of its own (it begins
-at 9216): these spin for many times the work's length when others want the cores."""
+"""Words of such a product. OpenBLAS does not share out so few among threads of its own (it begins at 9216): these spin
+for many times the work's length when others want the cores."""
 _STREAMS: Final = 3
 _ROW_SEED: Final = 0x1000
 
@@ -48,6 +50,8 @@ class PartialFingerprint:
 
 def box_fingerprint(tensor: LogicalTensor, box: Box, array: np.ndarray) -> PartialFingerprint:
     """The part that the elements of `box`, given in storage dtype, add to the fingerprint of `tensor`."""
+    if not array.size:
+        return PartialFingerprint()
     words, words_per_element = _words(array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1))
     first_column = (box.offset[-1] if box.offset else 0) * words_per_element
     inner = np.zeros((_STREAMS, words.shape[0]), np.uint64)
@@ -61,24 +65,29 @@ def box_fingerprint(tensor: LogicalTensor, box: Box, array: np.ndarray) -> Parti
 def _row_sums(words: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """The sum of each row's words times the weights of its columns, for each stream; below 2**52, so exact.
 
-    One product for three streams would be half as fast: BLAS has fast kernels for vectors, and none for three columns.
+    `weights` has a few columns more than `words`. One product for three streams would be half as fast: BLAS has fast
+    kernels for vectors, and none for three columns.
     """
     rows, count = words.shape
     sums = np.zeros((_STREAMS, rows))
-    block = np.empty(_BLOCK_WORDS)
-    longest = max(_SPAN, _PRODUCT_WORDS // max(1, rows))
-    for column in range(0, count, longest):
-        span = slice(column, min(column + longest, count))
-        width = span.stop - column
-        group = min(_PRODUCT_WORDS // width, rows)
-        step = min(_BLOCK_WORDS // (group * width), -(-rows // group)) * group
-        cast = block[: step * width].reshape(step, width)
+    memory = np.empty(_BLOCK_WORDS)
+    width = min(_WIDTH, count)
+    height = min(_PRODUCT_WORDS // width, rows)
+    most = _BLOCK_WORDS // (height * width)
+    for column in range(0, count, most * width):
+        across = min(most, -(-(count - column) // width))
+        down = min(_BLOCK_WORDS // (height * across * width), -(-rows // height))
+        step, span = down * height, slice(column, column + across * width)
+        block = memory[: step * across * width].reshape(step, across * width)
+        factors = weights[:, span].reshape(_STREAMS, 1, across, width, 1)
         for row in range(0, rows, step):
             taken = words[row : row + step, span]
-            np.copyto(cast[: len(taken)], taken)
-            cast[len(taken) :] = 0
-            products = np.matmul(cast.reshape(-1, group, width), weights[:, None, span, None])
-            sums[:, row : row + step] += products.reshape(_STREAMS, step)[:, : len(taken)]
+            if taken.shape != block.shape:
+                block[:] = 0
+            np.copyto(block[: taken.shape[0], : taken.shape[1]], taken)
+            products = np.matmul(block.reshape(down, height, across, width).swapaxes(1, 2), factors)
+            found = products.sum(axis=2).reshape(_STREAMS, step)
+            sums[:, row : row + step] += found[:, : len(taken)]
     return sums.astype(np.uint64)
 
 
@@ -117,14 +126,14 @@ def _column_blocks(first: int, count: int) -> Iterable[tuple[slice, np.ndarray]]
     while done < count:
         block, inside = divmod(first + done, _COLUMN_BLOCK)
         size = min(count - done, _COLUMN_BLOCK - inside)
-        yield slice(done, done + size), _column_weights(block)[:, inside : inside + size]
+        yield slice(done, done + size), _column_weights(block)[:, inside : inside + size + _WIDTH]
         done += size
 
 
 @lru_cache(maxsize=16)
 def _column_weights(block: int) -> np.ndarray:
-    """Weights of the columns of a block, for each stream: float64, integers of 20 bits, never zero."""
-    index = np.arange(block * _COLUMN_BLOCK, (block + 1) * _COLUMN_BLOCK, dtype=np.uint64)
+    """Weights of the columns of a block and of some more, for each stream: float64, integers of 20 bits, never zero."""
+    index = np.arange(block * _COLUMN_BLOCK, (block + 1) * _COLUMN_BLOCK + _WIDTH, dtype=np.uint64)
     streams = [_mix(index, seed) >> np.uint64(44) | np.uint64(1) for seed in range(_STREAMS)]
     return np.stack(streams).astype(np.float64)
 
