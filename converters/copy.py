@@ -15,11 +15,12 @@ from converters.full import check_whole
 from converters.journal import Done, Journal, refuse_changes, source_files
 from converters.plan import Plan, Sweep
 from converters.threads import in_threads
-from workbench.checkpoint.buffers import aligned_empty, keep_freed_memory
+from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
 from workbench.checkpoint.writer import partial_folder
 from workbench.errors import ResourceError
+from workbench.parallel.host_memory import keep_freed_memory
 from workbench.spec.geometry import Box
 
 Verify = Literal["none", "crc", "full"]

@@ -24,15 +24,6 @@ def aligned_empty(shape: Sequence[int], dtype: str | np.dtype) -> np.ndarray:
     return raw[start : start + num_bytes].view(kind).reshape(shape)
 
 
-def keep_freed_memory() -> None:
-    """Has the allocator keep what buffers leave, so that the next ones need no fresh pages from the kernel.
-
-    glibc gives back, and asks anew for, whatever is larger than the largest block that it has seen freed; one of almost
-    32 MiB, of which no page is touched, is the most that it learns from (mallopt(3), M_MMAP_THRESHOLD).
-    """
-    np.empty(31 << 20, np.uint8)
-
-
 def aligned_contiguous(array: np.ndarray) -> np.ndarray:
     """The array itself when it is C-contiguous, else an aligned copy that is."""
     if array.flags.c_contiguous:
