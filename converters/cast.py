@@ -16,6 +16,11 @@ from workbench.spec.schema import OPTIMIZER_PREFIX
 FLOATS: Final = ("F32", "BF16", "F16")
 
 
+def cast_to(source: TensorSource, dtype: str | None) -> TensorSource:
+    """The source with its weights in `dtype`; the source itself without one."""
+    return source if dtype is None else CastSource(source, dtype)
+
+
 class CastSource:
     """The weights of a source in another floating dtype, rounded to nearest, ties to even; moments stay as they are."""
 

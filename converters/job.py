@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from converters.cast import CastSource
+from converters.cast import cast_to
 from converters.copy import Verify, copy_checkpoint, require_space
 from converters.drops import allowed_drops, reasons, require_used
 from converters.format import Destination, Format, OpenedCheckpoint, Progress, WriteRequest, no_progress
@@ -97,7 +97,7 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
     """
     if path.exists():
         raise ConfigError(f"{path} exists already; remove it or name another destination")
-    source = CastSource(opened.source, options.dtype) if options.dtype else opened.source
+    source = cast_to(opened.source, options.dtype)
     known = _expected(opened)
     cut = _choose(source, opened, options, known)
     dropped = {**opened.dropped, **cut}

@@ -31,7 +31,7 @@ def survey(prepared: Prepared, *, seed: int, packed_tokens: int | None = None) -
     facts["row_tokens"] = _spread([len(example.input_ids) for example in prepared.train])
     told.append(f"tokens     {_shown(facts['row_tokens'])} a row of train")
     if names := prepared.identity.get("labels"):
-        counts = Counter(label for example in prepared.train for label in example.labels.ravel().tolist())
+        counts = Counter(label for example in prepared.train for label in _labels(example))
         total = counts.total() - counts[IGNORE]
         facts["labels"] = {str(name): counts[index] for index, name in enumerate(names)}
         told.append("labels     " + ", ".join(f"{name} {_share(n, total)}" for name, n in facts["labels"].items()))
@@ -44,6 +44,14 @@ def survey(prepared: Prepared, *, seed: int, packed_tokens: int | None = None) -
         full = sum(lengths) / (facts["packed_rows"] * packed_tokens)
         told.append(f"packing    {len(lengths)} examples in {facts['packed_rows']} rows, {full:.0%} full")
     return Survey(facts, told, [*prepared.notes, *_repeated(prepared), *_unseen(facts.get("labels", {}))])
+
+
+def _labels(example: Example) -> list[int]:
+    """The labels of a row by number: of several, those that it has."""
+    if "target" in example.values:
+        return np.flatnonzero(example.values["target"]).tolist()
+    found: list[int] = example.labels.ravel().tolist()
+    return found
 
 
 def _repeated(prepared: Prepared) -> list[str]:

@@ -36,8 +36,9 @@ def with_reference(
     weights; where it does not, a row that the file does not know is a DataError. Collective over the mesh.
     """
     sets = {"train": prepared.train, **prepared.held_out}
+    keys = {name: digest(rows) for name, rows in sets.items()}
     known = {} if begins else _read(folder, pipeline.mesh)
-    missing = {digest(rows): (name, rows) for name, rows in sets.items() if digest(rows) not in known}
+    missing = {keys[name]: (name, rows) for name, rows in sets.items() if keys[name] not in known}
     if missing and not is_base:
         raise DataError(
             f"{folder / FILE}: does not hold what the base says of the {' and '.join(n for n, _ in missing.values())} "
@@ -49,7 +50,7 @@ def with_reference(
     if missing and pipeline.mesh.world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f"{FILE}.partial"
-        save_file({digest(rows): known[digest(rows)] for rows in sets.values()}, partial)
+        save_file({key: known[key] for key in keys.values()}, partial)
         partial.replace(folder / FILE)
     return _attach(prepared, known)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import torch
 
@@ -205,9 +205,6 @@ def prepare(config: FinetuneConfig, model: ModelConfig, tokenizer: Tokenizer) ->
     return task_of(config).prepare(table, tokenizer, model=model, max_tokens=config.batch.seq_len)
 
 
-NO_WORDS: Final = {"head_transform": False, "lm_head_bias": False, "next_sentence": False}
-
-
 def tuned_model(base: ModelConfig, prepared: Prepared) -> ModelConfig:
     """The base with the head that the task needs; ConfigError when it cannot have it."""
     if base.num_encoder_layers:
@@ -218,14 +215,12 @@ def tuned_model(base: ModelConfig, prepared: Prepared) -> ModelConfig:
     if prepared.num_labels:
         # transformers finds the last token of a padded row by this id, and refuses batches without it.
         pad = prepared.pad_id if base.pad_token_id is None else base.pad_token_id
-        # Where no token comes last by what it has seen, the first one speaks, by way of the pooler.
-        pooler = not (base.causal or prepared.label_tokens)
-        head = {name: getattr(prepared, name) for name in ("num_labels", "label_tokens", "problem_type")}
-        return base.model_copy(update={**NO_WORDS, **head, "lm_head": True, "pooler": pooler, "pad_token_id": pad})
+        tuned = base.with_labels(
+            prepared.num_labels, of_tokens=prepared.label_tokens, problem_type=prepared.problem_type
+        )
+        return tuned.model_copy(update={"pad_token_id": pad})
     if prepared.words is None:
-        no_labels = {"num_labels": 0, "label_tokens": False, "problem_type": None}
-        # A pooler that nothing reads is what transformers expects of a bare body all the same.
-        return base.model_copy(update={**NO_WORDS, **no_labels, "lm_head": False, "pooler": not base.causal})
+        return base.without_heads()
     if prepared.words == "next" and not base.causal:
         raise ConfigError(
             "the base sees the tokens after each as well (causal=false) and cannot learn to go on with a text; use a "

@@ -19,14 +19,14 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 from xxhash import xxh3_128_hexdigest
 
-from converters.claim import claim
+from converters.claim import Claim
 from converters.format import Progress, WriteRequest
 from converters.formats._files import FileContent, Place, RangedWriter
 from converters.rules import Rule, assemble, origins, pull, push_pieces
 from converters.threads import in_threads
 from workbench.checkpoint.descriptors import Descriptors
 from workbench.checkpoint.early_sync import EarlySync
-from workbench.checkpoint.writer import discard, partial_folder, publish, sync_path, write_faults
+from workbench.checkpoint.writer import publish, sync_path, write_faults
 from workbench.errors import ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
@@ -95,7 +95,8 @@ class FolderDestination:
     def __init__(self, request: WriteRequest, contents: FolderContents, reopen: Callable[[Path], TensorSource]) -> None:
         contents.check(request.schema)
         self._request, self._contents, self._reopen = request, contents, reopen
-        self._partial = partial_folder(request.path)
+        self._claim = Claim(request.path)
+        self._partial = self._claim.folder
         self._targets = {name: _targets(contents, tensor) for name, tensor in request.schema.items()}
         self._descriptors = Descriptors(os.O_RDWR)
         self._writers = {
@@ -104,7 +105,6 @@ class FolderDestination:
         }
         self._written: dict[str, list[tuple[Box, str]]] = {name: [] for name in request.schema}
         self._mutex = threading.Lock()
-        self._claim: int | None = None
         self._sealed = False
         self._flusher = EarlySync()
 
@@ -141,7 +141,7 @@ class FolderDestination:
 
     def begin(self, *, resume: bool = False) -> None:
         """Makes the unfinished folder with files of full size. ConfigError when it exists or is being written."""
-        self._claim = claim(self.path, resume=resume)
+        self._claim.take(resume=resume)
         for writer in self._writers.values():
             writer.create(resume=resume)
         for file, source in self._contents.copies.items():
@@ -242,21 +242,17 @@ class FolderDestination:
                 sync_path(Path(folder))
         publish(self._partial, self.path)
         self._close()
+        self._claim.release()
         return self.path
 
     def abort(self, *, keep: bool = False) -> None:
         """Removes what was written, if it was this writer's and is not to be kept."""
-        claimed = self._claim is not None
         self._close()
-        if claimed and not keep:
-            discard(self._partial)
+        self._claim.give_up(keep=keep)
 
     def _close(self) -> None:
         self._flusher.cancel()
         self._descriptors.close()
-        if self._claim is not None:
-            os.close(self._claim)
-            self._claim = None
 
 
 def foreign_tensors(

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from converters.cast import FLOATS
-from converters.family import Family, detect_family, family_named
+from converters.family import Family
 from converters.format import Destination, OpenedCheckpoint, WriteRequest
-from converters.formats._huggingface_files import CONFIG, StridedReader, read_json
+from converters.formats._huggingface_files import CONFIG, StridedReader
 from converters.formats._huggingface_source import require_equal
-from converters.formats.huggingface import birth
+from converters.formats.huggingface import birth, read_model
 from converters.matching import match
 from converters.rules import pull
 from converters.untrusted.paths import file_inside
@@ -64,9 +64,7 @@ class DeepSpeedUniversalFormat:
                 f"{path}: has no {CONFIG}, in it or beside it, so nothing says which model these parameters make; "
                 "copy the model's there (save_pretrained of transformers writes it)"
             )
-        config = read_json(folder / CONFIG)
-        found = family_named(family) if family else detect_family(config, str(folder / CONFIG))
-        model = found.load_config(config, str(folder / CONFIG))
+        found, model, config = read_model(folder, family)
         states = _model_states(path)
         source = UniversalSource(path, found, model, _shapes(path, states))
         return OpenedCheckpoint(

@@ -14,6 +14,7 @@ from converters.formats._huggingface_destination import huggingface_destination
 from converters.formats._huggingface_files import CONFIG, read_json
 from converters.formats._huggingface_source import HuggingFaceSource
 from workbench.errors import ConversionError
+from workbench.spec.model import ModelConfig
 from workbench.tokenizer import TOKENIZER_FILES
 
 GENERATION_CONFIG = "generation_config.json"
@@ -36,9 +37,7 @@ class HuggingFaceFormat:
 
         CheckpointError when it is damaged, ConversionError when the family has no place for a key or a tensor.
         """
-        config = read_json(path / CONFIG)
-        found = family_named(family) if family else detect_family(config, str(path / CONFIG))
-        model = found.load_config(config, str(path / CONFIG))
+        found, model, config = read_model(path, family)
         source = HuggingFaceSource(path, found, model)
         info = {"architecture": found.architecture(model)}
         if source.match.ignored:
@@ -51,7 +50,7 @@ class HuggingFaceFormat:
             path=path,
             source=source,
             model=model,
-            tokenizer=path if any((path / name).is_file() for name in TOKENIZER_FILES) else None,
+            tokenizer=tokenizer_in(path),
             family=found.name,
             lineage=(birth(path, found, config),),
             info=info,
@@ -61,6 +60,19 @@ class HuggingFaceFormat:
     def destination(self, request: WriteRequest) -> FolderDestination:
         """A folder to be written. ConversionError when no family, or not the asked one, can hold the model."""
         return huggingface_destination(request, *family_of(request))
+
+
+def read_model(folder: Path, family: str | None) -> tuple[Family, ModelConfig, dict[str, Any]]:
+    """The family, the model and the words of a folder's config.json; `family` names it when the file does not."""
+    where = str(folder / CONFIG)
+    config = read_json(folder / CONFIG)
+    found = family_named(family) if family else detect_family(config, where)
+    return found, found.load_config(config, where), config
+
+
+def tokenizer_in(folder: Path) -> Path | None:
+    """The folder, if a tokenizer's files lie in it."""
+    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
 
 
 def family_of(request: WriteRequest) -> tuple[Family, Mapping[str, Any]]:

@@ -26,7 +26,7 @@ from converters.megatron.distributed import one_by_one, whole_model
 from converters.megatron.modules import Modules
 from converters.megatron.optimizer import Run, open_run
 from converters.megatron.pieces import ForeignTensor
-from converters.megatron.rank_files import RELEASE, TRACKER
+from converters.megatron.rank_files import RELEASE, tracked_iteration
 from converters.megatron.ranks import rank_grid
 from converters.megatron.stages import load_layout
 from converters.megatron.table import EMBEDDING, NO_WEIGHTS, Table, make_table, spelling_of
@@ -60,7 +60,7 @@ class MegatronDistFormat:
     def recognises(self, path: Path) -> bool:
         """Whether `path` is such a folder, or one of a run with such a folder as its latest."""
         try:
-            return read_json(_iteration(path) / METADATA).get("sharded_backend") == BACKEND
+            return read_json((tracked_iteration(path) or path) / METADATA).get("sharded_backend") == BACKEND
         except CheckpointError:
             return False
 
@@ -70,7 +70,7 @@ class MegatronDistFormat:
         CheckpointError when it is damaged, ConversionError when an argument or a tensor has no place, or nobody says
         how large the vocabulary is without its padding.
         """
-        folder = _iteration(path)
+        folder = tracked_iteration(path) or path
         where, found = str(folder), read_dcp(folder)
         common = _common(found)
         said = load_arguments(with_vocabulary(_namespace(common, where), vocab_size, where), where)
@@ -109,21 +109,6 @@ class MegatronDistFormat:
             return self.open(folder).source
 
         return FolderDestination(request, dist_folder(request), reopen)
-
-
-def _iteration(path: Path) -> Path:
-    """`path`, or the folder that its tracker names; CheckpointError when that is not there."""
-    tracker = path / TRACKER
-    if not tracker.is_file():
-        return path
-    with tracker.open("rb") as file:
-        word = file.read(32).decode("ascii", "replace").strip()
-    if word != RELEASE and not (word.isascii() and word.isdigit()):
-        raise CheckpointError(f"{tracker}: {word!r} is neither a number nor {RELEASE!r}")
-    folder = path / (RELEASE if word == RELEASE else f"iter_{int(word):07d}")
-    if not folder.is_dir():
-        raise CheckpointError(f"{tracker}: names iteration {word}, but there is no {folder.name}")
-    return folder
 
 
 def _common(found: DcpFolder) -> Mapping[str, Any]:

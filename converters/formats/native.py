@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from converters.claim import claim
+from converters.claim import Claim
 from converters.format import Destination, OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._native_boxes import NativeBoxes
 from converters.names import summarise
@@ -23,8 +23,6 @@ from workbench.checkpoint.writer import (
     ShardFileWriter,
     commit,
     copy_tokenizer,
-    discard,
-    partial_folder,
 )
 from workbench.errors import ConfigError, ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
@@ -76,11 +74,11 @@ class NativeDestination:
     def __init__(self, request: WriteRequest) -> None:
         self._request = request
         self._boxes = NativeBoxes(request)
-        self._partial = partial_folder(request.path)
+        self._claim = Claim(request.path)
+        self._partial = self._claim.folder
         self._writers: dict[str, ShardFileWriter] = {}
         self._descriptors = Descriptors(os.O_RDWR)
         self._tokenizer: dict[str, str] = {}
-        self._lock: int | None = None
         self._flusher = EarlySync()
 
     @property
@@ -107,7 +105,7 @@ class NativeDestination:
 
     def begin(self, *, resume: bool = False) -> None:
         """Makes the `.partial` folder and its files; ConfigError when the path exists or is being written."""
-        self._lock = claim(self.path, resume=resume)
+        self._claim.take(resume=resume)
         for file, boxes in self._boxes.files():
             path, read_back = self._partial / file, self._request.read_back
             self._writers[file] = ShardFileWriter(path, boxes, self._descriptors, read_back=read_back)
@@ -154,6 +152,7 @@ class NativeDestination:
         self._sync()
         commit(self._partial, self.path, self._written(fingerprints))
         self._close()
+        self._claim.release()
         return self.path
 
     def link(self, source: NativeSource) -> Path:
@@ -165,7 +164,7 @@ class NativeDestination:
         tensors = {name: source.manifest.tensors[name] for name in self.schema}
         used = {stored.file for tensor in tensors.values() for stored in tensor.boxes}
         files = {file: size for file, size in source.manifest.files.items() if file in used}
-        self._lock = claim(self.path)
+        self._claim.take()
         try:
             for file in files:
                 _link(source.folder / file, self._partial / file)
@@ -175,7 +174,7 @@ class NativeDestination:
         except BaseException:
             self.abort()
             raise
-        self._close()
+        self._claim.release()
         return self.path
 
     def _refuse_straddling(self, source: NativeSource) -> None:
@@ -189,17 +188,12 @@ class NativeDestination:
 
     def abort(self, *, keep: bool = False) -> None:
         """Removes the `.partial` folder if it is this writer's and not to be kept."""
-        held = self._lock is not None
         self._close()
-        if held and not keep:
-            discard(self._partial)
+        self._claim.give_up(keep=keep)
 
     def _close(self) -> None:
         self._flusher.cancel()
         self._descriptors.close()
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
 
     def _written(self, fingerprints: Mapping[str, str]) -> Manifest:
         boxes: dict[str, list[StoredBox]] = {name: [] for name in self.schema}

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from converters.cast import as_float32
-from converters.claim import claim
+from converters.claim import Claim
 from converters.family import Family, family_for, family_named
 from converters.format import OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._huggingface_files import read_json
@@ -23,7 +23,7 @@ from converters.formats._peft_source import Arrays, ArraySource, read_file, to_f
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, judging_keys, peft_modules
 from workbench.checkpoint.safetensors_io import lay_out
 from workbench.checkpoint.store import CHECKPOINTS
-from workbench.checkpoint.writer import discard, partial_folder, publish
+from workbench.checkpoint.writer import publish
 from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
@@ -135,8 +135,8 @@ class PeftDestination:
             name: (tensor.dtype, np.zeros(tensor.shape, NUMPY_NAMES[tensor.dtype]))
             for name, tensor in request.schema.items()
         }
-        self._partial = partial_folder(request.path)
-        self._claim: int | None = None
+        self._claim = Claim(request.path)
+        self._partial = self._claim.folder
 
     @property
     def path(self) -> Path:
@@ -162,7 +162,7 @@ class PeftDestination:
 
     def begin(self, *, resume: bool = False) -> None:
         """Makes the unfinished folder. What has been written elsewhere is never there: all is written at the end."""
-        self._claim = claim(self.path)
+        self._claim.take()
 
     def write(self, name: str, box: Box, array: np.ndarray) -> None:
         self._arrays[name][1][box.slices] = array
@@ -195,18 +195,11 @@ class PeftDestination:
         """Renames the folder into place, once everything is on disk."""
         self._flush()
         publish(self._partial, self.path)
-        self._release()
+        self._claim.release()
         return self.path
 
     def abort(self, *, keep: bool = False) -> None:
-        if self._claim is not None:
-            discard(self._partial)
-            self._release()
-
-    def _release(self) -> None:
-        if self._claim is not None:
-            os.close(self._claim)
-            self._claim = None
+        self._claim.give_up()
 
     def _flush(self) -> None:
         """Writes every file, once."""

@@ -13,15 +13,15 @@ from pathlib import Path
 from typing import Final
 
 from converters.containers.dcp import METADATA, GlobalTensor, lay_out_dcp
-from converters.family import Family, detect_family, family_named
+from converters.family import Family
 from converters.format import OpenedCheckpoint, WriteRequest
 from converters.formats._dcp_names import TRANSFORMERS, Naming
 from converters.formats._dcp_source import RUN_STEP, RUN_TOKENS, TRAINING, read_contents
 from converters.formats._files import whole_file
 from converters.formats._folder import FolderContents, FolderDestination, foreign_tensors
 from converters.formats._huggingface_destination import json_text, main_dtype
-from converters.formats._huggingface_files import CONFIG, read_json
-from converters.formats.huggingface import birth, family_of
+from converters.formats._huggingface_files import CONFIG
+from converters.formats.huggingface import birth, family_of, read_model, tokenizer_in
 from converters.names import summarise
 from converters.rules import Rule
 from workbench.checkpoint.manifest import training_to_json
@@ -57,9 +57,7 @@ class DcpFormat:
                 f"{path}: has no {CONFIG}, so nothing says which model these tensors make; copy the {CONFIG} of the "
                 "model there (save_pretrained of transformers writes it)"
             )
-        config = read_json(path / CONFIG)
-        known = family_named(family) if family else detect_family(config, str(path / CONFIG))
-        model = known.load_config(config, str(path / CONFIG))
+        known, model, config = read_model(path, family)
         found = read_contents(path, known, model)
         info = {"names": found.naming.name, "architecture": known.architecture(model)}
         if found.left:
@@ -70,7 +68,7 @@ class DcpFormat:
             source=found.source,
             model=model,
             training=found.training,
-            tokenizer=path if any((path / name).is_file() for name in TOKENIZER_FILES) else None,
+            tokenizer=tokenizer_in(path),
             family=known.name,
             lineage=(birth(path, known, config),),
             info=info,

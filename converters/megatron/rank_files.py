@@ -84,12 +84,28 @@ def find_iteration(path: Path) -> Path | None:
     if any(path.glob(f"mp_rank_*/{FILE}")):
         return path
     try:
-        with (path / TRACKER).open() as file:
-            word = file.read(32).strip()
-    except (OSError, UnicodeDecodeError):
+        folder = tracked_iteration(path)
+    except CheckpointError:
         return None
-    folder = path / (RELEASE if word == RELEASE else f"iter_{int(word):07d}" if word.isdecimal() else "")
-    return folder if folder != path and any(folder.glob(f"mp_rank_*/{FILE}")) else None
+    return folder if folder is not None and any(folder.glob(f"mp_rank_*/{FILE}")) else None
+
+
+def tracked_iteration(path: Path) -> Path | None:
+    """The folder that the tracker of a run names; None without a tracker, CheckpointError when it names none."""
+    tracker = path / TRACKER
+    if not tracker.is_file():
+        return None
+    try:
+        with tracker.open("rb") as file:
+            word = file.read(32).decode("ascii", "replace").strip()
+    except OSError as error:
+        raise CheckpointError(f"{tracker}: cannot be read: {error.strerror}") from error
+    if word != RELEASE and not (word.isascii() and word.isdigit()):
+        raise CheckpointError(f"{tracker}: {word!r} is neither a number nor {RELEASE!r}")
+    folder = path / iteration_folder(None if word == RELEASE else int(word))[0]
+    if not folder.is_dir():
+        raise CheckpointError(f"{tracker}: names iteration {word}, but there is no {folder.name}")
+    return folder
 
 
 def read_rank_files(folder: Path) -> tuple[dict[str, Any], RankGrid, list[RankFile]]:

@@ -271,7 +271,7 @@ def test_ctrl_c_leaves_no_destination_and_tells_how_to_go_on(tmp_path):
         "from converters.formats.native import NativeDestination as D\n"
         "write = D.write\n"
         "def slow(self, *words):\n"
-        "    print('writing', flush=True); time.sleep(0.05); write(self, *words)\n"
+        "    print('writing', flush=True); time.sleep(0.5); write(self, *words)\n"
         "D.write = slow\n"
         "from workbench.cli.main import main\n"
         "sys.exit(main(['reshard', sys.argv[1], sys.argv[2], '-q']))\n"

@@ -62,6 +62,14 @@ def test_it_shows_how_labels_are_balanced_and_which_are_not_there(tokenizer: Tok
     assert list(found.warnings) == ["no row of train has the label c; add some, or take it out of task.labels"]
 
 
+def test_rows_with_several_labels_count_for_each(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    rows = [{"text": "t", "labels": ["a", "b"]}, {"text": "u", "labels": ["b"]}, {"text": "v", "labels": []}]
+    train = (write_rows(tmp_path / "train.jsonl", rows),)
+    table = ClassificationTable(train=train, labels=("a", "b", "c"))
+    found = survey(CLASSIFICATION.prepare(table, tokenizer, model=small_model(), max_tokens=9), seed=1)
+    assert found.facts["labels"] == {"a": 1, "b": 2, "c": 0}
+
+
 def test_rows_of_several_texts_are_repeated_where_all_of_these_are(tokenizer: Tokenizer, tmp_path: Path) -> None:
     pairs = [{"chosen": "yes", "rejected": other} for other in ("no", "never", "no")]
     table = PreferenceTable(train=(write_rows(tmp_path / "train.jsonl", pairs),))

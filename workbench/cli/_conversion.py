@@ -200,15 +200,13 @@ def _engine_proof(asked: Conversion) -> Proof:
     """The logits of the source, cast as it is written, against those of what was written, both by the engine."""
 
     def proof(folder: Path, written: TensorSource) -> LogitsReport:
-        from converters.cast import CastSource
+        from converters.cast import cast_to
         from converters.logits import compare_sources
 
         opened, dtype = asked.opened, asked.options.dtype
         if opened.adapter is not None:
             raise ConfigError(f"{opened.path}: an adapter alone has no logits; use --verify full")
-        return compare_sources(
-            opened.model, CastSource(opened.source, dtype) if dtype else opened.source, written, folder
-        )
+        return compare_sources(opened.model, cast_to(opened.source, dtype), written, folder)
 
     return proof
 

@@ -54,11 +54,13 @@ class Spoken:
     is_over: bool = False
     _shown: int = 0
 
+    def __post_init__(self) -> None:
+        self._before = len(self.words.decode(self.prompt))
+
     def add(self, token: int) -> str:
         """The text that is certain now and was not before: no half of a character, nothing that may begin a stop."""
         self.tokens.append(token)
-        before = len(self.words.decode(self.prompt))
-        self.text = self.words.decode([*self.prompt, *self.tokens])[before:]
+        self.text = self.words.decode([*self.prompt, *self.tokens])[self._before :]
         found = [at for at in map(self.text.find, self.stop) if at >= 0]
         if found:
             self.text, self.is_over = self.text[: min(found)], True

@@ -129,30 +129,28 @@ def _merged(opened: OpenedCheckpoint, base: Path | None) -> OpenedCheckpoint:
 
 def _say_what_is_left_out(out: Output, opened: OpenedCheckpoint, folder: Path) -> None:
     """One line if the written configuration lacks what the model was trained with."""
-    from converters.family import family_named
-    from converters.open import open_checkpoint
+    from converters.family import detect_family
+    from converters.formats._huggingface_files import CONFIG, read_json
 
-    family = open_checkpoint(folder).family
-    if family and (left_out := family_named(family).left_out(opened.model)):
+    family = detect_family(read_json(folder / CONFIG), str(folder / CONFIG))
+    if left_out := family.left_out(opened.model):
         said = ", ".join(f"model.{name}={value}" for name, value in left_out.items())
-        out.say(f"used in training, and not part of {folder / 'config.json'}: {said}")
+        out.say(f"used in training, and not part of {folder / CONFIG}: {said}")
 
 
 def _prove(opened: OpenedCheckpoint, dtype: str | None, base: Path | None, folder: Path) -> LogitsReport:
     """The comparison of what is exported, cast as it is written, with `folder`."""
-    from converters.cast import CastSource
+    from converters.cast import cast_to
     from converters.logits import compare_logits
 
-    source = CastSource(opened.source, dtype) if dtype else opened.source
+    source = cast_to(opened.source, dtype)
     if opened.adapter is None:
         return compare_logits(opened.model, source, folder)
     from converters.merge import open_base
     from converters.peft_proof import compare_with_peft
 
     found = open_base(opened, base)
-    wide = replace(
-        found, source=CastSource(found.source, "F32"), fingerprints={}
-    )  # peft adds in fp32, without rounding
+    wide = replace(found, source=cast_to(found.source, "F32"), fingerprints={})  # peft adds in fp32, without rounding
     return compare_with_peft(replace(opened, source=source), wide, folder)
 
 

@@ -18,6 +18,9 @@ from workbench.spec.rope import RopeScaling
 LayerType = Literal["full_attention", "sliding_attention"]
 ProblemType = Literal["single_label_classification", "multi_label_classification", "regression"]
 
+WITHOUT_WORDS: Final = {"head_transform": False, "lm_head_bias": False, "next_sentence": False}
+"""What belongs to heads over the vocabulary only."""
+
 
 def _one_of(word: str, known: Collection[str]) -> str:
     if word not in known:
@@ -143,11 +146,28 @@ class ModelConfig(Config):
     bos_token_id: int | None = None
     eos_token_id: int | None = None
 
-    def with_labels(self, num_labels: int) -> ModelConfig:
-        """The model with a head that judges rows in place of those over the vocabulary. Where no token comes last by
-        what it has seen, the first one speaks, by way of the pooler."""
-        words = {"lm_head": True, "head_transform": False, "lm_head_bias": False, "next_sentence": False}
-        return self.model_copy(update={**words, "pooler": not self.causal, "num_labels": num_labels})
+    def with_labels(
+        self, num_labels: int, *, of_tokens: bool = False, problem_type: ProblemType | None = None
+    ) -> ModelConfig:
+        """The model with a head that judges rows, or every token, in place of those over the vocabulary.
+
+        Where no token comes last by what it has seen, the first one speaks for the row, by way of the pooler.
+        """
+        return self.model_copy(
+            update={
+                **WITHOUT_WORDS,
+                "lm_head": True,
+                "num_labels": num_labels,
+                "label_tokens": of_tokens,
+                "problem_type": problem_type,
+                "pooler": not (self.causal or of_tokens),
+            }
+        )
+
+    def without_heads(self) -> ModelConfig:
+        """The body alone, with the pooler that transformers expects of it where no token comes last."""
+        no_labels = {"num_labels": 0, "label_tokens": False, "problem_type": None}
+        return self.model_copy(update={**WITHOUT_WORDS, **no_labels, "lm_head": False, "pooler": not self.causal})
 
     @property
     def rotary_dim(self) -> int:
