@@ -31,6 +31,7 @@ import numpy as np
 import torch
 
 from _common import Claim, claim, main, say
+from pretrain.criterion import Criterion
 
 PEAK_FLOPS = 989e12
 TOKENS = 8192
@@ -78,7 +79,7 @@ class NoData:
     """An objective without data: steps are made from rows that never change."""
 
     evaluations = ()
-    loss = None
+    criterion = Criterion()
     identity: Mapping[str, Any] = MappingProxyType({})
 
     def train_rows(self, *_: Any, **__: Any) -> list[Any]:
@@ -93,7 +94,6 @@ def engine_step(
     from pretrain.objective import Rows
     from pretrain.step import agree, train_step
     from pretrain.trainer import Subject, Trainer
-    from workbench.models.build import initialise
     from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
     from workbench.spec.model import ModelConfig
@@ -113,8 +113,7 @@ def engine_step(
     mesh = Mesh.single(choose_device())
     config.resolve_layout(model, 1)
 
-    subject = Subject(model, fill=lambda parameters: initialise(parameters, model, seed=1))
-    trainer = Trainer(config, subject, NoData(), mesh)
+    trainer = Trainer(config, Subject(model, fill=_fill), NoData(), mesh)
     microbatch = Rows(rows[:, :-1].copy(), rows[:, 1:].copy(), np.arange(rows.shape[0]))
 
     def step() -> float:
@@ -130,6 +129,15 @@ def engine_step(
         return result.mean_loss(mesh)
 
     return step
+
+
+def _fill(parameters: list[Any]) -> None:
+    """Random weights, drawn on the device: as good for a measurement as those of `wb pretrain`, and there at once."""
+    for parameter in parameters:
+        if parameter.spec.role == "norm":
+            parameter.data.fill_(1.0)
+        else:
+            parameter.data.normal_(0.0, 0.02)
 
 
 def transformers_step(size: str, length: int, *, recompute: bool) -> Callable[[], float]:
@@ -185,6 +193,7 @@ def flops_a_token(size: str, length: int, *, causal: bool) -> float:
 def measure(contender: str, size: str, length: int, *, steps: int) -> Found:
     """One contender in this process; when memory is short, it computes activations again."""
     failed = ""
+    torch.manual_seed(1)
     for recompute in ("none", "selective", "full"):
         if contender.startswith("transformers") and recompute == "selective":
             continue

@@ -90,7 +90,7 @@ def train_three_steps(
 def boxes_of(parameters: list[LiveParameter], *, gradients: bool = False) -> Boxes:
     """Every logical box that this rank holds, copies included."""
     return [
-        (shard.name, shard.box, view.clone())
+        (shard.name, shard.box, view.to("cpu", copy=True))
         for parameter in parameters
         if parameter.trainable or not gradients
         for shard, view in shard_views(parameter, parameter.require_grad() if gradients else parameter.data)
@@ -104,7 +104,7 @@ def perturb(parameters: list[LiveParameter]) -> None:
             shapes = {part.name: part.shape for part in parameter.spec.parts}
             for shard, view in shard_views(parameter, parameter.data):
                 noise = normal(shard.name, shapes[shard.name], shard.box, seed=11, std=0.3)
-                view.add_(noise.to(view.dtype))
+                view.add_(noise.to(view))
 
 
 def largest_difference(boxes: Boxes, reference: dict[str, torch.Tensor]) -> float:

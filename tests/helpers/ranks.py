@@ -1,4 +1,4 @@
-"""A pool of gloo ranks per world size, forked once and kept for the whole test session."""
+"""A pool of ranks per world size and kind of device, started once and kept for the whole test session."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
-_POOLS: dict[int, RankPool] = {}
+_POOLS: dict[tuple[int, str], RankPool] = {}
 _TIMEOUT_SECONDS = 120
 
 
@@ -26,10 +26,11 @@ class RankFailed(AssertionError):
 
 
 class RankPool:
-    """`world_size` forked processes joined in one gloo group, waiting for functions to call."""
+    """`world_size` processes joined in one group, waiting for functions to call: forked ones that talk through gloo, or
+    with `device` "cuda" fresh ones that talk through NCCL as well."""
 
-    def __init__(self, world_size: int) -> None:
-        context = mp.get_context("fork")
+    def __init__(self, world_size: int, device: str = "cpu") -> None:
+        context = mp.get_context("fork" if device == "cpu" else "spawn")
         handle, self._store = tempfile.mkstemp(prefix="ranks-")
         os.close(handle)
         os.unlink(self._store)
@@ -37,7 +38,7 @@ class RankPool:
         self._processes = []
         for rank in range(world_size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world_size, self._store, theirs), daemon=True)
+            process = context.Process(target=_serve, args=(rank, world_size, self._store, theirs, device), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -66,20 +67,21 @@ class RankPool:
         for process in self._processes:
             process.kill()
             process.join()
-        for world_size, pool in list(_POOLS.items()):
+        for key, pool in list(_POOLS.items()):
             if pool is self:
-                del _POOLS[world_size]
+                del _POOLS[key]
         if os.path.exists(self._store):
             os.unlink(self._store)
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """Results of `function(*args)`, a module-level function, on each of `world_size` gloo ranks, in rank order."""
-    if world_size not in _POOLS:
+def run_ranks(world_size: int, function: Callable[..., Any], *args: Any, device: str = "cpu") -> list[Any]:
+    """Results of `function(*args)`, a module-level function, on each of `world_size` ranks, in rank order."""
+    key = (world_size, device)
+    if key not in _POOLS:
         if not _POOLS:
             atexit.register(close_pools)
-        _POOLS[world_size] = RankPool(world_size)
-    return _POOLS[world_size].run(function, *args)
+        _POOLS[key] = RankPool(world_size, device)
+    return _POOLS[key].run(function, *args)
 
 
 def close_pools() -> None:
@@ -87,10 +89,16 @@ def close_pools() -> None:
         pool.close()
 
 
-def _serve(rank: int, world_size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, world_size: int, store: str, pipe: Connection, device: str) -> None:
     torch.set_num_threads(1)
+    backend = "gloo"
+    if device == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
+        # NCCL refuses two ranks of one machine on one GPU. As if on machines of their own they talk through sockets.
+        os.environ.update(NCCL_HOSTID=f"rank-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+        torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
+        backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)
     )
     while True:
         try:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
+from contextlib import nullcontext
 
 import pytest
 import torch
 
 from workbench.errors import DataError, LaunchError
-from workbench.parallel.launch import rank_environment, run_on_ranks
+from workbench.parallel.launch import rank_environment, require_devices, run_on_ranks
 from workbench.parallel.mesh import Mesh
 from workbench.spec.layout import ParallelLayout
 
@@ -66,3 +67,14 @@ def _fail_on_rank_1(known: bool) -> None:
             raise DataError("data/train.bin is empty")
         print(1 // 0)
     mesh.tp.barrier()
+
+
+@pytest.mark.parametrize(("gpus", "nproc", "is_enough"), [(0, 4, True), (1, 1, True), (4, 4, True), (1, 2, False)])
+def test_ranks_are_not_started_on_fewer_gpus_than_they_are(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, nproc: int, is_enough: bool
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with (
+        nullcontext() if is_enough else pytest.raises(LaunchError, match="2 ranks need 2 GPUs, and this machine has 1")
+    ):
+        require_devices(nproc)

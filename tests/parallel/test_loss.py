@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 
 from tests.helpers.ranks import run_ranks
-from workbench.parallel.loss import IGNORE, vocab_parallel_cross_entropy
+from workbench.parallel.loss import IGNORE, losses_and_gradient, vocab_parallel_cross_entropy
 from workbench.parallel.mesh import Mesh
+from workbench.parallel.softcap import soft_cap
 from workbench.spec.layout import ParallelLayout
 
 VOCAB, TOKENS = 10, 6
@@ -28,6 +29,23 @@ def test_loss_and_gradient_equal_cross_entropy_of_the_whole_vocabulary(tp: int, 
         mine = logits.grad[:, rank * rows : (rank + 1) * rows]
         torch.testing.assert_close(gradient[:, : mine.shape[1]], mine, rtol=1e-12, atol=1e-12)
         assert not gradient[:, mine.shape[1] :].any(), "padding must have no gradient"
+
+
+@pytest.mark.parametrize("softcap", [None, 15.0])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("rows", [10, 16])
+def test_what_is_written_to_be_compiled_gives_the_same(rows: int, smoothing: float, softcap: float | None) -> None:
+    logits, labels = _case()
+    logits.requires_grad_()
+    capped = soft_cap(logits, softcap)
+    expected = F.cross_entropy(capped, labels, reduction="none", ignore_index=IGNORE, label_smoothing=smoothing)
+    expected.sum().backward()
+    assert logits.grad is not None
+    padded = F.pad(logits.detach(), (0, rows - VOCAB), value=99.0)
+    losses, gradient = losses_and_gradient(padded, labels, VOCAB, softcap, smoothing)
+    torch.testing.assert_close(losses, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(gradient[:, :VOCAB], logits.grad, rtol=1e-12, atol=1e-12)
+    assert not gradient[:, VOCAB:].any(), "padding must have no gradient"
 
 
 def test_loss_of_bfloat16_logits_is_taken_in_float32() -> None:

@@ -85,11 +85,11 @@ def ranks_of(case: Case) -> int:
     return found
 
 
-def distance(case: Case) -> Distance:
-    """Runs a case on its ranks and compares it with one process."""
+def distance(case: Case, device: str = "cpu") -> Distance:
+    """Runs a case on its ranks and compares it with one process on the CPU."""
     ranks = ranks_of(case)
     with tempfile.TemporaryDirectory() as folder:
-        return distance_of(case, run_ranks(ranks, train, case, folder, ranks))
+        return distance_of(case, run_ranks(ranks, train, case, folder, ranks, device, device=device))
 
 
 def distance_of(case: Case, seen: list[Seen]) -> Distance:

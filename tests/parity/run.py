@@ -33,10 +33,10 @@ class Seen:
     weights: Boxes = field(default_factory=list)
 
 
-def train(case: Case, folder: str, ranks: int) -> Seen:
+def train(case: Case, folder: str, ranks: int, device: str = "cpu") -> Seen:
     """What this rank sees of a case in float64."""
     model, config = model_of(case), config_of(case, folder)
-    mesh = Mesh.create(config.resolve_layout(model, ranks), torch.device("cpu"))
+    mesh = Mesh.create(config.resolve_layout(model, ranks), torch.device(device))
     subject = Subject(model, fill=lambda parameters: fill(parameters, model))
     objective = Noise(
         tokens=TOKENS,
@@ -53,7 +53,7 @@ def train(case: Case, folder: str, ranks: int) -> Seen:
         rows = objective.train_rows(share, step=max(step, 0), first_sample=SAMPLES * max(step, 0), global_size=SAMPLES)
         agreed = agree(rows, mesh, stop=False)
         if step < 0:
-            scale = torch.tensor(1.0 / agreed.num_labels, dtype=torch.float64)
+            scale = torch.tensor(1.0 / agreed.num_labels, dtype=torch.float64, device=mesh.device)
             trainer.pipeline.train([to_batch(r, mesh.device, seed=7, step=0, pair_weight=2.5) for r in rows], scale)
             take_load(trainer.pipeline.stage, mesh)
             complete_gradients(parameters, mesh)

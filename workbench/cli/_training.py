@@ -49,19 +49,23 @@ class Ranks:
 
 
 def find_ranks(config: EngineConfig, nproc: int | None) -> Ranks:
-    """The ranks that a launcher started, or else those to start here: --nproc, or what [parallel] asks for."""
-    from workbench.parallel.launch import rank_environment
+    """The ranks that a launcher started, or else those to start here: --nproc, or what [parallel] asks for.
+
+    LaunchError when they are to be started here and there are GPUs, but fewer than ranks.
+    """
+    from workbench.parallel.launch import rank_environment, require_devices
 
     environment = rank_environment()
     if environment is not None:
         return Ranks(environment.world_size, environment.rank == 0, joined=True)
-    if nproc is not None:
-        return Ranks(nproc, True, joined=False)
-    import torch
+    if nproc is None:
+        import torch
 
-    least = config.parallel.num_ranks()
-    gpus = torch.cuda.device_count() if config.parallel.dp == "auto" else 0
-    return Ranks(max(gpus // least, 1) * least, True, joined=False)
+        least = config.parallel.num_ranks()
+        gpus = torch.cuda.device_count() if config.parallel.dp == "auto" else 0
+        nproc = max(gpus // least, 1) * least
+    require_devices(nproc)
+    return Ranks(nproc, True, joined=False)
 
 
 def plan_facts(config: EngineConfig, model: ModelConfig, layout: ParallelLayout) -> dict[str, Any]:

@@ -22,6 +22,7 @@ def demo(
     ] = False,
 ) -> None:
     """Pretrain, reshard, finetune and export a model of 1 M parameters, and follow one number all the way."""
+    import os
     import shutil
 
     from workbench.errors import ConfigError
@@ -32,6 +33,8 @@ def demo(
     folder.mkdir(parents=True)
     (folder / MARK).touch()
 
+    # Its ranks are up to four, each of which would need a GPU of its own: the story is told on the CPU everywhere.
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
     from workbench.cli._demo.configs import FULL, QUICK
     from workbench.cli._demo.story import Story
 

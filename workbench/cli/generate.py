@@ -83,8 +83,10 @@ def generate(
 def _spoken(request: Request, out: Output) -> dict[str, Any]:
     """What `speak` gives on the ranks that are started here; a chat's input is passed on to the first of them."""
     from workbench.cli._speech import forward_lines, speak
-    from workbench.parallel.launch import rank_environment, run_on_ranks
+    from workbench.parallel.launch import rank_environment, require_devices, run_on_ranks
 
+    if request.device != "cpu" and rank_environment() is None:
+        require_devices(request.tp)
     if request.turns is None or request.tp == 1 or rank_environment() is not None:
         return run_on_ranks(speak, request, nproc=request.tp)
     with tempfile.TemporaryDirectory(prefix="wb-chat-") as folder:

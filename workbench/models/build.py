@@ -75,7 +75,8 @@ def _equip(stage: DecoderStage, options: StageOptions, mesh: Mesh) -> Gemm:
     """Gives every layer who executes it; returns who multiplies in the layers, with whom gradients of weights wait."""
     executor = open_executor(options, mesh, stage.compute_dtype)
     gemm = head = executor.head()
-    stage.loss_chunk_tokens, stage.region = options.loss_chunk_tokens, executor.region
+    stage.loss_chunk_tokens, stage.compiles_loss = options.loss_chunk_tokens, options.compile_blocks
+    stage.region = executor.region
     stage.label_smoothing, stage.embedding_noise = options.label_smoothing, options.embedding_noise
     for layer in stage.modules():
         if isinstance(layer, ColumnParallelLinear | RowParallelLinear | DuplicatedLinear):

@@ -144,6 +144,7 @@ class DecoderStage(nn.Module):
         specs = {spec.path: spec for spec in stage_specs(model, layout, stage)}
         self.model, self.mesh, self.compute_dtype = model, mesh, compute_dtype
         self.loss_chunk_tokens = 0
+        self.compiles_loss = False
         self.label_smoothing = self.embedding_noise = 0.0
         self.region: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.virtual = tuple(virtual_stage(layout.placement, layout.pp, stage, chunk) for chunk in range(layout.vpp))
@@ -321,7 +322,9 @@ class DecoderStage(nn.Module):
             x_BTD = self.head_norm(self.head_activation(self.head_transform(x_BTD)))
         if self.model.logit_scale != 1.0:
             x_BTD = x_BTD * self.model.logit_scale
-        if output != "logits" and self.loss_chunk_tokens:
+        # What is compiled holds the logits only, in the type of activations, and makes the gradients at once.
+        learns = self.compiles_loss and output == "loss" and torch.is_grad_enabled()
+        if output != "logits" and (self.loss_chunk_tokens or learns):
             return self._chunked_losses(x_BTD, batch, output)
         logits_BTV = soft_cap(self.lm_head(x_BTD, self._head_weight), self.model.final_logit_softcapping)
         if output == "logits":
@@ -342,9 +345,10 @@ class DecoderStage(nn.Module):
         how = Chunking(
             self.mesh.tp,
             self.model.vocab_size,
-            self.loss_chunk_tokens,
+            self.loss_chunk_tokens or len(x_ND),
             self.model.final_logit_softcapping,
             self._smoothing,
+            self.compiles_loss,
         )
         arguments = (x_ND, self._head_weight, self.lm_head.bias, batch.labels.flatten(), how)
         if output == "loss":

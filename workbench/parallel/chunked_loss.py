@@ -10,14 +10,21 @@ Legend: N tokens, C tokens of a chunk, D hidden, V vocabulary (local, padded).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from workbench.parallel.loss import VocabParallelSoftmax, accumulation_dtype, vocab_parallel_cross_entropy
+from workbench.parallel.loss import (
+    VocabParallelSoftmax,
+    accumulation_dtype,
+    losses_and_gradient,
+    vocab_parallel_cross_entropy,
+)
 from workbench.parallel.mesh import Axis
 from workbench.parallel.softcap import soft_cap, through_soft_cap
 
@@ -25,13 +32,15 @@ from workbench.parallel.softcap import soft_cap, through_soft_cap
 @dataclass(frozen=True)
 class Chunking:
     """How a head's loss is computed: over which axis its vocabulary is cut, its true size, tokens at a time, what its
-    logits are capped at, and the share of each label that is spread over the vocabulary."""
+    logits are capped at, the share of each label that is spread over the vocabulary, and whether what follows the
+    logits is compiled where the vocabulary is not cut."""
 
     axis: Axis
     vocab_size: int
     tokens: int
     softcap: float | None = None
     smoothing: float = 0.0
+    compiled: bool = False
 
     def softmax(
         self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
@@ -39,6 +48,18 @@ class Chunking:
         """The losses of a chunk, and its logits."""
         logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
         return VocabParallelSoftmax(logits_CV, labels_C, self.axis, self.vocab_size, self.smoothing), logits_CV
+
+    def losses_and_gradient(
+        self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The losses of a chunk [C], and the gradient of their sum for the product with the weight [C, V]."""
+        if self.compiled and self.axis.size == 1:
+            logits_CV = F.linear(hidden_CD, weight, bias)
+            return _compiled()(logits_CV, labels_C, self.vocab_size, self.softcap, self.smoothing)
+        softmax, logits_CV = self.softmax(hidden_CD, weight, bias, labels_C)
+        ones_C = torch.ones_like(softmax.losses_N)
+        grad_CV = VocabParallelSoftmax.gradient(softmax.tensors, ones_C, softmax.smoothed)
+        return softmax.losses_N, through_soft_cap(grad_CV, logits_CV, self.softcap).to(weight.dtype)
 
     def losses(
         self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
@@ -98,20 +119,19 @@ class _ChunkedLoss(torch.autograd.Function):
         weight, bias = _cast(weight_VD, bias_V, hidden_ND.dtype)
         wants_hidden, wants_weight, wants_bias, *_ = ctx.needs_input_grad
         grad_ND = torch.empty_like(hidden_ND) if wants_hidden else None
-        grad_VD = torch.zeros_like(weight, dtype=wide) if wants_weight else None
+        grad_VD: torch.Tensor | None = None
         grad_V = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
         for start in range(0, len(labels_N), how.tokens):
             rows = slice(start, start + how.tokens)
             hidden_CD = hidden_ND[rows]
-            softmax, logits_CV = how.softmax(hidden_CD, weight, bias, labels_N[rows])
-            total += softmax.losses_N.sum()
-            ones_C = torch.ones_like(softmax.losses_N)
-            grad_CV = VocabParallelSoftmax.gradient(softmax.tensors, ones_C, softmax.smoothed)
-            grad_CV = through_soft_cap(grad_CV, logits_CV, how.softcap).to(weight.dtype)
+            losses_C, grad_CV = how.losses_and_gradient(hidden_CD, weight, bias, labels_N[rows])
+            total += losses_C.sum()
             if grad_ND is not None:
                 torch.mm(grad_CV, weight, out=grad_ND[rows])
-            if grad_VD is not None and grad_VD.dtype == weight.dtype:
+            if wants_weight and grad_VD is None:
+                grad_VD = (grad_CV.t() @ hidden_CD).to(wide)
+            elif grad_VD is not None and grad_VD.dtype == weight.dtype:
                 torch.addmm(grad_VD, grad_CV.t(), hidden_CD, out=grad_VD)
             elif grad_VD is not None:
                 grad_VD += grad_CV.t() @ hidden_CD
@@ -126,6 +146,11 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_ND, *of_head = (None if saved is None else saved.mul_(grad) for saved in ctx.saved_tensors)
         grad_VD, grad_V = (None if saved is None else saved.to(ctx.weight_dtype) for saved in of_head)
         return grad_ND, grad_VD, grad_V, None, None
+
+
+@cache
+def _compiled() -> Callable[..., tuple[torch.Tensor, torch.Tensor]]:
+    return torch.compile(losses_and_gradient)
 
 
 def _cast(

@@ -75,6 +75,16 @@ def choose_device(local_rank: int = 0) -> torch.device:
     return torch.device("cpu")
 
 
+def require_devices(nproc: int) -> None:
+    """LaunchError unless this machine has an accelerator for each of `nproc` ranks, or none at all."""
+    gpus = torch.cuda.device_count()
+    if 0 < gpus < nproc:
+        raise LaunchError(
+            f"{nproc} ranks need {nproc} GPUs, and this machine has {gpus}; ask for no more than {gpus}, start them on "
+            "several machines with torchrun, or set CUDA_VISIBLE_DEVICES= (to nothing) to run on the CPU"
+        )
+
+
 def run_on_ranks(entry: Callable[..., Any], *args: Any, nproc: int) -> Any:
     """Calls `entry(*args)` on every rank and returns what rank 0 returned, where the ranks were started here.
 

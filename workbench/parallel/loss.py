@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from workbench.parallel.mesh import Axis
+from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 IGNORE = -100
 
@@ -64,6 +65,33 @@ class VocabParallelSoftmax:
             grad_NV[:, : smoothed.columns] -= (smoothed.each * scale_N).unsqueeze(-1)
         chosen_N = ((smoothed.share - 1) * scale_N).masked_fill(~mine_N, 0.0)
         return grad_NV.scatter_add_(-1, target_N, chosen_N.unsqueeze(-1))
+
+
+def losses_and_gradient(
+    logits_NV: torch.Tensor, labels_N: torch.Tensor, vocab_size: int, softcap: float | None, smoothing: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What `VocabParallelSoftmax` computes of the whole vocabulary on one rank: the losses [N], and the gradient of
+    their sum for logits that are still to be capped [N, V], in their type.
+
+    Written for torch.compile, which reads the logits three times and writes the gradient: nothing is kept in between.
+    """
+    columns_V = torch.arange(logits_NV.shape[-1], device=logits_NV.device)
+    capped_NV = soft_cap(logits_NV.to(accumulation_dtype(logits_NV.dtype)), softcap)
+    valid_NV = capped_NV.masked_fill(columns_V >= vocab_size, float("-inf"))
+    largest_N = valid_NV.amax(dim=-1, keepdim=True)
+    exp_NV = (valid_NV - largest_N).exp()
+    sum_N = exp_NV.sum(dim=-1, keepdim=True)
+    counted_N = (labels_N != IGNORE).unsqueeze(-1)
+    target_N = labels_N.clamp(min=0).unsqueeze(-1)
+    share_NV = (columns_V == target_N).to(capped_NV.dtype)
+    chosen_N = capped_NV.gather(-1, target_N)
+    if smoothing:
+        even_V = (columns_V < vocab_size).to(capped_NV.dtype) / vocab_size
+        share_NV = (1 - smoothing) * share_NV + smoothing * even_V
+        chosen_N = (1 - smoothing) * chosen_N + smoothing * (even_V * capped_NV).sum(dim=-1, keepdim=True)
+    losses_N = (sum_N.log() + largest_N - chosen_N) * counted_N
+    grad_NV = through_soft_cap((exp_NV / sum_N - share_NV) * counted_N, capped_NV, softcap)
+    return losses_N.squeeze(-1), grad_NV.to(logits_NV.dtype)
 
 
 class _VocabParallelCrossEntropy(torch.autograd.Function):

@@ -1,0 +1,40 @@
+"""Cases of the parity matrix on a GPU, against one process on the CPU, in float64. Ranks talk through NCCL; where there
+are fewer GPUs than ranks they share them. Skipped without a GPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+
+from tests.helpers.pairwise import Case
+from tests.parity.case import MODELS, PLAIN, name_of
+from tests.parity.matrix import QUICK, TOLERANCE, WHOLE, distance, distance_of
+from tests.parity.run import train
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.parity,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU"),
+]
+ALONE: tuple[Case, ...] = (
+    *({"model": name, "documents": name in ("gated", "sliding")} for name in MODELS),
+    {"recompute": "full", "loss_chunk": 5, "optimizer": "muon"},
+    {"recompute": "selective", "head": "labels", "tied": False},
+)
+
+
+@pytest.mark.parametrize("case", [{**PLAIN, **case} for case in ALONE], ids=name_of)
+def test_one_gpu_trains_like_the_cpu(case: Case, tmp_path: Path) -> None:
+    off = distance_of(case, [train(case, str(tmp_path), 1, "cuda")])
+    assert off.largest < TOLERANCE, off
+
+
+@pytest.mark.parametrize("case", [{**PLAIN, **case} for case in QUICK + WHOLE], ids=name_of)
+def test_ranks_on_gpus_train_like_one_process_on_the_cpu(case: Case) -> None:
+    if case["shard_size"] and not hasattr(FSDPModule, "set_reduce_scatter_unused_params"):
+        pytest.skip("several copies, each shared, need torch 2.13")
+    off = distance(case, "cuda")
+    assert off.largest < TOLERANCE, off
