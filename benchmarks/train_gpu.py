@@ -105,7 +105,7 @@ def engine_step(
         "run": {"dir": folder, "steps": 1},
         "precision": {"compute": "bf16"},
         "recompute": {"mode": recompute},
-        "kernels": {"loss_chunk_tokens": 1024},
+        "kernels": {"loss_chunk_tokens": 0 if tables.get("kernels", {}).get("compile") else 4096},
     }
     for table, keys in tables.items():
         values[table] = {**values.get(table, {}), **keys}

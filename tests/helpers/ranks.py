@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import gc
 import multiprocessing as mp
 import os
@@ -105,12 +106,14 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection, device: str
             function, args = pipe.recv()
         except EOFError:
             return
+        faulthandler.dump_traceback_later(0.8 * _TIMEOUT_SECONDS)
         try:
             pipe.send((True, function(*args)))
         except BaseException:
             pipe.send((False, traceback.format_exc()))
         else:
             _destroy_groups()
+        faulthandler.cancel_dump_traceback_later()
 
 
 def _destroy_groups() -> None:

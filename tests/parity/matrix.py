@@ -86,15 +86,15 @@ def ranks_of(case: Case) -> int:
 
 
 def distance(case: Case, device: str = "cpu") -> Distance:
-    """Runs a case on its ranks and compares it with one process on the CPU."""
+    """Runs a case on its ranks and compares it with one process on the same kind of device."""
     ranks = ranks_of(case)
     with tempfile.TemporaryDirectory() as folder:
-        return distance_of(case, run_ranks(ranks, train, case, folder, ranks, device, device=device))
+        return distance_of(case, run_ranks(ranks, train, case, folder, ranks, device, device=device), device)
 
 
-def distance_of(case: Case, seen: list[Seen]) -> Distance:
-    """How far what ranks saw of a case lies from one process."""
-    expected = _reference(tuple(sorted(reference_of(case).items())))
+def distance_of(case: Case, seen: list[Seen], device: str = "cpu") -> Distance:
+    """How far what ranks saw of a case lies from one process on `device`."""
+    expected = _reference(tuple(sorted(reference_of(case).items())), device)
     gradients = {name: values for name, _, values in expected.gradients}
     weights = {name: values for name, _, values in expected.weights}
     assert {name for one in seen for name, _, _ in one.weights} == set(weights), "a tensor is held by no rank"
@@ -108,9 +108,9 @@ def distance_of(case: Case, seen: list[Seen]) -> Distance:
 
 
 @cache
-def _reference(choices: tuple[tuple[str, object], ...]) -> Seen:
+def _reference(choices: tuple[tuple[str, object], ...], device: str) -> Seen:
     with tempfile.TemporaryDirectory() as folder:
-        return train(dict(choices), folder, 1)
+        return train(dict(choices), folder, 1, device)
 
 
 def _relative(these: list[float], those: list[float]) -> float:

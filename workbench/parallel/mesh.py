@@ -172,6 +172,21 @@ class PipelineAxis(Axis):
         assert work is not None
         return work
 
+    def connect(self, device: torch.device) -> None:
+        """Sends a number around the stages on every lane, so that each pair of neighbours has its connection.
+
+        NCCL makes one when two ranks first talk, and each waits there for the other. A receive that is posted ahead
+        would wait for a neighbour that waits for this stage's message first. Collective over the axis.
+        """
+        number = torch.zeros(1, device=device)
+        for lane in self._lanes.values():
+            for stage in range(self.size):
+                after = (stage + 1) % self.size
+                if self.rank == stage:
+                    dist.send(number, self.ranks[after], group=lane)
+                elif self.rank == after:
+                    dist.recv(number, self.ranks[stage], group=lane)
+
     def irecv(self, tensor: torch.Tensor, from_stage: int, message: Message) -> Work:
         """Starts to receive into `tensor`, in the order in which the other stage sends messages of this kind."""
         lane = self._lanes[message, from_stage < self.rank]
@@ -262,7 +277,9 @@ class Mesh:
             return Mesh(layout, device, 0, Axes())
         world_size, rank = dist.get_world_size(), dist.get_rank()
         assert world_size == layout.world_size, f"{world_size} ranks were started for {layout}"
-        return Mesh(layout, device, rank, _make_axes(layout, device, rank))
+        mesh = Mesh(layout, device, rank, _make_axes(layout, device, rank))
+        mesh.pp.connect(device)
+        return mesh
 
     def copies(self, count: int) -> Axis:
         """The `count` neighbours on the tensor axis that hold copies of the same box.

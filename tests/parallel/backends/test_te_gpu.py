@@ -23,7 +23,13 @@ pytestmark = [
         reason="no GPU, or no transformer_engine",
     ),
 ]
-SIZES = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "max_position_embeddings": 128}
+SIZES = {
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.02,
+}
 MODELS = {"gated": gated_model(**SIZES), "biased": biased_model(**SIZES)}
 
 
