@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from workbench.cli import _options as option
 from workbench.cli._harness import run_harness
 from workbench.cli._training import find_ranks
 from workbench.cli.common import Command, Output
@@ -34,9 +35,7 @@ def evaluate(
         bool,
         typer.Option("--best", help="Of the judged run folder, its best checkpoint by eval.metric, not its latest."),
     ] = False,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
-    ] = None,
+    nproc: option.Nproc = None,
 ) -> None:
     """Judge a model by the valid and test rows of a task, or by public benchmarks.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli import _conversion_options as option
+from workbench.cli import _options as option
 from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli import _conversion_options as option
+from workbench.cli import _options as option
 from workbench.cli.common import Command, Output, as_lines, count_text, size_text
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli import _conversion_options as option
+from workbench.cli import _options as option
 from workbench.cli.common import Command, Output
 
 

@@ -1,4 +1,4 @@
-"""Arguments and options of commands that write a checkpoint, as every command that has them spells them."""
+"""Arguments and options of several commands, as every command that has them spells them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,14 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+
+AnyCheckpoint = Annotated[Path, typer.Argument(help="A checkpoint in any format, or a run folder.")]
+Nproc = Annotated[int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")]
+Columns = Annotated[
+    list[str] | None, typer.Option("--map", metavar="NAME=COLUMN", help="Name a column of rows: prompt=question.")
+]
+TextField = Annotated[str, typer.Option(help="The key that holds the text in .jsonl files.")]
+Glob = Annotated[str, typer.Option(help="Which files of a folder to read.")]
 
 VERIFY_HELP = (
     "none, crc (checksums of both sides), full (crc, and each tensor of both sides assembled by other code), "
