@@ -120,12 +120,6 @@ class Axis:
         dist.all_to_all_single(received, sent, list(sizes), [piece.numel() for piece in pieces], group=self._group)
         return received.split(list(sizes))
 
-    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-        """`tensor` itself, overwritten with that of position `source`."""
-        if self.size > 1:
-            dist.broadcast(tensor, self.ranks[source], group=self._group)
-        return tensor
-
     def gather_objects(self, value: Any) -> list[Any]:
         """The picklable values of all ranks, in order of position, on every rank."""
         if self.size == 1:
@@ -134,12 +128,12 @@ class Axis:
         dist.all_gather_object(found, value, group=self._group)
         return found
 
-    def broadcast_object(self, value: Any, source: int = 0) -> Any:
-        """The picklable value of position `source`, on every rank."""
+    def broadcast_object(self, value: Any) -> Any:
+        """The picklable value of the first rank, on every rank."""
         if self.size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, self.ranks[source], group=self._group)
+        dist.broadcast_object_list(box, self.ranks[0], group=self._group)
         return box[0]
 
     def barrier(self) -> None:
