@@ -19,9 +19,10 @@ from pretrain.simulate import Result, neighbours, result
 from workbench.models.batch import Batch, hidden_shape
 from workbench.models.build import BuiltStage
 from workbench.models.decoder import DecoderStage, Output
+from workbench.parallel.axis import Message
 from workbench.parallel.gemm import WaitingProduct
 from workbench.parallel.loss import accumulation_dtype
-from workbench.parallel.mesh import Mesh, Message
+from workbench.parallel.mesh import Mesh
 from workbench.parallel.pending import Work
 
 
