@@ -90,11 +90,10 @@ def judge(config: FinetuneConfig, layout: ParallelLayout, checkpoint: Path, base
     """One rank's part; the metrics on every rank."""
     from converters.merge import open_merged
     from finetune.run import evaluate_model
-    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
 
-    environment = rank_environment()
-    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    mesh = Mesh.create(layout, choose_device())
     # The parent has compared the base with the adapter's record already.
     opened = open_merged(checkpoint, base=base, check_base=False)
     return evaluate_model(config, opened.model, opened.source, opened.tokenizer, mesh)

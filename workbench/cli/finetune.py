@@ -77,11 +77,10 @@ def finetune(
 def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerprint: str) -> Outcome:
     """One rank's part of a run; the outcome as plain values."""
     from finetune.run import Finetuning
-    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
 
-    environment = rank_environment()
-    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    mesh = Mesh.create(layout, choose_device())
     base = _base(config, open_base_of(config), fingerprint)
     terminal = Terminal(voice, config, "finetune") if mesh.world.rank == 0 else None
     try:

@@ -72,11 +72,10 @@ def train(config: PretrainConfig, layout: ParallelLayout, voice: Voice) -> Outco
     from pretrain.data.config import open_data
     from pretrain.engine import NextToken, Subject, Trainer
     from workbench.models.build import initialise
-    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
 
-    environment = rank_environment()
-    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    mesh = Mesh.create(layout, choose_device())
     data = open_data(config.data, seq_len=config.batch.seq_len, vocab_size=config.model.vocab_size)
     subject = Subject(
         config.model,
