@@ -20,6 +20,7 @@ from workbench.checkpoint.source import TensorSource
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box
 
+_MOST_READ: Final = 20
 _LARGEST_BYTES: Final = 1 << 28  # a tensor beyond this is not held twice to look for an order
 _UNIT = re.compile(r"((?:optim\.[^/]*/)?)layers\.(\d+)(?:\.mlp\.experts\.(\d+))?\.(.*)")
 
@@ -41,10 +42,8 @@ def diagnose(
     second: TensorSource,
     comparison: Comparison,
     fingerprints: tuple[Mapping[str, str], Mapping[str, str]],
-    *,
-    most: int = 20,
 ) -> Diagnosis:
-    """What is likely wrong with `second`, if `first` is right; the elements of at most `most` tensors are read."""
+    """What is likely wrong with `second`, if `first` is right; the elements of at most _MOST_READ tensors are read."""
     mine, theirs = fingerprints
     counts = Counter(mine.values())
     origins = {digest: name for name, digest in mine.items() if counts[digest] == 1}
@@ -54,7 +53,7 @@ def diagnose(
         for name, other in moved.items()
     }
     unknown = [name for name in comparison.different if name not in moved]
-    tensors |= {name: describe_change(first, second, name) for name in unknown[:most]}
+    tensors |= {name: describe_change(first, second, name) for name in unknown[:_MOST_READ]}
     return Diagnosis((*_moved_units(moved, comparison), *_lost_units(comparison)), tensors)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from xxhash import xxh3_64
 
 from converters.cast import FLOATS, as_float32, cast_array
-from converters.format import OpenedCheckpoint, Progress, no_progress
+from converters.format import OpenedCheckpoint
 from converters.formats import peft
 from converters.open import open_checkpoint
 from converters.verify import compute_fingerprints
@@ -158,12 +158,12 @@ def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool 
     )
 
 
-def base_fingerprint(opened: OpenedCheckpoint, progress: Progress = no_progress) -> str:
+def base_fingerprint(opened: OpenedCheckpoint) -> str:
     """One digest of the fingerprints of all weights of a checkpoint: the same in any format and at any layout."""
     names = [name for name in logical_tensors(opened.model, "F32") if name in opened.source.schema]
     known = {name: opened.fingerprints[name] for name in names if opened.fingerprints.get(name)}
     missing = [name for name in names if name not in known]
     if missing:
-        known |= compute_fingerprints(opened.source, names=missing, progress=progress)
+        known |= compute_fingerprints(opened.source, names=missing)
     lines = "".join(f"{name} {known[name]}\n" for name in sorted(names))
     return xxh3_64(lines.encode()).hexdigest()

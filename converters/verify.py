@@ -50,7 +50,7 @@ class TensorDifference:
 
 
 def compute_fingerprints(
-    source: TensorSource, *, names: Collection[str] | None = None, workers: int = 2, progress: Progress = no_progress
+    source: TensorSource, *, names: Collection[str] | None = None, progress: Progress = no_progress
 ) -> dict[str, str]:
     """The fingerprints of the tensors of a source (all, or those named), from their bytes."""
     wanted = [tensor for name, tensor in source.schema.items() if names is None or name in names]
@@ -67,7 +67,7 @@ def compute_fingerprints(
                 progress(array.nbytes)
         found[tensor.name] = total.finish(tensor)
 
-    in_threads(sorted(wanted, key=lambda t: -t.numel), work, workers)
+    in_threads(sorted(wanted, key=lambda t: -t.numel), work, 2)
     return {tensor.name: found[tensor.name] for tensor in wanted}
 
 

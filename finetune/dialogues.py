@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from finetune.chat import ChatTemplate, Piece
 from finetune.rows import Row, places, text_of
+from finetune.task import TooLong, notes_of_too_long
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
     from workbench.tokenizer import Tokenizer
-
-TooLong = Literal["truncate", "drop", "error"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +73,8 @@ class DialogueEncoder:
         ]
         rows = [group[0].row for group in groups]
         long = [any(len(one.ids) > self.limit for one in group) for group in whole]
-        self._report([row for row, cut in zip(rows, long, strict=True) if cut])
+        cut_rows = [row for row, cut in zip(rows, long, strict=True) if cut]
+        self.notes += notes_of_too_long(cut_rows, self.limit, self.too_long)
         found = [None if cut and self.too_long == "drop" else self._cut(g) for g, cut in zip(whole, long, strict=True)]
         if all(group is None for group in found):
             raise DataError(f"all {len(rows)} rows are longer than {self.limit} tokens; raise batch.seq_len")
@@ -106,11 +106,3 @@ class DialogueEncoder:
 
     def _cut(self, group: Sequence[Encoded]) -> list[Encoded]:
         return [Encoded(one.ids[: self.limit], one.is_answer[: self.limit], one.place) for one in group]
-
-    def _report(self, rows: Sequence[Row]) -> None:
-        if not rows:
-            return
-        what = f"{len(rows)} rows are longer than {self.limit} tokens ({places(rows)})"
-        if self.too_long == "error":
-            raise DataError(f"{what}; raise batch.seq_len, or set task.too_long = 'truncate' or 'drop'")
-        self.notes.append(f"{what}; they were {'cut' if self.too_long == 'truncate' else 'left out'}")

@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Final, Literal, Prot
 import numpy as np
 from pydantic import BeforeValidator, Field, model_validator
 
-from finetune.rows import Row, read_rows
+from finetune.rows import Row, places, read_rows
 from finetune.shapes import Shape, recognise
 from workbench.config import Config
+from workbench.errors import DataError
 from workbench.registry import discover
 from workbench.spec.model import ModelConfig, ProblemType
 
@@ -29,6 +30,9 @@ IGNORE: Final = -100
 def _as_paths(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
+
+TooLong = Literal["truncate", "drop", "error"]
+"""What becomes of rows that do not fit."""
 
 Paths = Annotated[tuple[str, ...], BeforeValidator(_as_paths)]
 
@@ -194,3 +198,23 @@ def files_of(table: TaskTable) -> dict[str, tuple[str, ...]]:
 def pad_id_of(tokenizer: Tokenizer) -> int:
     """What fills a row at its end; any id will do, for padding is neither attended to nor predicted."""
     return next((found for found in (tokenizer.pad_id, tokenizer.eos_id) if found is not None), 0)
+
+
+def eos_id_of(tokenizer: Tokenizer, *, otherwise: str = "never learn to stop") -> int:
+    """What ends a text; DataError when the tokenizer names none. otherwise: what a model would do without it."""
+    if tokenizer.eos_id is None:
+        raise DataError(
+            f"{tokenizer.path}: the tokenizer names no end-of-text token, so the model would {otherwise}; name an "
+            "eos_token in its tokenizer_config.json"
+        )
+    return tokenizer.eos_id
+
+
+def notes_of_too_long(rows: Sequence[Row], limit: int, too_long: TooLong) -> list[str]:
+    """What the user should know of `rows`, which are longer than `limit` tokens; DataError when that is an error."""
+    if not rows:
+        return []
+    what = f"{len(rows)} rows are longer than {limit} tokens ({places(rows)})"
+    if too_long == "error":
+        raise DataError(f"{what}; raise batch.seq_len, or set task.too_long = 'truncate' or 'drop'")
+    return [f"{what}; they were {'cut' if too_long == 'truncate' else 'left out'}"]

@@ -15,54 +15,20 @@ from pretrain.schedules import schedule_named
 from workbench.config import Config
 from workbench.errors import LayoutError
 from workbench.spec.execution import Backend, LinearPrecision, Recompute, StageOptions
-from workbench.spec.layout import ContextMethod, ParallelLayout, Sharding
+from workbench.spec.layout import Degrees, ParallelLayout
 from workbench.spec.model import ModelConfig
 
 
-class ParallelTable(Config):
+class ParallelTable(Degrees):
     """How the model and the batch are spread over ranks."""
 
-    tp: int = Field(default=1, gt=0, description="Ranks that share each layer (tensor parallelism).")
-    cp: int = Field(default=1, gt=0, description="Ranks that share each sequence (context parallelism).")
-    pp: int = Field(default=1, gt=0, description="Stages of the pipeline.")
-    vpp: int = Field(default=1, gt=0, description="Chunks of layers in each stage (virtual stages).")
     dp: int | Literal["auto"] = Field(
         default="auto", description="Copies of the model that split the batch; auto: as many as the ranks allow."
-    )
-    ep: int = Field(
-        default=1, gt=0, description="Replicas that share the experts (expert parallelism); it divides dp x cp."
-    )
-    etp: int | None = Field(
-        default=None,
-        gt=0,
-        description="Tensor ranks that share each expert's width: all of them, as when not set, or 1.",
     )
     schedule: str = Field(
         default="1f1b",
         description="Pipeline schedule: gpipe, 1f1b, zb_h1 (vpp = 1); interleaved, interleaved_zb (any vpp); zbv, "
         "dualpipev (vpp = 2). `wb check` says how long it waits.",
-    )
-    pp_layout: tuple[int, ...] | None = Field(
-        default=None, description="Layers per virtual stage in the order of the network, when not even: [6, 8, 8, 6]."
-    )
-    sequence_parallel: bool = Field(
-        default=False, description="Tensor-parallel ranks also share the tokens between their layers."
-    )
-    context: ContextMethod = Field(
-        default="all_gather",
-        description="How attention comes by the keys and values of other context ranks: all gathered at once "
-        "(all_gather), or passed on from rank to rank, each share in turn (ring).",
-    )
-    shard: Sharding = Field(
-        default="none",
-        description="What replicas share instead of each holding it whole: nothing; optimizer state (zero1); gradients "
-        "as well (zero2); parameters as well (zero3).",
-    )
-    shard_size: int | None = Field(
-        default=None, gt=0, description="Replicas that share one copy (hybrid sharding); all of them when not set."
-    )
-    vocab_multiple: int = Field(
-        default=8, gt=0, description="Each rank's rows of the vocabulary are padded to a multiple of this."
     )
 
     @field_validator("dp")

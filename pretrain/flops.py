@@ -12,8 +12,6 @@ from workbench.spec.latent import LatentSizes
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import predicts_words
 
-CONVENTION = "matrix products forward and backward (3 x 2 per weight), attention in full, recompute not counted"
-
 _DENSE_16_BIT_TFLOPS = {"H200": 989, "H100 PCIe": 756, "H100": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
 """Vendors' data sheets, dense, without sparsity; the first name that is part of the device's name counts."""
 
@@ -27,8 +25,9 @@ class Peak:
 
 
 def flops_per_token(model: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations to train on one token, by CONVENTION; the embedding lookup is none, the head counts.
+    """Floating-point operations to train on one token: matrix products forward and backward (3 x 2 per weight).
 
+    Attention counts in full, recompute does not; the embedding lookup is none, the head counts.
     Of an encoder with a decoder: on a token that the encoder reads, with the decoder's part of span corruption.
     """
     heads, kv_heads, d = model.num_attention_heads, model.num_key_value_heads, model.head_dim

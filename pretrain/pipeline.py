@@ -19,9 +19,10 @@ from pretrain.simulate import Result, neighbours, result
 from workbench.models.batch import Batch, hidden_shape
 from workbench.models.build import BuiltStage
 from workbench.models.decoder import DecoderStage, Output
+from workbench.parallel.axis import Message
 from workbench.parallel.gemm import WaitingProduct
 from workbench.parallel.loss import accumulation_dtype
-from workbench.parallel.mesh import Mesh, Message
+from workbench.parallel.mesh import Mesh
 from workbench.parallel.pending import Work
 
 
@@ -152,8 +153,11 @@ class _Training:
 class _Links:
     """Sends and receives of one pass, derived from its actions.
 
-    One receive is always posted ahead of the action that needs it. Sends never block: their buffers are kept until
-    they are done. Between two chunks of this stage nothing is sent: the one hands its tensor to the other.
+    On a CPU one receive is always posted ahead of the action that needs it. On a GPU a posted receive occupies the
+    device until its message is there, and what waits for the device (the first call of a kernel, freed memory) would
+    wait for a neighbour that may wait for this stage: there it is posted when it is needed. Sends never block: their
+    buffers are kept until they are done. Between two chunks of this stage nothing is sent: the one hands its tensor to
+    the other.
     """
 
     def __init__(
@@ -164,10 +168,12 @@ class _Links:
         self._posted: deque[tuple[Action, torch.Tensor, Work]] = deque()
         self._sending: list[tuple[Work, torch.Tensor]] = []
         self._handed: dict[Result, torch.Tensor] = {}
-        self._post()
+        self._ahead = posts_ahead(mesh.device)
+        if self._ahead:
+            self._post()
 
     def receive(self, action: Action) -> torch.Tensor | None:
-        """What the neighbour made for `action`, None at the end of the network; then posts the next receive."""
+        """What the neighbour made for `action`, None at the end of the network."""
         source = self._source(action)
         if source is None:
             return None
@@ -175,10 +181,13 @@ class _Links:
             virtual = self._stage.virtual[action.chunk]
             kind, microbatch, _ = result(action, virtual)
             return self._handed.pop((kind, microbatch, neighbours(action, virtual)[0]))
+        if not self._ahead:
+            self._post()
         expected, buffer, work = self._posted.popleft()
         assert expected == action, f"{action} runs, but the next message is for {expected}"
         work.wait()
-        self._post()
+        if self._ahead:
+            self._post()
         return buffer
 
     def send(self, action: Action, tensor: torch.Tensor) -> Work | None:
@@ -227,6 +236,11 @@ class _Links:
             shape, device = self._shapes[action.microbatch], self._mesh.device
             buffer = torch.empty(shape, dtype=self._stage.compute_dtype, device=device)
             self._posted.append((action, buffer, self._mesh.pp.irecv(buffer, source, _message(action))))
+
+
+def posts_ahead(device: torch.device) -> bool:
+    """Whether a stage on this device may post a receive before it has done what the message depends on."""
+    return device.type == "cpu"
 
 
 def _message(action: Action) -> Message:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +13,7 @@ from workbench.errors import DataError
 if TYPE_CHECKING:
     import tokenizers
 
-TOKENIZER_FILES = (
+_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -24,6 +23,11 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+
+
+def tokenizer_files(folder: Path | None) -> list[Path]:
+    """The files in a folder that make up a tokenizer, to carry along with a model; none without a folder."""
+    return [folder / name for name in _FILES if (folder / name).is_file()] if folder else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,16 +163,6 @@ class Tokenizer:
     def sha256(self) -> str:
         """The digest of tokenizer.json: equal digests give equal ids."""
         return hashlib.sha256((self.path / "tokenizer.json").read_bytes()).hexdigest()
-
-    def files(self) -> list[Path]:
-        """The files that make up the tokenizer, to carry along with a model."""
-        return [self.path / name for name in TOKENIZER_FILES if (self.path / name).is_file()]
-
-    def copy_to(self, folder: str | Path) -> None:
-        """Copy the tokenizer's files into `folder`, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        for file in self.files():
-            shutil.copyfile(file, Path(folder) / file.name)
 
     def _special(self, name: str, usual: Sequence[str]) -> int | None:
         if name in self._settings:

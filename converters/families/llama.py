@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from converters.families._same_names import HEADS
-from converters.family import Family, IgnoredTensor
+from converters.families._same_names import HEADS, INVERSE_FREQUENCIES, derived_head_dim, even_heads_faults
+from converters.family import Family
 from converters.fields import ACTIVATIONS, Field, OptionalField, Switch, TokenId
 from converters.rope_fields import Rope
 from converters.rules import Rule
@@ -30,17 +28,6 @@ def rules(_: ModelConfig) -> tuple[Rule, ...]:
     return (*(Rule(name, f"model.{name}") for name in NAMES), *heads)
 
 
-def faults(model: ModelConfig) -> list[str]:
-    """Why transformers would refuse this model (LlamaConfig.validate_architecture)."""
-    if model.hidden_size % model.num_attention_heads:
-        return [f"hidden_size={model.hidden_size} is not a multiple of num_attention_heads={model.num_attention_heads}"]
-    return []
-
-
-def _head_dim(given: Any) -> int:
-    return int(given["hidden_size"]) // int(given["num_attention_heads"])
-
-
 FAMILY = Family(
     name="llama",
     model_type="llama",
@@ -56,7 +43,7 @@ FAMILY = Family(
         Field("num_hidden_layers", default=32),
         Field("num_attention_heads", default=32),
         OptionalField("num_key_value_heads", lambda given: given["num_attention_heads"]),
-        OptionalField("head_dim", _head_dim),
+        OptionalField("head_dim", derived_head_dim),
         Field("max_position_embeddings", default=2048),
         Field("hidden_act", default="silu", words=ACTIVATIONS),
         Field("rms_norm_eps", "norm_eps", default=1e-6),
@@ -74,6 +61,6 @@ FAMILY = Family(
     training_only={"embed_dropout": 0.0, "hidden_dropout": 0.0, "scale_residual_init": False},
     harmless=("pretraining_tp",),
     rules=rules,
-    ignored=(IgnoredTensor("model.layers.{i}.self_attn.rotary_emb.inv_freq", "computed from rope_theta"),),
-    faults=faults,
+    ignored=(INVERSE_FREQUENCIES,),
+    faults=even_heads_faults,
 )

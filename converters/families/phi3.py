@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from converters.families._same_names import HEADS
-from converters.family import Family, IgnoredTensor
+from converters.families._same_names import HEADS, INVERSE_FREQUENCIES
+from converters.family import Family
 from converters.fields import ACTIVATIONS, Field, OptionalField, TokenId
 from converters.rope_fields import Rope
 from converters.rules import Rule, Slice
@@ -82,6 +82,6 @@ FAMILY = Family(
     unused=("head_dim",),
     training_only={"scale_residual_init": False},
     rules=rules,
-    ignored=(IgnoredTensor("model.layers.{i}.self_attn.rotary_emb.inv_freq", "computed from rope_theta"),),
+    ignored=(INVERSE_FREQUENCIES,),
     faults=faults,
 )

@@ -19,7 +19,7 @@ from workbench.checkpoint.safetensors_io import FileLayout, lay_out
 from workbench.errors import ConversionError
 from workbench.spec.dtypes import ITEM_BYTES, TORCH_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.tokenizer import TOKENIZER_FILES
+from workbench.tokenizer import tokenizer_files
 
 _FORMAT_METADATA: Final = {"format": "pt"}  # transformers refuses files without it
 
@@ -40,8 +40,7 @@ def huggingface_destination(request: WriteRequest, family: Family, birth: Mappin
     texts = _texts(request, family, birth, tensors)
     if len(layouts) > 1:
         texts[INDEX] = _index(tensors, layouts)
-    folder = request.tokenizer
-    tokenizer = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()} if folder else {}
+    tokenizer = {file.name: file for file in tokenizer_files(request.tokenizer)}
     contents = FolderContents(
         weights | {name: whole_file(text) for name, text in texts.items()}, pieces, rules, copies=tokenizer
     )

@@ -15,7 +15,7 @@ from converters.formats._huggingface_files import CONFIG, read_json
 from converters.formats._huggingface_source import HuggingFaceSource
 from workbench.errors import ConversionError
 from workbench.spec.model import ModelConfig
-from workbench.tokenizer import TOKENIZER_FILES
+from workbench.tokenizer import tokenizer_files
 
 GENERATION_CONFIG = "generation_config.json"
 NAME = "huggingface"
@@ -72,7 +72,7 @@ def read_model(folder: Path, family: str | None) -> tuple[Family, ModelConfig, d
 
 def tokenizer_in(folder: Path) -> Path | None:
     """The folder, if a tokenizer's files lie in it."""
-    return folder if any((folder / name).is_file() for name in TOKENIZER_FILES) else None
+    return folder if tokenizer_files(folder) else None
 
 
 def family_of(request: WriteRequest) -> tuple[Family, Mapping[str, Any]]:

@@ -28,7 +28,7 @@ from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.lora import AdapterRecord
-from workbench.tokenizer import TOKENIZER_FILES
+from workbench.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
     from workbench.checkpoint.source import TensorSource
@@ -219,10 +219,8 @@ class PeftDestination:
             os.fsync(file.fileno())
         for name, text in self._texts.items():
             (self._partial / name).write_bytes(text)
-        folder = self._request.tokenizer
-        for name in TOKENIZER_FILES if folder is not None else ():
-            if folder is not None and (folder / name).is_file():
-                (self._partial / name).write_bytes((folder / name).read_bytes())
+        for path in tokenizer_files(self._request.tokenizer):
+            (self._partial / path.name).write_bytes(path.read_bytes())
 
 
 def base_name(request: WriteRequest) -> str:

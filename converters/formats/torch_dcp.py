@@ -29,7 +29,7 @@ from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.dtypes import ITEM_BYTES, TORCH_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
 from workbench.spec.schema import OPTIMIZER_PREFIX, tied_head, weight_of
-from workbench.tokenizer import TOKENIZER_FILES
+from workbench.tokenizer import tokenizer_files
 
 _OPTIMIZER: Final = "optimizer."
 _STATE: Final = f"{_OPTIMIZER}state."
@@ -86,8 +86,7 @@ class DcpFormat:
         texts = {CONFIG: json_text(family.dump_config(request.model, dtype, origin.get("config")))}
         if request.training is not None:
             texts[TRAINING] = json_text(training_to_json(request.training))
-        folder = request.tokenizer
-        tokenizer = {name: folder / name for name in TOKENIZER_FILES if (folder / name).is_file()} if folder else {}
+        tokenizer = {file.name: file for file in tokenizer_files(request.tokenizer)}
         files = {**laid.files, **{name: whole_file(text) for name, text in texts.items()}}
         contents = FolderContents(files, laid.tensors, rules, copies=tokenizer)
         return FolderDestination(

@@ -10,7 +10,7 @@ from typing import Any, Final
 from converters.untrusted.paths import file_inside
 from converters.untrusted.pickle import MAX_BYTES, read_pickle
 from converters.untrusted.plain import Allowed, PlainObject, Refused, sizes, text
-from converters.untrusted.torch_file import DTYPES, MEGATRON, TORCH, StridedTensor, read_torch
+from converters.untrusted.torch_file import DTYPES, TORCH, StridedTensor, read_torch
 from workbench.errors import CheckpointError
 from workbench.spec.geometry import Box, coverage_fault
 
@@ -60,17 +60,16 @@ class DcpTensor:
 
 @dataclass(frozen=True)
 class DcpFolder:
-    """What a folder holds: global tensors and other objects, by name. planner: the planner's data, plain."""
+    """What a folder holds: global tensors and other objects, by name."""
 
     path: Path
     tensors: Mapping[str, DcpTensor]
     objects: Mapping[str, DcpBytes]
-    planner: Any
 
-    def read_object(self, name: str, *, allowed: Allowed = MEGATRON) -> Any:
+    def read_object(self, name: str) -> Any:
         """The plain data of an object (of a list that Megatron wraps it in, the list)."""
         place = self.objects[name]
-        return read_torch(place.file, offset=place.start, length=place.num_bytes, allowed=allowed)
+        return read_torch(place.file, offset=place.start, length=place.num_bytes)
 
 
 def read_dcp(folder: Path) -> DcpFolder:
@@ -113,7 +112,7 @@ class _Tables:
                 objects[name] = DcpBytes(*self._place(name, None))
             else:
                 tensors[name] = self._tensor(name, entry)
-        return DcpFolder(self.folder_path, tensors, objects, self.attributes.get("planner_data"))
+        return DcpFolder(self.folder_path, tensors, objects)
 
     def _tensor(self, name: str, entry: PlainObject) -> DcpTensor:
         shape = sizes(entry.attributes["size"])

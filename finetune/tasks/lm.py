@@ -13,9 +13,8 @@ import numpy as np
 
 from finetune.rows import Row
 from finetune.shapes import TEXTS
-from finetune.task import Example, LabelledTable, Prepared, pad_id_of, read
+from finetune.task import Example, LabelledTable, Prepared, eos_id_of, pad_id_of, read
 from finetune.tasks._texts import token_lists
-from workbench.errors import DataError
 
 if TYPE_CHECKING:
     from workbench.spec.model import ModelConfig
@@ -40,11 +39,7 @@ class Lm:
         """The encoded rows; DataError for rows without a text, or a tokenizer that cannot end one."""
         from finetune.judges import TextLoss
 
-        if (end := tokenizer.eos_id) is None:
-            raise DataError(
-                f"{tokenizer.path}: the tokenizer names no end-of-text token, so the model would not learn where texts "
-                "end; name an eos_token in its tokenizer_config.json"
-            )
+        end = eos_id_of(tokenizer, otherwise="not learn where texts end")
 
         def examples(rows: Sequence[Row]) -> list[Example]:
             texts = [np.array([*tokenizer.start_ids, *ids, end]) for ids in token_lists(rows, tokenizer)]

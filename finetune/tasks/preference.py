@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Literal, Self
 import numpy as np
 from pydantic import Field, model_validator
 
-from finetune.dialogues import Dialogue, DialogueEncoder, Encoded, TooLong, dialogue
+from finetune.dialogues import Dialogue, DialogueEncoder, Encoded, dialogue
 from finetune.rows import Row
 from finetune.shapes import JUDGED, PREFERENCES
-from finetune.task import IGNORE, Example, Prepared, TaskTable, pad_id_of, read
+from finetune.task import IGNORE, Example, Prepared, TaskTable, TooLong, eos_id_of, pad_id_of, read
 from pretrain.data.permutation import Permutation
 from workbench.errors import DataError
 
@@ -64,11 +64,7 @@ class Preference:
         """The encoded rows, two by two; DataError for rows without answers, or whose answer is cut off whole."""
         from finetune.tasks._preference_loss import Kto, PairPreference
 
-        if tokenizer.eos_id is None:
-            raise DataError(
-                f"{tokenizer.path}: the tokenizer names no end-of-text token, so the model would never learn to stop; "
-                "name an eos_token in its tokenizer_config.json"
-            )
+        eos_id_of(tokenizer)
         # The last token is only ever a label, so one more than max_tokens fits.
         encoder = DialogueEncoder(tokenizer, max_tokens + 1, table.too_long)
         judge: Kto | PairPreference

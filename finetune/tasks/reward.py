@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from pydantic import Field
 
-from finetune.dialogues import DialogueEncoder, TooLong, dialogue
+from finetune.dialogues import DialogueEncoder, dialogue
 from finetune.rows import Row
 from finetune.shapes import PREFERENCES
-from finetune.task import Example, Prepared, TaskTable, pad_id_of, read
+from finetune.task import Example, Prepared, TaskTable, TooLong, pad_id_of, read
 from workbench.errors import DataError
 
 if TYPE_CHECKING:

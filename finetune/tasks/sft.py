@@ -14,7 +14,17 @@ from pydantic import Field
 from finetune.chat import ChatTemplate, Piece
 from finetune.rows import Row, places, text_of
 from finetune.shapes import ANSWERS
-from finetune.task import IGNORE, Example, LabelledTable, Prepared, pad_id_of, read
+from finetune.task import (
+    IGNORE,
+    Example,
+    LabelledTable,
+    Prepared,
+    TooLong,
+    eos_id_of,
+    notes_of_too_long,
+    pad_id_of,
+    read,
+)
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
@@ -28,9 +38,7 @@ class SftTable(LabelledTable):
     packs: ClassVar[bool] = True
 
     kind: Literal["sft"] = "sft"
-    too_long: Literal["truncate", "drop", "error"] = Field(
-        default="truncate", description="What becomes of rows longer than batch.seq_len."
-    )
+    too_long: TooLong = Field(default="truncate", description="What becomes of rows longer than batch.seq_len.")
     exact_match: bool = Field(
         default=True, description="Also report how many answers greedy decoding would give back word for word."
     )
@@ -49,11 +57,6 @@ class Sft:
 
 def prepare_answers(table: SftTable, tokenizer: Tokenizer, max_tokens: int) -> Prepared:
     """The encoded rows, for any model."""
-    if tokenizer.eos_id is None:
-        raise DataError(
-            f"{tokenizer.path}: the tokenizer names no end-of-text token, so the model would never learn to stop; "
-            "name an eos_token in its tokenizer_config.json"
-        )
     from finetune.judges import AnswerJudge, TextLoss
 
     encoder = _Encoder(tokenizer, max_tokens, table.too_long)
@@ -74,8 +77,9 @@ def prepare_answers(table: SftTable, tokenizer: Tokenizer, max_tokens: int) -> P
 class _Encoder:
     """Rows to examples; keeps notes of those that did not fit."""
 
-    def __init__(self, tokenizer: Tokenizer, max_tokens: int, too_long: str) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_tokens: int, too_long: TooLong) -> None:
         self.tokenizer, self.max_tokens, self.too_long = tokenizer, max_tokens, too_long
+        self.eos = eos_id_of(tokenizer)
         self.notes: list[str] = []
         self._template: ChatTemplate | None = None
 
@@ -87,7 +91,7 @@ class _Encoder:
         encoded = [[(next(ids), learned) for _, learned in pieces] for pieces in conversations]
         made = [self._example(row, pieces) for row, pieces in zip(rows, encoded, strict=True)]
         too_long = [row for row, (_, cut) in zip(rows, made, strict=True) if cut]
-        self._report(too_long)
+        self.notes += notes_of_too_long(too_long, self.max_tokens, self.too_long)
         kept = [(row, example) for row, (example, cut) in zip(rows, made, strict=True) if self._keeps(cut)]
         masked = [row for row, example in kept if not example.num_labels]
         if masked:
@@ -110,32 +114,21 @@ class _Encoder:
 
     def _example(self, row: Row, pieces: Sequence[tuple[list[int], bool]]) -> tuple[Example, bool]:
         """The example, and whether it was longer than allowed. Each token is labelled with the one after it."""
-        eos = self.tokenizer.eos_id
-        assert eos is not None
         start = [] if "messages" in row.values else self.tokenizer.start_ids
         ids = [*start, *(token for tokens, _ in pieces for token in tokens)]
         learned = [False] * len(start) + [flag for tokens, flag in pieces for _ in tokens]
-        if ids[-1] != eos and "messages" not in row.values:
-            ids, learned = [*ids, eos], [*learned, True]
+        if ids[-1] != self.eos and "messages" not in row.values:
+            ids, learned = [*ids, self.eos], [*learned, True]
         # The last token is only ever a label, so one more than max_tokens fits.
         cut = len(ids) > self.max_tokens + 1
         ids, learned = ids[: self.max_tokens + 1], learned[: self.max_tokens + 1]
         labels = np.where(learned[1:], ids[1:], IGNORE) if len(ids) > 1 else np.full(1, IGNORE)
         return Example(np.array(ids[:-1] or ids, dtype=np.int64), labels.astype(np.int64), row.place), cut
 
-    def _report(self, rows: Sequence[Row]) -> None:
-        if not rows:
-            return
-        what = f"{len(rows)} rows are longer than {self.max_tokens} tokens ({places(rows)})"
-        if self.too_long == "error":
-            raise DataError(f"{what}; raise batch.seq_len, or set task.too_long = 'truncate' or 'drop'")
-        self.notes.append(f"{what}; they were {'cut' if self.too_long == 'truncate' else 'left out'}")
-
 
 def _stops(examples: Sequence[Example], tokenizer: Tokenizer) -> list[str]:
     """A warning when no row teaches the token that ends a generation."""
-    eos = tokenizer.eos_id
-    assert eos is not None
+    eos = eos_id_of(tokenizer)
     if any((example.labels == eos).any() for example in examples):
         return []
     last = examples[0].labels[examples[0].labels != IGNORE][-3:]

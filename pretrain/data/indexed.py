@@ -108,18 +108,14 @@ class IndexedTokens:
                     f"{idx_path(self.prefix)}: the document table decreases near document {low}; build it again"
                 )
         largest = 0
-        for block in self.blocks():
+        for low in range(0, self.num_tokens, _COPY_ITEMS):
+            block = self.read(low, min(low + _COPY_ITEMS, self.num_tokens))
             if int(block.min()) < 0:
                 raise DataError(
                     f"{bin_path(self.prefix)}: holds the negative token id {int(block.min())}; build it again"
                 )
             largest = max(largest, int(block.max()))
         return largest
-
-    def blocks(self, num_tokens: int = _COPY_ITEMS) -> Iterator[Tokens]:
-        """The stream in order, at most `num_tokens` at a time."""
-        for start in range(0, self.num_tokens, num_tokens):
-            yield self.read(start, min(start + num_tokens, self.num_tokens))
 
     def _check_ends(self) -> None:
         """Refuse tables whose first and last entries do not fit the .bin file: the cheap proof against truncation."""

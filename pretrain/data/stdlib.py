@@ -83,9 +83,9 @@ def split_of(name: str) -> str:
     return "train" if point < _TRAIN_SHARE else "valid" if point < _TRAIN_SHARE + _VALID_SHARE else "test"
 
 
-def stdlib_documents(root: Path | None = None) -> list[StdlibDocument]:
+def stdlib_documents() -> list[StdlibDocument]:
     """Every document of the corpus, by name. DataError where Python came without its sources."""
-    root = Path(sysconfig.get_path("stdlib")) if root is None else root
+    root = Path(sysconfig.get_path("stdlib"))
     documents = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if name not in _LEFT_OUT_FOLDERS]

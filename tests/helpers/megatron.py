@@ -10,7 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,16 @@ import torch.nn.functional as F
 
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
+
+ON_CPU: Final = {
+    "use_cpu_initialization": True,
+    "bias_activation_fusion": False,
+    "masked_softmax_fusion": False,
+    "gradient_accumulation_fusion": False,
+    "persist_layer_norm": False,
+    "bias_dropout_fusion": False,
+}
+"""Fields of a configuration whose layers run without CUDA: nothing is fused."""
 
 
 def patch_for_cpu() -> None:
@@ -102,6 +112,28 @@ def transformer_config(
 
     act = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}[model.hidden_act]
     fields: dict[str, Any] = {
+        **shared_words(model, layout),
+        "layernorm_epsilon": model.norm_eps,
+        "gated_linear_unit": model.gated_mlp,
+        "activation_func": act,
+        "sequence_parallel": layout.sequence_parallel,
+        "pipeline_dtype": dtype,
+        "params_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        **ON_CPU,
+    }
+    if model.moe is not None:
+        fields |= {
+            "num_moe_experts": model.moe.num_experts,
+            "moe_router_load_balancing_type": "none",
+            "moe_token_dispatcher_type": "allgather",
+        }
+    return TransformerConfig(**{**fields, **overrides})
+
+
+def shared_words(model: ModelConfig, layout: ParallelLayout) -> dict[str, Any]:
+    """What megatron-core's configuration and Megatron's arguments say of a model at a layout by the same names."""
+    words: dict[str, Any] = {
         "num_layers": model.num_hidden_layers,
         "hidden_size": model.hidden_size,
         "ffn_hidden_size": model.intermediate_size,
@@ -109,9 +141,6 @@ def transformer_config(
         "num_query_groups": model.num_key_value_heads,
         "kv_channels": model.head_dim,
         "normalization": "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
-        "layernorm_epsilon": model.norm_eps,
-        "gated_linear_unit": model.gated_mlp,
-        "activation_func": act,
         "add_bias_linear": model.mlp_bias,
         "add_qkv_bias": model.attention_bias,
         "qk_layernorm": model.qk_norm == "head",
@@ -122,17 +151,11 @@ def transformer_config(
         "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
         "expert_model_parallel_size": layout.ep,
         "expert_tensor_parallel_size": layout.expert_tp,
-        "sequence_parallel": layout.sequence_parallel,
-        "pipeline_dtype": dtype,
-        "params_dtype": dtype,
-        "bf16": dtype == torch.bfloat16,
-        "use_cpu_initialization": True,
-        **dict.fromkeys(_FUSIONS, False),
     }
     if (moe := model.moe) is not None:
-        fields |= {
-            "num_moe_experts": moe.num_experts,
-            "moe_layer_freq": [int(model.has_experts(layer)) for layer in range(model.num_hidden_layers)],
+        sparse = [int(model.has_experts(layer)) for layer in range(model.num_hidden_layers)]
+        words |= {
+            "moe_layer_freq": 1 if all(sparse) else sparse,
             "moe_ffn_hidden_size": moe.moe_intermediate_size,
             "moe_router_topk": moe.num_experts_per_tok,
             "moe_router_pre_softmax": moe.scoring == "softmax" and not moe.norm_topk_prob,
@@ -140,21 +163,8 @@ def transformer_config(
             "moe_router_enable_expert_bias": moe.e_score_correction_bias,
             "moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size or None,
             "moe_shared_expert_gate": moe.shared_expert_gate,
-            "moe_router_load_balancing_type": "none",
-            "moe_token_dispatcher_type": "allgather",
         }
-        if all(fields["moe_layer_freq"]):
-            fields["moe_layer_freq"] = 1
-    return TransformerConfig(**{**fields, **overrides})
-
-
-_FUSIONS = (
-    "bias_activation_fusion",
-    "masked_softmax_fusion",
-    "gradient_accumulation_fusion",
-    "persist_layer_norm",
-    "bias_dropout_fusion",
-)
+    return words
 
 
 def fill(gpt: torch.nn.Module, model: ModelConfig, logical: Mapping[str, torch.Tensor]) -> None:

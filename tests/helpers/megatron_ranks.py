@@ -18,19 +18,9 @@ from typing import Any
 
 import torch
 
+from tests.helpers.megatron import ON_CPU, patch_for_cpu
 from tests.helpers.megatron_cases import CASES, ITERATION, VOCAB, Case, probe, whole
-
-
-def patch_for_cpu() -> None:
-    """Lets megatron-core's local layers be built without CUDA."""
-    torch.cuda.synchronize = lambda *_, **__: None
-    torch.cuda.current_device = lambda: "cpu"
-    torch.Tensor.cuda = lambda self, *_, **__: self
-    from megatron.core.tensor_parallel import random
-    from megatron.core.transformer.moe import moe_utils
-
-    moe_utils.te_general_gemm = None  # which it looks for without Transformer Engine too
-    random.CudaRNGStatesTracker.fork = lambda *_, **__: contextlib.nullcontext()
+from tests.helpers.megatron_trained import Trained
 
 
 @contextlib.contextmanager
@@ -79,7 +69,6 @@ def build_chunks(case: Case) -> list[torch.nn.Module]:
         add_bias_linear=args.add_bias_linear,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        use_cpu_initialization=True,
         params_dtype=case.dtype,
         pipeline_dtype=case.dtype,
         bf16=case.dtype == torch.bfloat16,
@@ -94,11 +83,7 @@ def build_chunks(case: Case) -> list[torch.nn.Module]:
         moe_router_topk=getattr(args, "moe_router_topk", 2),
         moe_router_load_balancing_type="none",
         moe_token_dispatcher_type="allgather",
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        bias_dropout_fusion=False,
+        **ON_CPU,
     )
     spec = get_gpt_layer_local_spec(num_experts=experts, normalization=args.normalization)
     return [
@@ -149,7 +134,7 @@ def world_size_of(case: Case) -> int:
     return width * case.pp
 
 
-def folder_of(case: Case, iteration: Path) -> Path:
+def folder_of(case: Case | Trained, iteration: Path) -> Path:
     """The folder of the current rank, by Megatron-LM's rule (get_checkpoint_name)."""
     from megatron.core import parallel_state
 

@@ -22,15 +22,24 @@ STEPS = 3
 BATCH, TOKENS = 4, 8
 VOCAB = 45
 KINDS = ("param", "exp_avg", "exp_avg_sq")
+ADAM: dict[str, Any] = {
+    "optimizer": "adam",
+    "lr": 0.01,
+    "min_lr": 0.001,
+    "weight_decay": 0.1,
+    "adam_beta1": 0.9,
+    "adam_beta2": 0.99,
+    "adam_eps": 1e-8,
+}
 SCHEDULER = {
-    "max_lr": 0.01,
+    "max_lr": ADAM["lr"],
     "lr_warmup_steps": 4,
     "num_steps": STEPS * BATCH,
     "lr_decay_style": "cosine",
     "lr_decay_steps": 100 * BATCH,
-    "min_lr": 0.001,
-    "start_wd": 0.1,
-    "end_wd": 0.1,
+    "min_lr": ADAM["min_lr"],
+    "start_wd": ADAM["weight_decay"],
+    "end_wd": ADAM["weight_decay"],
     "wd_incr_style": "constant",
     "wd_incr_steps": 0,
 }
@@ -102,13 +111,7 @@ class Trained:
             bf16=self.dtype == "bfloat16",
             fp16=False,
             apply_layernorm_1p=False,
-            optimizer="adam",
-            lr=0.01,
-            min_lr=0.001,
-            weight_decay=0.1,
-            adam_beta1=0.9,
-            adam_beta2=0.99,
-            adam_eps=1e-8,
+            **ADAM,
             clip_grad=1.0,
             seed=1234,
             iteration=STEPS,

@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.helpers.megatron import patch_for_cpu
-from tests.helpers.megatron_ranks import local_state
-from tests.helpers.megatron_trained import KINDS, SCHEDULER, SIZES, STEPS, TOKENS, Trained
+from tests.helpers.megatron import ON_CPU, patch_for_cpu
+from tests.helpers.megatron_ranks import folder_of, local_state
+from tests.helpers.megatron_trained import ADAM, KINDS, SCHEDULER, SIZES, STEPS, TOKENS, Trained
 
 
 def _start(out: str, what: Trained) -> None:
@@ -97,7 +97,7 @@ def _read_dist(what: Trained, chunks: list[Any], optimizer: Any, folder: Path) -
 
 def _read_legacy(what: Trained, folder: Path) -> dict[str, Any]:
     """What a rank finds in its folder, by the names of Megatron's own layers."""
-    found: dict[str, Any] = torch.load(_rank_folder(folder, what) / "model_optim_rng.pt", weights_only=False)
+    found: dict[str, Any] = torch.load(folder_of(what, folder) / "model_optim_rng.pt", weights_only=False)
     optimizers = found["optimizer"] if isinstance(found["optimizer"], list) else [found["optimizer"]]
     for state in (state for optimizer in optimizers for state in (optimizer, optimizer["optimizer"])):
         # torch's AdamW counts the steps of each parameter, Transformer Engine's those of a group.
@@ -153,13 +153,7 @@ def build(what: Trained, *, distributed: bool) -> tuple[list[Any], Any]:
     dtype = getattr(torch, what.dtype)
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
-            optimizer="adam",
-            lr=0.01,
-            min_lr=0.001,
-            weight_decay=0.1,
-            adam_beta1=0.9,
-            adam_beta2=0.99,
-            adam_eps=1e-8,
+            **ADAM,
             bf16=dtype == torch.bfloat16,
             params_dtype=dtype,
             use_distributed_optimizer=distributed,
@@ -186,15 +180,10 @@ def _config(what: Trained) -> Any:
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
         add_bias_linear=False,
-        use_cpu_initialization=True,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
-        bias_activation_fusion=False,
-        masked_softmax_fusion=False,
-        gradient_accumulation_fusion=False,
-        persist_layer_norm=False,
-        bias_dropout_fusion=False,
+        **ON_CPU,
     )
 
 
@@ -256,15 +245,8 @@ def _is_saver() -> bool:
     return bool(parallel_state.get_expert_data_parallel_rank() == 0)
 
 
-def _rank_folder(folder: Path, what: Trained) -> Path:
-    """The folder of this process."""
-    stage, tp_rank, ep_rank = _at()
-    name = f"mp_rank_{tp_rank:02d}" + (f"_{stage:03d}" if what.pp > 1 else "")
-    return folder / (name + (f"_{ep_rank:03d}" if what.ep > 1 else ""))
-
-
 def _save_legacy(folder: Path, what: Trained, chunks: list[Any], optimizer: Any, *, distributed: bool) -> None:
-    rank = _rank_folder(folder, what)
+    rank = folder_of(what, folder)
     rank.mkdir(exist_ok=True)
     if distributed:
         optimizer.save_parameter_state(str(rank / "distrib_optim.pt"))

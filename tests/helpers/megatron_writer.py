@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tests.helpers.megatron import gpt_model, patch_for_cpu
+from tests.helpers.megatron import gpt_model, patch_for_cpu, shared_words
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
@@ -152,14 +152,9 @@ def training_arguments(fixture: Fixture) -> argparse.Namespace:
     model, layout, moe = fixture.features, fixture.degrees, fixture.features.moe
     gelu = not model.gated_mlp
     said: dict[str, Any] = {
-        "num_layers": model.num_hidden_layers,
+        **shared_words(model, layout),
         "encoder_num_layers": model.num_hidden_layers,
-        "hidden_size": model.hidden_size,
-        "ffn_hidden_size": model.intermediate_size,
-        "num_attention_heads": model.num_attention_heads,
         "group_query_attention": model.num_key_value_heads != model.num_attention_heads,
-        "num_query_groups": model.num_key_value_heads,
-        "kv_channels": model.head_dim,
         "max_position_embeddings": model.max_position_embeddings,
         "seq_length": 32,
         "position_embedding_type": "rope" if model.position_embedding == "rope" else "learned_absolute",
@@ -173,24 +168,13 @@ def training_arguments(fixture: Fixture) -> argparse.Namespace:
         "openai_gelu": gelu and model.hidden_act == "gelu_tanh",
         "bias_gelu_fusion": False,
         "bias_swiglu_fusion": True,
-        "normalization": "RMSNorm" if model.norm == "rmsnorm" else "LayerNorm",
         "norm_epsilon": model.norm_eps,
         "apply_layernorm_1p": False,
-        "add_bias_linear": model.mlp_bias,
-        "add_qkv_bias": model.attention_bias,
-        "qk_layernorm": model.qk_norm == "head",
         "untie_embeddings_and_output_weights": not model.tie_word_embeddings,
-        "hidden_dropout": 0.0,
-        "attention_dropout": 0.0,
         "init_method_std": 0.02,
         "vocab_size": model.vocab_size,
         "padded_vocab_size": fixture.padded_vocab,
         "make_vocab_size_divisible_by": layout.vocab_multiple,
-        "tensor_model_parallel_size": layout.tp,
-        "pipeline_model_parallel_size": layout.pp,
-        "virtual_pipeline_model_parallel_size": layout.vpp if layout.vpp > 1 else None,
-        "expert_model_parallel_size": layout.ep,
-        "expert_tensor_parallel_size": layout.expert_tp,
         "data_parallel_size": layout.dp,
         "world_size": RANKS,
         "sequence_parallel": False,
@@ -208,17 +192,8 @@ def training_arguments(fixture: Fixture) -> argparse.Namespace:
         "transformer_impl": "local",
     }
     if moe is not None:
-        sparse = [int(model.has_experts(layer)) for layer in range(model.num_hidden_layers)]
         said |= {
             "num_experts": moe.num_experts,
-            "moe_layer_freq": 1 if all(sparse) else sparse,
-            "moe_ffn_hidden_size": moe.moe_intermediate_size,
-            "moe_router_topk": moe.num_experts_per_tok,
-            "moe_router_pre_softmax": moe.scoring == "softmax" and not moe.norm_topk_prob,
-            "moe_router_score_function": moe.scoring,
-            "moe_router_enable_expert_bias": moe.e_score_correction_bias,
-            "moe_shared_expert_intermediate_size": moe.shared_expert_intermediate_size or None,
-            "moe_shared_expert_gate": moe.shared_expert_gate,
             "moe_router_bias_update_rate": moe.bias_update_rate,
             "moe_aux_loss_coeff": 0.0,
             "moe_grouped_gemm": False,

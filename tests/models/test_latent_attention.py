@@ -17,7 +17,8 @@ from workbench.models.attention import KeyValueCache
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
 from workbench.models.scoring import visible
-from workbench.parallel.mesh import Axis, Mesh
+from workbench.parallel.axis import Axis
+from workbench.parallel.mesh import Mesh
 from workbench.spec.execution import StageOptions
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from workbench.errors import DataError, LaunchError
-from workbench.parallel.launch import rank_environment, require_devices, run_on_ranks
+from workbench.parallel.launch import choose_device, rank_environment, require_devices, run_on_ranks
 from workbench.parallel.mesh import Mesh
 from workbench.spec.layout import ParallelLayout
 
@@ -78,3 +78,17 @@ def test_ranks_are_not_started_on_fewer_gpus_than_they_are(
         nullcontext() if is_enough else pytest.raises(LaunchError, match="2 ranks need 2 GPUs, and this machine has 1")
     ):
         require_devices(nproc)
+
+
+@pytest.mark.parametrize(("local_rank", "index"), [(None, 0), ("3", 3), ("5", 1)])
+def test_each_rank_of_a_machine_takes_a_gpu_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str | None, index: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    if local_rank is not None:
+        for name, value in {"RANK": "7", "WORLD_SIZE": "8", "LOCAL_RANK": local_rank}.items():
+            monkeypatch.setenv(name, value)
+    assert choose_device() == torch.device("cuda", index)

@@ -75,7 +75,7 @@ ELSEWHERE = {
     "workbench.models.decoder": "logits of evaluations: tests/pretrain/test_token_parity.py",
     "pretrain.evaluation": "scores over ranks: tests/pretrain/test_pipeline.py",
     "workbench.models.build": "no numbers",
-    "workbench.parallel.mesh": "the collectives themselves",
+    "workbench.parallel.axis": "the collectives themselves",
 }
 OF_ANOTHER_BACKEND = Site("workbench.parallel.sequence", "column_product", "gather_from", 0)
 """Reached by Transformer Engine alone: tests/parallel/backends/test_te.py."""

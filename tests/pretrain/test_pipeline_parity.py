@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pretrain import pipeline
 from pretrain.schedules import schedule_named
 from tests.helpers.models import biased_model, gated_model
 from tests.helpers.parity import Observed, assert_observed, train_three_steps
@@ -50,6 +51,22 @@ def test_chunks_of_a_single_stage_equal_one_process(schedule: str, vpp: int) -> 
 def test_layers_that_are_computed_again_equal_one_process(schedule: str, vpp: int, shared: dict[str, Any]) -> None:
     options = StageOptions(recompute="full", loss_chunk_tokens=5)
     assert_same(schedule, tied=True, pp=2, vpp=vpp, options=options, **shared)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "interleaved_zb", "zb_h1", "zbv", "dualpipev"])
+def test_receives_that_are_posted_when_they_are_needed_equal_one_process(schedule: str) -> None:
+    """As on GPUs."""
+    rule = schedule_named(schedule)
+    vpp = 1 if not rule.faults(1) else 2
+    layout = ParallelLayout(pp=4, vpp=vpp, placement=rule.placement)
+    observed = run_ranks(4, train_posting_late, model_of(True, 8), layout, schedule)
+    assert_observed(observed, reference(True, 8))
+
+
+def train_posting_late(model: ModelConfig, layout: ParallelLayout, schedule: str) -> Observed:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "posts_ahead", lambda device: False)
+        return train_three_steps(model, layout, schedule, 1)
 
 
 def test_chunks_of_uneven_depth_equal_one_process() -> None:

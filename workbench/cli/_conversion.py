@@ -21,12 +21,6 @@ if TYPE_CHECKING:
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 VERIFY = ("none", "crc", "full", "logits")
-VERIFY_HELP = (
-    "none, crc (checksums of both sides), full (crc, and each tensor of both sides assembled by other code), "
-    "logits (crc, and forward passes compared)."
-)
-RESUME_HELP = "Go on from what an interrupted run has left."
-DROP_HELP = "Leave out tensors that have no place and match this regular expression, whole; may be repeated."
 Proof = Callable[[Path, "TensorSource"], "LogitsReport"]
 """Gets the unfinished result, as a folder and as a source; raises when it must not appear."""
 

@@ -87,14 +87,11 @@ def speak(request: Request) -> dict[str, Any]:
 
     from converters.merge import open_merged
     from workbench.models.generate import load_model
-    from workbench.parallel.launch import rank_environment
     from workbench.parallel.mesh import Mesh
     from workbench.spec.layout import ParallelLayout
     from workbench.tokenizer import Tokenizer
 
-    environment = rank_environment()
-    device = device_of(request.device, 0 if environment is None else environment.local_rank)
-    mesh = Mesh.create(ParallelLayout(tp=request.tp), device)
+    mesh = Mesh.create(ParallelLayout(tp=request.tp), device_of(request.device))
     # The parent has compared the base with the adapter's record already.
     opened = open_merged(request.path, base=request.base, family=request.family, check_base=False)
     folder = request.tokenizer or opened.tokenizer
@@ -204,7 +201,7 @@ def _answer(prompt: str, spoken: Spoken) -> dict[str, Any]:
     return {"prompt": prompt, "text": spoken.text, "prompt_tokens": len(spoken.prompt), "tokens": spoken.tokens}
 
 
-def device_of(name: str, local_rank: int = 0) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device called cpu, cuda or auto; ConfigError when this machine does not have it."""
     import torch
 
@@ -214,7 +211,7 @@ def device_of(name: str, local_rank: int = 0) -> torch.device:
         raise ConfigError(f"--device {name!r} is not known; use one of auto, cpu, cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: there is no CUDA device on this machine; use cpu")
-    return torch.device("cpu") if name == "cpu" else choose_device(local_rank)
+    return torch.device("cpu") if name == "cpu" else choose_device()
 
 
 def forward_lines(lines: Iterable[str], pipe: str) -> None:

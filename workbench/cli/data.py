@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.cli import _options as option
 from workbench.cli._preview import preview_config, preview_rows
 from workbench.cli.common import Command, Group, Output, count_text, size_text, time_text
 
@@ -27,8 +28,8 @@ def build(
         Path, typer.Argument(help="Where to write: DESTINATION.bin, .idx and .json (a task: a folder).")
     ],
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer folder or its tokenizer.json.")] = None,
-    field: Annotated[str, typer.Option(help="The key that holds the text in .jsonl files.")] = "text",
-    glob: Annotated[str, typer.Option(help="Which files of a folder to read.")] = "**/*",
+    field: option.TextField = "text",
+    glob: option.Glob = "**/*",
     valid: Annotated[
         float,
         typer.Option(min=0, max=0.99, help="Share of documents to hold out: writes DESTINATION-train and -valid."),
@@ -124,9 +125,7 @@ def preview(
         ),
     ],
     tokenizer: Annotated[Path | None, typer.Option(help="In place of the one that belongs to the data.")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option("--map", metavar="NAME=COLUMN", help="Name a column of rows: prompt=question.")
-    ] = None,
+    column: option.Columns = None,
     count: Annotated[int, typer.Option("--count", "-n", min=1, help="How many to show.")] = 3,
     seq_len: Annotated[
         int, typer.Option(min=0, help="Show training samples of this length, in training order, not documents.")

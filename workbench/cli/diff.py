@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from workbench.cli import _options as option
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 def diff(
     out: Output,
-    first: Annotated[Path, typer.Argument(help="A checkpoint in any format, or a run folder.")],
+    first: option.AnyCheckpoint,
     second: Annotated[Path, typer.Argument(help="The other, at any layout and in any format.")],
     recorded: Annotated[
         bool, typer.Option("--recorded", help="Trust recorded fingerprints; read only what differs.")

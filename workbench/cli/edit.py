@@ -7,14 +7,14 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
+from workbench.cli import _options as option
 from workbench.cli.common import Command, Output
 
 
 def edit(
     out: Output,
     source: Annotated[Path, typer.Argument(help="A checkpoint in any format, or a run folder (its latest).")],
-    destination: Annotated[Path, typer.Argument(help="The checkpoint folder to make; it must not exist.")],
+    destination: option.NewCheckpoint,
     layers: Annotated[
         str, typer.Option(help="Layers to take, renumbered, moments too: 0-7,16-31. One may be taken twice.")
     ] = "",
@@ -25,18 +25,18 @@ def edit(
     ] = None,
     top_k: Annotated[int, typer.Option(help="Experts that a token takes.", min=1)] = 2,
     seed: Annotated[int, typer.Option(help="From which new routers are drawn.")] = 0,
-    tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; the source's by default.")] = None,
-    pp: Annotated[int | None, typer.Option(help="Pipeline stages; the source's by default.")] = None,
-    pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
-    dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
-    family: Annotated[str, typer.Option(help="The model family, when the source does not say it rightly.")] = "",
-    optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
-    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "2GiB",
-    workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
-    verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "crc",
-    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
+    tp: option.Tp = None,
+    pp: option.Pp = None,
+    pp_layout: option.StageLayers = "",
+    dtype: option.Dtype = "",
+    family: option.Family = "",
+    optimizer: option.Optimizer = "keep",
+    mem: option.Mem = "2GiB",
+    workers: option.Workers = 2,
+    allow_drop: option.AllowDrop = None,
+    verify: option.Verify = "crc",
+    resume: option.Resume = False,
+    dry_run: option.DryRun = False,
 ) -> None:
     """Write a checkpoint edited as it streams: layers first, then the vocabulary, then experts."""
     from converters.edits.experts import upcycle

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from workbench.cli import _options as option
 from workbench.cli._harness import run_harness
 from workbench.cli._training import find_ranks
 from workbench.cli.common import Command, Output
@@ -34,9 +35,7 @@ def evaluate(
         bool,
         typer.Option("--best", help="Of the judged run folder, its best checkpoint by eval.metric, not its latest."),
     ] = False,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
-    ] = None,
+    nproc: option.Nproc = None,
 ) -> None:
     """Judge a model by the valid and test rows of a task, or by public benchmarks.
 
@@ -91,11 +90,10 @@ def judge(config: FinetuneConfig, layout: ParallelLayout, checkpoint: Path, base
     """One rank's part; the metrics on every rank."""
     from converters.merge import open_merged
     from finetune.run import evaluate_model
-    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
 
-    environment = rank_environment()
-    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    mesh = Mesh.create(layout, choose_device())
     # The parent has compared the base with the adapter's record already.
     opened = open_merged(checkpoint, base=base, check_base=False)
     return evaluate_model(config, opened.model, opened.source, opened.tokenizer, mesh)

@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
-from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, Vpp
+from workbench.cli import _options as option
 from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
@@ -36,7 +35,7 @@ _MEGATRON_MULTIPLE = 128  # --make-vocab-size-divisible-by, unless a run says ot
 def export(
     out: Output,
     source: Annotated[Path, typer.Argument(help="A checkpoint at any layout, or a run folder (its latest).")],
-    destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
+    destination: option.NewFolder,
     to: Annotated[
         str,
         typer.Option(
@@ -44,29 +43,29 @@ def export(
             "torchtitan."
         ),
     ] = "hf",
-    tp: Tp = None,
-    pp: Pp = None,
-    vpp: Vpp = None,
-    ep: Ep = None,
-    pp_layout: PpLayout = "",
-    vocab_multiple: VocabMultiple = None,
+    tp: option.Tp = None,
+    pp: option.Pp = None,
+    vpp: option.Vpp = None,
+    ep: option.Ep = None,
+    pp_layout: option.PpLayout = "",
+    vocab_multiple: option.VocabMultiple = None,
     base: Annotated[
         Path | None, typer.Option(help="Where the base of an adapter is, if not where it was in training.")
     ] = None,
     family: Annotated[str, typer.Option(help="The model family; found by the model's features by default.")] = "",
-    dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
+    dtype: option.WeightDtype = "",
     optimizer: Annotated[
         str, typer.Option(help="keep, drop or require its state; dropped for hf and peft, else kept.")
     ] = "",
     max_shard_size: Annotated[str, typer.Option(help="Largest weight file: 5GB, 500MB.")] = "5GB",
-    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "2GiB",
-    workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
+    mem: option.CopyMem = "2GiB",
+    workers: option.Workers = 2,
+    allow_drop: option.AllowDrop = None,
     verify: Annotated[
-        str, typer.Option(help=f"{VERIFY_HELP} By default logits with transformers or peft, else full.")
+        str, typer.Option(help=f"{option.VERIFY_HELP} By default logits with transformers or peft, else full.")
     ] = "",
-    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
+    resume: option.Resume = False,
+    dry_run: option.DryRun = False,
 ) -> None:
     """Write a checkpoint in another program's format; a Hugging Face folder is kept only if its logits agree."""
     with quick_imports():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.cli import _options as option
 from workbench.cli._preview import column_overrides
 from workbench.cli._training import (
     Outcome,
@@ -37,12 +38,8 @@ def finetune(
         Path, typer.Argument(help="A TOML file with base, [task], [method], [run] and more.", metavar="CONFIG.toml")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file: method.r=8")] = None,
-    column: Annotated[
-        list[str] | None, typer.Option("--map", metavar="NAME=COLUMN", help="Name a column of rows: prompt=question.")
-    ] = None,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
-    ] = None,
+    column: option.Columns = None,
+    nproc: option.Nproc = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check config, base, data and layout only.")] = False,
 ) -> None:
     """Train a model further on a task: whole, or a LoRA adapter beside its frozen weights.
@@ -80,11 +77,10 @@ def finetune(
 def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerprint: str) -> Outcome:
     """One rank's part of a run; the outcome as plain values."""
     from finetune.run import Finetuning
-    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
 
-    environment = rank_environment()
-    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    mesh = Mesh.create(layout, choose_device())
     base = _base(config, open_base_of(config), fingerprint)
     terminal = Terminal(voice, config, "finetune") if mesh.world.rank == 0 else None
     try:

@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
-from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, VocabSize, Vpp
+from workbench.cli import _options as option
 from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
@@ -20,24 +19,24 @@ if TYPE_CHECKING:
 def import_(
     out: Output,
     source: Annotated[Path, typer.Argument(help="A Hugging Face folder, or a folder of another known format.")],
-    destination: Annotated[Path, typer.Argument(help="The checkpoint folder to make; it must not exist.")],
-    family: Annotated[str, typer.Option(help="The model family, when the source does not say it rightly.")] = "",
-    vocab_size: VocabSize = None,
-    tp: Tp = None,
-    pp: Pp = None,
-    vpp: Vpp = None,
-    ep: Ep = None,
-    pp_layout: PpLayout = "",
-    vocab_multiple: VocabMultiple = None,
-    dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16.")] = "",
-    mem: Annotated[str, typer.Option(help="Memory for copying at most: 512MiB, 2GiB.")] = "2GiB",
-    workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
+    destination: option.NewCheckpoint,
+    family: option.Family = "",
+    vocab_size: option.VocabSize = None,
+    tp: option.Tp = None,
+    pp: option.Pp = None,
+    vpp: option.Vpp = None,
+    ep: option.Ep = None,
+    pp_layout: option.PpLayout = "",
+    vocab_multiple: option.VocabMultiple = None,
+    dtype: option.WeightDtype = "",
+    mem: option.CopyMem = "2GiB",
+    workers: option.Workers = 2,
+    allow_drop: option.AllowDrop = None,
     verify: Annotated[
-        str, typer.Option(help=f"{VERIFY_HELP} By default logits of Hugging Face folders, else full.")
+        str, typer.Option(help=f"{option.VERIFY_HELP} By default logits of Hugging Face folders, else full.")
     ] = "",
-    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
+    resume: option.Resume = False,
+    dry_run: option.DryRun = False,
 ) -> None:
     """Turn a checkpoint of another format into a native one at any layout, proven before it appears."""
     with quick_imports():

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from workbench.cli._layout_options import VocabSize
+from workbench.cli import _options as option
 from workbench.cli.common import Command, Output, as_lines, count_text, size_text
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ def inspect(
     out: Output,
     path: Annotated[Path, typer.Argument(help="A checkpoint, a run folder or a folder of another format.")],
     tensors: Annotated[str, typer.Option(help="List the tensors whose names match this pattern.")] = "",
-    vocab_size: VocabSize = None,
+    vocab_size: option.VocabSize = None,
 ) -> None:
     """Show what a checkpoint holds: format, layout, step, sizes. Reads headers only; safe on untrusted files."""
     from fnmatch import fnmatchcase

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
+from workbench.cli import _options as option
 from workbench.cli.common import Command, Output
 
 
@@ -16,7 +16,7 @@ def merge(
     source: Annotated[
         Path, typer.Argument(help="An adapter (LoRA or a PEFT folder), or with --average any checkpoint.")
     ],
-    destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
+    destination: option.NewFolder,
     average: Annotated[
         list[Path] | None, typer.Option(help="Another checkpoint of the same model, to take the mean with; repeatable.")
     ] = None,
@@ -25,15 +25,15 @@ def merge(
     tp: Annotated[int | None, typer.Option(help="Tensor-parallel ranks; the base's by default.")] = None,
     pp: Annotated[int | None, typer.Option(help="Pipeline stages; the base's by default.")] = None,
     ep: Annotated[int | None, typer.Option(help="Replicas that share the experts; the base's by default.")] = None,
-    pp_layout: Annotated[str, typer.Option(help="Layers per stage, when not even: 6,8,8,6.")] = "",
+    pp_layout: option.StageLayers = "",
     dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; the base's by default.")] = "",
     family: Annotated[str, typer.Option(help="The base's model family, when it is not found by itself.")] = "",
-    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "2GiB",
-    workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
-    verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "crc",
-    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
+    mem: option.Mem = "2GiB",
+    workers: option.Workers = 2,
+    allow_drop: option.AllowDrop = None,
+    verify: option.Verify = "crc",
+    resume: option.Resume = False,
+    dry_run: option.DryRun = False,
 ) -> None:
     """Write base + adapter, or the mean of checkpoints, as a native one: rounded once, streamed, without a GPU."""
     from converters.edits.average import average as mean

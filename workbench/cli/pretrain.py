@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from workbench.cli import _options as option
 from workbench.cli._training import (
     Outcome,
     Terminal,
@@ -34,9 +35,7 @@ def pretrain(
         Path, typer.Argument(help="A TOML file with [model], [data], [run] and more.", metavar="CONFIG.toml")
     ],
     overrides: Annotated[list[str] | None, typer.Argument(help="Values over those of the file: optim.lr=3e-4")] = None,
-    nproc: Annotated[
-        int | None, typer.Option(min=1, help="Ranks to start here; by default what [parallel] asks for.")
-    ] = None,
+    nproc: option.Nproc = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check config, data and layout; train nothing.")] = False,
 ) -> None:
     """Train from scratch, or go on by itself when the run folder already holds a checkpoint.
@@ -73,11 +72,10 @@ def train(config: PretrainConfig, layout: ParallelLayout, voice: Voice) -> Outco
     from pretrain.data.config import open_data
     from pretrain.engine import NextToken, Subject, Trainer
     from workbench.models.build import initialise
-    from workbench.parallel.launch import choose_device, rank_environment
+    from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
 
-    environment = rank_environment()
-    mesh = Mesh.create(layout, choose_device(environment.local_rank if environment is not None else 0))
+    mesh = Mesh.create(layout, choose_device())
     data = open_data(config.data, seq_len=config.batch.seq_len, vocab_size=config.model.vocab_size)
     subject = Subject(
         config.model,

@@ -8,8 +8,7 @@ from typing import Annotated
 
 import typer
 
-from workbench.cli._conversion import DROP_HELP, RESUME_HELP, VERIFY_HELP
-from workbench.cli._layout_options import Ep, Pp, PpLayout, Tp, VocabMultiple, Vpp
+from workbench.cli import _options as option
 from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
@@ -17,24 +16,24 @@ from workbench.cli.common import Command, Output
 def reshard(
     out: Output,
     source: Annotated[Path, typer.Argument(help="A checkpoint folder, or a run folder (its latest checkpoint).")],
-    destination: Annotated[Path, typer.Argument(help="The folder to make; it must not exist.")],
-    tp: Tp = None,
-    pp: Pp = None,
-    vpp: Vpp = None,
-    ep: Ep = None,
-    pp_layout: PpLayout = "",
-    vocab_multiple: VocabMultiple = None,
-    dtype: Annotated[str, typer.Option(help="Cast weights to F32, BF16 or F16; moments stay F32.")] = "",
-    optimizer: Annotated[str, typer.Option(help="keep, drop or require optimizer state.")] = "keep",
-    mem: Annotated[str, typer.Option(help="Memory to use at most: 512MiB, 2GiB.")] = "2GiB",
-    workers: Annotated[int, typer.Option(help="Threads that copy.", min=1, max=64)] = 2,
-    allow_drop: Annotated[list[str] | None, typer.Option(metavar="REGEX", help=DROP_HELP)] = None,
-    verify: Annotated[str, typer.Option(help=VERIFY_HELP)] = "crc",
+    destination: option.NewFolder,
+    tp: option.Tp = None,
+    pp: option.Pp = None,
+    vpp: option.Vpp = None,
+    ep: option.Ep = None,
+    pp_layout: option.PpLayout = "",
+    vocab_multiple: option.VocabMultiple = None,
+    dtype: option.Dtype = "",
+    optimizer: option.Optimizer = "keep",
+    mem: option.Mem = "2GiB",
+    workers: option.Workers = 2,
+    allow_drop: option.AllowDrop = None,
+    verify: option.Verify = "crc",
     lazy: Annotated[
         bool, typer.Option("--lazy", help="Share the source's files (hard links): for changes of PP, VPP, EP and DP.")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help=RESUME_HELP)] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the proven plan and write nothing.")] = False,
+    resume: option.Resume = False,
+    dry_run: option.DryRun = False,
 ) -> None:
     """Write a checkpoint at another tensor, pipeline and expert layout, optimizer state included, without a GPU."""
     with quick_imports():

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli import _options as option
 from workbench.cli.common import Command, Group, Output, count_text, time_text
 
 
@@ -19,8 +20,8 @@ def train(
     vocab_size: Annotated[
         int, typer.Option(help="Number of ids, the 256 bytes and the two specials included.")
     ] = 32000,
-    field: Annotated[str, typer.Option(help="The key that holds the text in .jsonl files.")] = "text",
-    glob: Annotated[str, typer.Option(help="Which files of a folder to read.")] = "**/*",
+    field: option.TextField = "text",
+    glob: option.Glob = "**/*",
     max_gib: Annotated[
         float, typer.Option(help="Read this much of the text at most; training holds its words in memory.")
     ] = 1.0,

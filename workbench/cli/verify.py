@@ -7,12 +7,13 @@ from typing import Annotated
 
 import typer
 
+from workbench.cli import _options as option
 from workbench.cli.common import Command, Output, size_text
 
 
 def verify(
     out: Output,
-    path: Annotated[Path, typer.Argument(help="A checkpoint in any format, or a run folder.")],
+    path: option.AnyCheckpoint,
     other: Annotated[Path | None, typer.Argument(help="Another, at any layout and in any format, to compare.")] = None,
     full: Annotated[bool, typer.Option("--full", help="Compute the fingerprints again as well.")] = False,
 ) -> int | None:

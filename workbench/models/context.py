@@ -10,8 +10,9 @@ import torch
 from workbench.models.attend import WeightDropout, attend
 from workbench.models.ring import attend_in_ring
 from workbench.models.scoring import PLAIN, Scoring
+from workbench.parallel.axis import Axis
 from workbench.parallel.context import context_chunks, gather_context
-from workbench.parallel.mesh import Axis, Mesh
+from workbench.parallel.mesh import Mesh
 
 
 def attend_in_context(

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 
 from workbench.models.batch import LocalBatch
+from workbench.parallel.axis import Axis
 from workbench.parallel.collectives import sum_over
 from workbench.parallel.loss import IGNORE, accumulation_dtype
-from workbench.parallel.mesh import Axis
 
 Pooling = Literal["mean_state", "last_state"]
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 
 from workbench.models.scoring import PLAIN, Scoring, visible
+from workbench.parallel.axis import Axis
 from workbench.parallel.context import context_chunks
 from workbench.parallel.loss import accumulation_dtype
-from workbench.parallel.mesh import Axis
 from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 QUERIES = 512

@@ -19,13 +19,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from workbench.parallel.axis import Axis
 from workbench.parallel.loss import (
     VocabParallelSoftmax,
     accumulation_dtype,
     losses_and_gradient,
     vocab_parallel_cross_entropy,
 )
-from workbench.parallel.mesh import Axis
 from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from workbench.parallel.mesh import Axis
+from workbench.parallel.axis import Axis
 
 
 class _Copy(torch.autograd.Function):

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from workbench.parallel.axis import Axis
 from workbench.parallel.collectives import gather_from
-from workbench.parallel.mesh import Axis
 
 
 def context_chunks(size: int, rank: int) -> tuple[int, ...]:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from workbench.parallel.axis import Axis
 from workbench.parallel.live import LiveParameter, shard_views
-from workbench.parallel.mesh import Axis, Mesh
+from workbench.parallel.mesh import Mesh
 
 
 def complete_gradients(parameters: Sequence[LiveParameter], mesh: Mesh) -> None:

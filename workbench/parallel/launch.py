@@ -68,11 +68,12 @@ def rank_environment() -> RankEnvironment | None:
     return None
 
 
-def choose_device(local_rank: int = 0) -> torch.device:
+def choose_device() -> torch.device:
     """The accelerator of this rank if there is one, else the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", local_rank % torch.cuda.device_count())
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    environment = rank_environment()
+    return torch.device("cuda", environment.local_rank % torch.cuda.device_count() if environment is not None else 0)
 
 
 def require_devices(nproc: int) -> None:
@@ -163,7 +164,7 @@ def _rank_main(entry: Callable[..., Any], args: tuple[Any, ...], threads: int, r
 
 
 def _join_and_call(environment: RankEnvironment, entry: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    device = choose_device(environment.local_rank)
+    device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if environment.world_size > 1 and not dist.is_initialized():

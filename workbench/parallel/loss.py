@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from workbench.parallel.mesh import Axis
+from workbench.parallel.axis import Axis
 from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 IGNORE = -100

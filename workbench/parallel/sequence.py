@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from workbench.parallel.axis import Axis
 from workbench.parallel.collectives import copy_to, gather_from, reduce_from, scatter_to
 from workbench.parallel.gemm import Gemm, WaitingProduct
-from workbench.parallel.mesh import Axis, Mesh
+from workbench.parallel.mesh import Mesh
 
 
 def enter_cut(x_BtI: torch.Tensor, mesh: Mesh) -> torch.Tensor:

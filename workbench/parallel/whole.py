@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from workbench.parallel.axis import Axis
 from workbench.parallel.live import LiveParameter
-from workbench.parallel.mesh import Axis
 from workbench.spec.geometry import Box, coverage_fault
 
 _Addressed = tuple[int, torch.Tensor]

@@ -31,15 +31,4 @@ NUMPY_NAMES: Final[dict[str, str]] = {
     "BOOL": "bool",
 }
 
-TORCH_NAMES: Final[dict[str, str]] = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U8": "uint8",
-    "BOOL": "bool",
-}
+TORCH_NAMES: Final[dict[str, str]] = {**NUMPY_NAMES, "BF16": "bfloat16"}

@@ -26,18 +26,14 @@ class Coordinate:
     stage: int
 
 
-class ParallelLayout(Config):
-    """Degrees of parallelism. Rank order: tensor fastest, then context, then data, then pipeline.
-
-    A pipeline of `pp` stages with `vpp` chunks of layers each has pp * vpp virtual stages, numbered in the order of the
-    network. Data and context ranks hold the same parameters: together they are the replicas that FSDP2 sums over.
-    """
+class Degrees(Config):
+    """How many ranks share what, as a configuration asks for it and as a layout has it."""
 
     tp: int = Field(default=1, gt=0, description="Ranks that share each layer (tensor parallelism).")
     cp: int = Field(default=1, gt=0, description="Ranks that share each sequence (context parallelism).")
     pp: int = Field(default=1, gt=0, description="Stages of the pipeline.")
     vpp: int = Field(default=1, gt=0, description="Chunks of layers in each stage (virtual stages).")
-    dp: int = Field(default=1, gt=0, description="Copies of the model that split the batch.")
+    dp: int | Literal["auto"]
     ep: int = Field(
         default=1, gt=0, description="Replicas that share the experts (expert parallelism); it divides dp x cp."
     )
@@ -49,12 +45,8 @@ class ParallelLayout(Config):
     pp_layout: tuple[int, ...] | None = Field(
         default=None, description="Layers per virtual stage in the order of the network, when not even: [6, 8, 8, 6]."
     )
-    placement: Placement = Field(
-        default="loop",
-        description="Which stage holds a chunk: loop goes round the stages again and again, vee there and back.",
-    )
     sequence_parallel: bool = Field(
-        default=False, description="Whether tensor-parallel ranks also share the tokens between their layers."
+        default=False, description="Tensor-parallel ranks also share the tokens between their layers."
     )
     context: ContextMethod = Field(
         default="all_gather",
@@ -71,6 +63,20 @@ class ParallelLayout(Config):
     )
     vocab_multiple: int = Field(
         default=8, gt=0, description="Each rank's rows of the vocabulary are padded to a multiple of this."
+    )
+
+
+class ParallelLayout(Degrees):
+    """Degrees of parallelism. Rank order: tensor fastest, then context, then data, then pipeline.
+
+    A pipeline of `pp` stages with `vpp` chunks of layers each has pp * vpp virtual stages, numbered in the order of the
+    network. Data and context ranks hold the same parameters: together they are the replicas that FSDP2 sums over.
+    """
+
+    dp: int = Field(default=1, gt=0, description="Copies of the model that split the batch.")
+    placement: Placement = Field(
+        default="loop",
+        description="Which stage holds a chunk: loop goes round the stages again and again, vee there and back.",
     )
 
     @property

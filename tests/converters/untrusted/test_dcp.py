@@ -80,7 +80,6 @@ def test_tensors_and_objects_are_found_where_they_lie(saved: Path) -> None:
     assert np.array_equal(piece.locate().read(Box((1, 1), (2, 2))), np.arange(12.0).reshape(3, 4)[1:, 1:3])
     assert folder.read_object("step") == 7
     assert folder.read_object("extra").data == b"abc"
-    assert folder.planner["optim.0"] == ("optim", 0)
 
 
 def test_pieces_carry_their_boxes(tmp_path: Path) -> None:
