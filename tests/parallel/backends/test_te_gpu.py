@@ -41,8 +41,8 @@ MODELS = {"gated": gated_model(**SIZES), "biased": biased_model(**SIZES)}
     ("linear", "limit"),
     [
         ("compute", 2**-6),  # bf16 keeps 8 bits; other orders of sums, and an RMSNorm that rounds elsewhere
-        # Both operands of each product are rounded, in e4m3 by 2^-5 on average, and a gradient comes through some thirty
-        # of them: 2^-5 x sqrt(30) = 0.17. On a CPU it is 0.12 by rows and 0.19 by tensors.
+        # Both operands of each product are rounded, in e4m3 by 2^-5 on average, and a gradient comes through some
+        # thirty of them: 2^-5 x sqrt(30) = 0.17. On a CPU it is 0.12 by rows and 0.19 by tensors.
         ("fp8_tensorwise", 2**-2),
         ("fp8_rowwise", 2**-2),
         ("te:delayed", 2**-2),
