@@ -97,6 +97,7 @@ def _serve(rank: int, world_size: int, store: str, pipe: Connection, device: str
         backend = "cpu:gloo,cuda:nccl"
         # NCCL refuses two ranks of one machine on one GPU. As if on machines of their own they talk through sockets.
         os.environ.update(NCCL_HOSTID=f"rank-{rank}", NCCL_SOCKET_IFNAME="lo", NCCL_IB_DISABLE="1")
+        os.environ["CUDA_MODULE_LOADING"] = "EAGER"  # as workbench/parallel/launch.py
         torch.cuda.set_device(rank % torch.cuda.device_count())
     dist.init_process_group(
         backend, init_method=f"file://{store}", rank=rank, world_size=world_size, timeout=timedelta(seconds=120)

@@ -164,6 +164,9 @@ def _rank_main(entry: Callable[..., Any], args: tuple[Any, ...], threads: int, r
 
 
 def _join_and_call(environment: RankEnvironment, entry: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    # A kernel that is loaded at its first call waits for the device, and there for messages that a neighbour may send
+    # only when it has heard from this rank (CUDA C++ Programming Guide, Lazy Loading, Concurrent Execution).
+    os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     device = choose_device()
     if device.type == "cuda":
         torch.cuda.set_device(device)
