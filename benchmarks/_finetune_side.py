@@ -1,7 +1,8 @@
 """One fine-tuning run by one program in a process of its own: `python _finetune_side.py SIDE FOLDER`, JSON on stdout.
 
 FOLDER holds case.json (method, rows in the order of training, held-out rows), the base in both formats, a tokenizer.
-Sides: workbench, transformers (with peft where the method is LoRA), transformers-grouped (on our microbatches), trl.
+Sides: workbench, workbench-packed (as many tokens a step, in full rows), transformers (with peft where the method is
+LoRA), transformers-grouped (on our microbatches), trl.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Clock:
     def __init__(self) -> None:
         self.times: list[float] = []
         self.peak = 0
+        self.labels = 0
 
     def started(self, facts: Any) -> None: ...
     def measured(self, row: Any) -> None: ...
@@ -46,20 +48,24 @@ class Clock:
         return self.times[-1] - self.times[WARM_STEPS - 1]
 
 
-def workbench(folder: Path, case: dict[str, Any], clock: Clock) -> dict[str, float]:
+def workbench(folder: Path, case: dict[str, Any], clock: Clock, *, packing: bool = False) -> dict[str, float]:
     """Metrics of our run."""
     from converters.open import open_checkpoint
     from finetune.run import Base, Finetuning
+    from pretrain.engine import Share
     from tests.finetune.data import config_of
     from workbench.parallel.mesh import Mesh
 
     rows = {"train": str(folder / "train.jsonl"), "valid": str(folder / "valid.jsonl")}
     method = {"kind": "lora", "r": RANK, "alpha": ALPHA} if case["lora"] else {"kind": "full"}
+    batch = {name: case[name] for name in ("global_size", "micro_size", "seq_len")}
+    if packing:
+        batch |= {"global_size": case["packed_rows"], "micro_size": case["packed_rows"] // 2, "packing": True}
     config = config_of(
         folder,
         {"kind": case["task"], **rows},
         method,
-        batch={"global_size": case["global_size"], "micro_size": case["micro_size"], "seq_len": case["seq_len"]},
+        batch=batch,
         optim={"lr": LR, "warmup": 0, "betas": BETAS},
         checkpoint={"optimizer": False},
         log={"every": 1000, "tensorboard": False},
@@ -67,7 +73,13 @@ def workbench(folder: Path, case: dict[str, Any], clock: Clock) -> dict[str, flo
     )
     opened = open_checkpoint(folder / "base")
     base = Base(opened.model, opened.source, opened.tokenizer, str(folder / "base"), "")
-    return dict(Finetuning(config, base, Mesh.single(), watcher=clock).run().metrics)
+    run = Finetuning(config, base, Mesh.single(), watcher=clock)
+    metrics = dict(run.run().metrics)
+    share, size = Share(config.batch.micro_size, 0, 1), config.batch.global_size
+    for step in range(WARM_STEPS, case["steps"]):
+        some = run.trainer.objective.train_rows(share, step=step, first_sample=step * size, global_size=size)
+        clock.labels += sum(one.num_labels for one in some)
+    return metrics
 
 
 def peer(folder: Path, case: dict[str, Any], clock: Clock, side: str) -> dict[str, float]:
@@ -175,8 +187,11 @@ def run(side: str, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(2)
     case = json.loads((folder / "case.json").read_text(encoding="utf-8"))
     clock = Clock()
-    metrics = workbench(folder, case, clock) if side == "workbench" else peer(folder, case, clock, side)
-    return {"seconds": clock.seconds(), "peak_bytes": clock.peak, "metrics": metrics}
+    if side.startswith("workbench"):
+        metrics = workbench(folder, case, clock, packing=side.endswith("packed"))
+    else:
+        metrics = peer(folder, case, clock, side)
+    return {"seconds": clock.seconds(), "peak_bytes": clock.peak, "labels": clock.labels, "metrics": metrics}
 
 
 if __name__ == "__main__":

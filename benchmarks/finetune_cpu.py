@@ -7,7 +7,8 @@ microbatches instead, in which rows of like length are together: what then remai
 process of its own, so that its peak of memory is its own, libraries included; they run in turn, A B C A B C, and speed
 is compared by the medians of the ratios within a round. The first two steps do not count. Held-out rows are judged
 alike; the outcome may differ by two standard errors of the difference, since new heads and adapters begin from other
-draws. TRL is compared where it is installed.
+draws. TRL is compared where it is installed. Examples that share rows are compared with the same in rows of their own
+by the supervised tokens that a second takes in.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from _common import Claim, claim, main, median_ratio, say
 from finetune.objective import TaskObjective
 from finetune.run import prepare
-from finetune.task import Example
+from finetune.task import Example, Prepared
 from pretrain.engine import Share
 from tests.finetune.adapters import write_base
 from tests.finetune.data import byte_tokenizer, config_of, write_rows
@@ -54,6 +55,8 @@ def compare(name: str, folder: Path, *, quick: bool) -> list[Claim]:
     task, lora = CASES[name]
     prepare_case(folder, task, lora, quick=quick)
     sides = ["workbench", "transformers", "transformers-grouped"]
+    if task == "sft":
+        sides.append("workbench-packed")
     if task == "sft" and find_spec("trl") is not None:
         sides.append("trl")
     elif task == "sft":
@@ -68,7 +71,16 @@ def compare(name: str, folder: Path, *, quick: bool) -> list[Claim]:
             found[side].append(json.loads(done.stdout.splitlines()[-1]))
             say(f"{name}: {side} {found[side][-1]}")
     ours = found.pop("workbench")
-    return [one for side, theirs in found.items() for one in judge(f"{name} over {side}", task, ours, theirs)]
+    packed = [of_packing(name, ours, found.pop("workbench-packed"))] if task == "sft" else []
+    return packed + [one for side, theirs in found.items() for one in judge(f"{name} over {side}", task, ours, theirs)]
+
+
+def of_packing(name: str, ours: list[dict[str, Any]], packed: list[dict[str, Any]]) -> Claim:
+    """How many times as many supervised tokens a second packed rows take in."""
+    rates = [[one["labels"] / one["seconds"] for one in side] for side in (packed, ours)]
+    told = " and ".join(f"{statistics.median(side):.0f}" for side in rates)
+    ratio = median_ratio(*rates)
+    return claim(f"{name}, packed over unpacked: supervised tokens/s", ratio, unit="x", note=f"{told} a second")
 
 
 def judge(name: str, task: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> list[Claim]:
@@ -132,11 +144,19 @@ def prepare_case(folder: Path, task: str, lora: bool, *, quick: bool) -> None:
         "lora": lora,
         "steps": steps,
         "pad": prepared.pad_id,
+        "packed_rows": packed_rows(prepared, sizes),
         "train": [peer_row(example) for _, example in sorted(zip(numbers, ordered, strict=True), key=itemgetter(0))],
         "grouped": [peer_row(example) for example in ordered],
         "valid": [peer_row(example) for example in prepared.held_out["valid"]],
     }
     (folder / "case.json").write_text(json.dumps(case), encoding="utf-8")
+
+
+def packed_rows(prepared: Prepared, sizes: dict[str, int]) -> int:
+    """Full rows of about as many tokens as the examples of a step, an even number."""
+    lengths = [len(example.input_ids) for example in prepared.train]
+    tokens = statistics.mean(lengths) * sizes["global_size"]
+    return max(2 * round(tokens / sizes["seq_len"] / 2), 2)
 
 
 def peer_row(example: Example) -> dict[str, Any]:

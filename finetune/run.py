@@ -53,15 +53,17 @@ class Finetuning:
         *,
         watcher: Watcher | None = None,
         dtype: torch.dtype = torch.float32,
+        prepared: Prepared | None = None,
     ) -> None:
-        """Reads and checks the data, builds the model and fills it from the base, or resumes the run's folder.
+        """Reads and checks the data, unless it is given `prepared`; builds the model and fills it from the base, or
+        resumes the run's folder.
 
         Raises ConfigError, DataError or CheckpointError before anything is trained.
         """
         self.config, self.base, self._dtype = config, base, dtype
         self._watcher = watcher if mesh.world.rank == 0 else None
         tokenizer = tokenizer_of(base, config.tokenizer)
-        self.prepared = prepare(config, base.model, tokenizer)
+        self.prepared = prepared or prepare(config, base.model, tokenizer)
         self.model = tuned_model(base.model, self.prepared)
         adapter = self._adapter = adapter_of(config)
         require_fit(adapter, config.method, config, self.model)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
@@ -15,6 +15,18 @@ if TYPE_CHECKING:
     from pretrain.pipeline import Pipeline
 
 
+class StepJudge(Protocol):
+    """Metrics of a step, from what its microbatches say."""
+
+    def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
+        """What a microbatch adds to the sums, a vector; or a matrix, of which every row is kept."""
+        ...
+
+    def metrics(self, sums: Sequence[float]) -> dict[str, float]:
+        """Metrics from the sums over everything, or from all rows, one after the other in any order."""
+        ...
+
+
 class Criterion:
     """The sum of the losses of all labels, as the model's own head gives it; a subclass says otherwise.
 
@@ -23,6 +35,9 @@ class Criterion:
 
     output: Output = "loss"
     """What the last stage computes."""
+
+    judge: StepJudge | None = None
+    """Who says more of a step than its loss, of what it was learned from."""
 
     def loss(self, batch: Batch, output: torch.Tensor, mesh: Mesh) -> torch.Tensor:
         """The summed loss of a microbatch, a scalar. Ranks that share the microbatch all compute it; those of the dp

@@ -6,6 +6,7 @@ import torch
 
 from pretrain.objective import Evaluation, Share, to_batch
 from pretrain.pipeline import Pipeline
+from pretrain.tally import Tally
 from workbench.models.batch import Batch
 
 
@@ -18,28 +19,14 @@ def evaluate(
     max_samples: int | None = None,
 ) -> dict[str, float]:
     """The metrics of `evaluation` on every rank; communicates on all axes."""
-    mesh = pipeline.mesh
-    found: list[torch.Tensor] = []
+    mesh, tally = pipeline.mesh, Tally()
 
     def take(batch: Batch, output: torch.Tensor) -> None:
         # A loss is that of one context rank's tokens; anything else is whole on all of them.
         whole = mesh.cp.all_reduce(output.clone()) if evaluation.output == "loss" else output
-        _put(found, evaluation.tally(batch, whole))
+        tally.put(evaluation.tally(batch, whole))
 
     share = Share(micro_size, mesh.dp.rank, mesh.dp.size)
     for rows in evaluation.batches(share, num_microbatches=num_microbatches, max_samples=max_samples):
         pipeline.evaluate([to_batch(r, mesh.device) for r in rows], evaluation.output, take)
-    counts_here = bool(found) and mesh.tp.rank == 0 and mesh.cp.rank == 0
-    totals: list[torch.Tensor] = []
-    for part in mesh.world.gather_objects(torch.cat(found).cpu() if counts_here else None):
-        if part is not None:
-            _put(totals, part)
-    return evaluation.metrics(torch.cat(totals).flatten().tolist())
-
-
-def _put(found: list[torch.Tensor], more: torch.Tensor) -> None:
-    """Adds a vector to the one that is there; a matrix is kept beside the others."""
-    if found and more.dim() == 1:
-        found[0] = found[0] + more
-    else:
-        found.append(more)
+    return evaluation.metrics(tally.total(mesh))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from workbench.models.batch import Batch
 from workbench.models.decoder import Output
 from workbench.parallel.dropout import DropoutKey
 from workbench.parallel.loss import IGNORE
+
+FEW: Final = 0.9
+"""Of all tokens: with fewer labels, losses are made of the labelled ones alone."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,12 @@ class Rows:
     def num_labels(self) -> int:
         """Labels that count, or what counts in their place."""
         return int(np.count_nonzero(self.labels != IGNORE)) if self.terms is None else self.terms
+
+    @property
+    def has_few_labels(self) -> bool:
+        """Whether so many tokens have no label that a head should not see them. On a GPU to find the others means to
+        wait for them."""
+        return self.labels.ndim == 2 and int(np.count_nonzero(self.labels != IGNORE)) < FEW * self.labels.size
 
     @property
     def num_tokens(self) -> int:
@@ -136,6 +145,7 @@ def to_batch(
         decoder_ids=optional(rows.decoder_ids),
         values={name: tensor(values) for name, values in rows.values.items()},
         terms=rows.terms,
+        few_labels=rows.has_few_labels,
     )
 
 

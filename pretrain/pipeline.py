@@ -16,6 +16,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from pretrain.criterion import Criterion
 from pretrain.schedules import Action, Schedule, forward_turns
 from pretrain.simulate import Result, neighbours, result
+from pretrain.tally import Tally
 from workbench.models.batch import Batch, hidden_shape
 from workbench.models.build import BuiltStage
 from workbench.models.decoder import DecoderStage, Output
@@ -45,10 +46,11 @@ class Pipeline:
     def __init__(self, built: BuiltStage, mesh: Mesh, schedule: Schedule, criterion: Criterion | None = None) -> None:
         self.built, self.stage = built, built.module
         self.mesh, self.schedule, self.criterion = mesh, schedule, criterion or Criterion()
+        self.tally = Tally()
 
     def train(self, batches: Sequence[Batch], scale: torch.Tensor) -> torch.Tensor:
         """The summed loss of `batches` where the network ends, zero elsewhere; adds its gradient times `scale` to the
-        stage.
+        stage. What the criterion's judge says of them is then in `tally`.
 
         Communicates on the pipeline axis, and inside the stage on the tensor and data axes.
         """
@@ -61,6 +63,7 @@ class Pipeline:
         for action in actions:
             compute[action.kind](action)
         run.links.finish()
+        self.tally = run.tally
         return run.loss
 
     @torch.no_grad()
@@ -104,6 +107,7 @@ class _Training:
         self._reduces_apart = self._gemm.waiting is not None or pipeline.mesh.layout.vpp > 1
         # In float64, so that the reported sum does not depend on how the step was cut into microbatches.
         self.loss = torch.zeros((), dtype=torch.float64, device=pipeline.mesh.device)
+        self.tally = Tally()
 
     def forward(self, action: Action) -> None:
         received, sent = self.links.receive(action), None
@@ -112,6 +116,8 @@ class _Training:
         batch = replace(self._batches[action.microbatch], loss_scale=self._scale)
         found = self._stage(received, batch, self._criterion.output, chunk=action.chunk)
         if self._stage.is_last(action.chunk):
+            if self._criterion.judge is not None:
+                self.tally.put(self._criterion.judge.tally(batch, found.detach()))
             found = self._criterion.loss(batch, found, self._mesh) / self._sharers
             self.loss += found.detach()
             found = found.to(self._scale.dtype)

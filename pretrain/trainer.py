@@ -267,7 +267,8 @@ class Trainer:
         self._watcher.measured({**row, "seconds": self.budget.spent, **self.meter.read()})
 
     def _losses(self, result: StepResult) -> dict[str, float]:
-        """Loss, gradient norm and load of experts of a step; WorkbenchError when one is not finite."""
+        """Loss, gradient norm, load of experts and what else is told of a step; WorkbenchError when one of the first
+        two is not finite."""
         loss, norm = result.mean_loss(self.mesh), result.gradient_norm.item()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise WorkbenchError(
@@ -278,7 +279,9 @@ class Trainer:
         self._loss = loss
         load = result.expert_load
         experts = {} if load is None else load.metrics(self.mesh, num_labels=result.num_labels)
-        return {"loss": loss, "grad_norm": norm, **experts}
+        judge = self.objective.criterion.judge
+        told = {} if judge is None else judge.metrics(self.pipeline.tally.total(self.mesh))
+        return {**told, "loss": loss, "grad_norm": norm, **experts}
 
     def evaluate(self) -> dict[str, float]:
         """Runs every evaluation and returns the metrics, by `<evaluation>/<metric>`."""

@@ -20,6 +20,8 @@ from workbench.models.decoder import Output
 from workbench.parallel.mesh import Mesh
 
 FIRST, SECOND = slice(0, None, 2), slice(1, None, 2)
+_OF_OTHERS = -1.0
+"""The kind of a row whose answer belongs to another prompt; 1 and 0 are desirable and undesirable ones."""
 
 
 def answer_logps(losses_BS: torch.Tensor) -> torch.Tensor:
@@ -78,6 +80,7 @@ class PairPreference(Criterion):
     def __init__(self, loss: str, *, beta: float, label_smoothing: float) -> None:
         self._loss, self._beta, self._label_smoothing = PAIR_LOSSES[loss], beta, label_smoothing
         self._averages = loss == "orpo"
+        self.judge = self
 
     def loss(self, batch: Batch, output: torch.Tensor, mesh: Mesh) -> torch.Tensor:
         return self._loss(self._pairs(batch, output)).sum()
@@ -123,6 +126,7 @@ class Kto(Criterion):
 
     def __init__(self, *, beta: float, desirable_weight: float, undesirable_weight: float) -> None:
         self._beta, self._weights = beta, (desirable_weight, undesirable_weight)
+        self.judge = self
 
     def ready(self, pipeline: Pipeline, batches: Sequence[Batch]) -> Sequence[Batch]:
         """The rows to learn from, each with the divergence from the base, which is that of all rows of the step."""
@@ -141,29 +145,41 @@ class Kto(Criterion):
         return [replace(one, values={**one.values, "kl": kl.expand(len(one.input_ids))}) for one in matched]
 
     def loss(self, batch: Batch, output: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-        desirable_B = batch.values["desirable"] > 0
-        gains_B = self._beta * (answer_logps(output) - batch.values["reference"] - batch.values["kl"])
+        ratios_B = answer_logps(output) - batch.values["reference"]
+        return self._losses(ratios_B, batch.values["desirable"] > 0, batch.values["kl"]).sum()
+
+    def _losses(self, ratios_B: torch.Tensor, desirable_B: torch.Tensor, kl: torch.Tensor) -> torch.Tensor:
+        gains_B = self._beta * (ratios_B - kl)
         values_B = torch.where(desirable_B, gains_B, -gains_B).sigmoid()
         weights_B = values_B.new_tensor(self._weights)[(~desirable_B).long()]
-        return (weights_B * (1 - values_B)).sum()
+        return weights_B * (1 - values_B)
 
     def tally(self, batch: Batch, output: torch.Tensor) -> torch.Tensor:
+        """[B, 2]: by how much each row is likelier than under the base, and its kind. Of a step, whose rows all have
+        answers of their own, the divergence that it was learned with stands for those of others."""
+        ratios_B, kinds_B = answer_logps(output) - batch.values["reference"], batch.values["desirable"].double()
         there_B = answer_lengths(batch) > 0
-        ratios_B = (answer_logps(output) - batch.values["reference"]).masked_fill(~there_B, 0.0)
-        desirable_B = batch.values["desirable"] > 0
-        matched_B = torch.arange(len(there_B), device=there_B.device) % 2 == 0
-        kinds = (matched_B & desirable_B, matched_B & ~desirable_B, ~matched_B)
-        return torch.stack([part for kind in kinds for part in (ratios_B[kind].sum(), (there_B & kind).sum().double())])
+        if "kl" in batch.values:
+            kl_B = batch.values["kl"]
+            ratios_B, there_B = torch.cat((ratios_B, kl_B)), torch.cat((there_B, there_B))
+            kinds_B = torch.cat((kinds_B, torch.full_like(kl_B, _OF_OTHERS)))
+        else:
+            kinds_B = kinds_B.clone()
+            kinds_B[SECOND] = _OF_OTHERS
+        return torch.stack((ratios_B, kinds_B), dim=-1)[there_B]
 
     def metrics(self, sums: Sequence[float]) -> dict[str, float]:
-        """No loss: one that held for all rows would need their divergence first."""
-        chosen, rejected, kl = (total / max(count, 1.0) for total, count in zip(sums[::2], sums[1::2], strict=True))
+        ratios, kinds = torch.tensor(sums, dtype=torch.float64).view(-1, 2).unbind(dim=-1)
+        desirable, own = kinds > 0, kinds != _OF_OTHERS
+        kl = _mean(ratios[~own]).clamp(min=0.0)
+        chosen, rejected = (self._beta * float(_mean(ratios[own & kind])) for kind in (desirable, ~desirable))
         return {
-            "rewards/chosen": self._beta * chosen,
-            "rewards/rejected": self._beta * rejected,
-            "rewards/margins": self._beta * (chosen - rejected),
-            "kl": max(kl, 0.0),
-            "rows": sums[5],
+            "loss": float(_mean(self._losses(ratios[own], desirable[own], kl))),
+            "rewards/chosen": chosen,
+            "rewards/rejected": rejected,
+            "rewards/margins": chosen - rejected,
+            "kl": float(kl),
+            "rows": float(own.sum()),
         }
 
 
@@ -176,6 +192,7 @@ class RewardJudge(Criterion):
 
     def __init__(self, center: float) -> None:
         self._center = center
+        self.judge = self
 
     def loss(self, batch: Batch, output: torch.Tensor, mesh: Mesh) -> torch.Tensor:
         return self._losses(batch, output).sum()
@@ -209,3 +226,8 @@ class RewardJudge(Criterion):
 def _in_pairs(values_B: torch.Tensor) -> torch.Tensor:
     """[2, P]: the first rows of all pairs, then the second ones."""
     return torch.stack((values_B[FIRST], values_B[SECOND]))
+
+
+def _mean(values: torch.Tensor) -> torch.Tensor:
+    """The mean; 0 of nothing."""
+    return values.sum() / max(len(values), 1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
@@ -19,6 +20,7 @@ from finetune.tasks._texts import token_lists
 from workbench.errors import DataError
 
 if TYPE_CHECKING:
+    from pretrain.engine import Vocabulary
     from workbench.spec.model import ModelConfig
     from workbench.tokenizer import Tokenizer
 
@@ -41,17 +43,13 @@ class MaskedLm:
     def prepare(self, table: MaskedLmTable, tokenizer: Tokenizer, *, model: ModelConfig, max_tokens: int) -> Prepared:
         """The encoded rows; DataError for rows without a text, or a model without an id for [MASK]."""
         from finetune.judges import TextLoss
-        from pretrain.engine import Vocabulary, draws
+        from pretrain.engine import Vocabulary
 
         room = max_tokens - MARKS
         if room < 1:
             raise DataError(f"batch.seq_len={max_tokens} leaves no room between [CLS] and [SEP]; raise it")
         vocabulary = Vocabulary(tokenizer, model.vocab_size)
-        specials = vocabulary.specials
-
-        def hidden(example: Example, number: int, stream: int = 0) -> Example:
-            ids, labels = vocabulary.hide(example.input_ids, draws(2 * table.seed + stream, number))
-            return replace(example, input_ids=ids, labels=labels)
+        specials, seed = vocabulary.specials, 2 * table.seed
 
         def examples(rows: Sequence[Row]) -> list[Example]:
             pieces = [
@@ -63,7 +61,7 @@ class MaskedLm:
 
         found = read(table, TEXTS)
         held_out = {
-            name: [hidden(example, number, stream=1) for number, example in enumerate(examples(rows))]
+            name: [_hidden(vocabulary, seed + 1, example, number) for number, example in enumerate(examples(rows))]
             for name, rows in found.held_out.items()
         }
         return Prepared(
@@ -80,8 +78,16 @@ class MaskedLm:
                 if (plain := sum(not example.num_labels for example in shown))
             ],
             words="hidden",
-            vary=hidden,
+            vary=partial(_hidden, vocabulary, seed),
         )
+
+
+def _hidden(vocabulary: Vocabulary, seed: int, example: Example, number: int) -> Example:
+    """The example with words hidden, always the same ones for a seed and a number."""
+    from pretrain.engine import draws
+
+    ids, labels = vocabulary.hide(example.input_ids, draws(seed, number))
+    return replace(example, input_ids=ids, labels=labels)
 
 
 TASK = MaskedLm()

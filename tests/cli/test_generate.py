@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from tests.finetune.adapters import write_base
+from tests.finetune.adapters import write_adapter, write_base
 from tests.finetune.data import byte_tokenizer, small_model
 from workbench.cli._speech import Spoken
 from workbench.cli.main import main
+from workbench.spec.lora import LoraSpec
 from workbench.tokenizer import Tokenizer
 
 TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
@@ -49,8 +50,20 @@ def test_prompts_are_answered_together_as_each_is_alone(folder: Path, capsys: py
 
 def test_ranks_that_share_layers_say_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = [str(folder / "base"), "--prompt", "ab", "--prompt", "c", "--temperature", "1", "--seed", "4"]
-    one, two = (answer([*words, "--tp", tp], capsys)["answers"] for tp in ("1", "2"))
-    assert one == two
+    one, *others = (answer([*words, *flags], capsys)["answers"] for flags in ([], ["--tp", "2"], ["--pp", "2"]))
+    assert others == [one, one]
+
+
+def test_an_adapter_speaks_in_place_of_the_checkpoint(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base, lora = str(folder / "base"), LoraSpec(r=2, alpha=8.0)
+    adapter = str(write_adapter(folder / "adapter", small_model(max_position_embeddings=256), lora, Path(base)))
+    assert main(["merge", adapter, str(folder / "merged"), "-q"]) == 0
+    words = ["--prompt", "ab", "--max-new-tokens", "12"]
+    found = answer([base, "--adapter", adapter, *words], capsys)["answers"]
+    assert found == answer([str(folder / "merged"), *words], capsys)["answers"]
+    assert found != answer([base, *words], capsys)["answers"]
+    wrong = answer([base, "--adapter", adapter, "--base", base, *words], capsys, code=2)
+    assert "give one of the two" in wrong["error"]["message"]
 
 
 def test_a_stop_string_ends_an_answer_and_is_never_shown(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -73,13 +86,14 @@ def test_text_is_shown_when_it_is_certain(folder: Path) -> None:
     assert [unfinished.add(token) for token in words.encode("xEN")] == ["x", "", ""] and unfinished.rest() == "EN"
 
 
-@pytest.mark.parametrize("tp", ["1", "2"])
+@pytest.mark.parametrize("axis", ["--tp", "--pp", "none"])
 def test_a_chat_remembers_its_turns_until_the_input_ends(
-    tp: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    axis: str, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("hello\n\nand you?\n"))
     words = [str(folder / "base"), "--max-new-tokens", "5"]
-    first, second = answer([*words, "--chat", "--system", "be kind", "--tp", tp], capsys)["answers"]
+    ranks = [] if axis == "none" else [axis, "2"]
+    first, second = answer([*words, "--chat", "--system", "be kind", *ranks], capsys)["answers"]
     opening = "<|im_start|>system\nbe kind<|im_end|>\n<|im_start|>user\nhello<|im_end|>\n<|im_start|>assistant\n"
     alone = answer([*words, "--prompt", opening], capsys)["answers"][0]
     assert (first["prompt"], first["tokens"]) == ("hello", alone["tokens"])

@@ -49,15 +49,21 @@ def config(folder: Path, loss: str, method: dict[str, Any], place: Path, **table
     return config_of(folder, task, method, run={"dir": str(place), **tables.pop("run", {})}, **tables)
 
 
-class GradientNorms:
-    """A watcher that keeps the gradient norm of every step; rank 0 alone is told."""
+REWARDS = tuple(f"rewards/{name}" for name in ("chosen", "rejected", "margins", "accuracies"))
+TOLD = ("grad_norm", *REWARDS, "kl", "accuracy", "margin")
+
+
+class Steps:
+    """A watcher that keeps the gradient norm of every step, and what the judge says of it; rank 0 alone is told."""
 
     def __init__(self) -> None:
         self.seen: dict[str, float] = {}
 
     def measured(self, row: Mapping[str, Any]) -> None:
         if "grad_norm" in row:
-            self.seen[f"grad_norm/{row['step']}"] = row["grad_norm"]
+            # Before the first update both answers are as likely as under the base, so rounding decides which is better.
+            told = [name for name in TOLD if name in row and not (row["step"] == 1 and "accurac" in name)]
+            self.seen |= {f"step {row['step']}/{name}": row[name] for name in told}
 
     def started(self, facts: Mapping[str, Any]) -> None: ...
     def stepped(self, done: int, total: int | None) -> None: ...
@@ -65,9 +71,9 @@ class GradientNorms:
 
 
 def tune(folder: Path, settings: FinetuneConfig, layout: ParallelLayout | None = None) -> dict[str, float]:
-    """The metrics and the loss of a run in float64, and on rank 0 its gradient norms."""
+    """The metrics and the loss of a run in float64, and on rank 0 what was told of its steps."""
     mesh = Mesh.single() if layout is None else Mesh.create(layout, torch.device("cpu"))
-    norms = GradientNorms()
-    result = Finetuning(settings, base_of(folder), mesh, watcher=norms, dtype=torch.float64).run()
+    steps = Steps()
+    result = Finetuning(settings, base_of(folder), mesh, watcher=steps, dtype=torch.float64).run()
     assert result.loss is not None
-    return {**result.metrics, "loss": result.loss, **norms.seen}
+    return {**result.metrics, "loss": result.loss, **steps.seen}

@@ -24,6 +24,7 @@ from finetune.reference import base_logps
 from finetune.task import IGNORE, Example, Prepared
 from finetune.tasks._preference_loss import Kto, PairPreference, RewardJudge
 from pretrain.engine import Pipeline, Share, schedule_named, to_batch
+from pretrain.tally import Tally
 from workbench.models.build import build_stage
 from workbench.models.state import load
 from workbench.parallel.mesh import Mesh
@@ -200,6 +201,9 @@ def test_the_metrics_are_those_of_the_naive_rewards(models: Any) -> None:
     assert found["rewards/chosen"] == pytest.approx(chosen[desirable].mean(), rel=1e-10)
     assert found["rewards/rejected"] == pytest.approx(chosen[~desirable].mean(), rel=1e-10)
     assert found["kl"] == pytest.approx(max(ratios[1::2].mean(), 0.0), rel=1e-10)
+    with torch.no_grad():
+        expected = kto(naive_logps(model, answers()), naive_logps(base, answers()), torch.ones(8))
+    assert (found["loss"], found["rows"]) == (pytest.approx(expected.item(), rel=1e-10), 4)
 
 
 def judged(name: str, folder: Path, base_folder: Path) -> dict[str, float]:
@@ -207,11 +211,11 @@ def judged(name: str, folder: Path, base_folder: Path) -> dict[str, float]:
     judge = JUDGES[name][1]
     rows = with_base(answers(), judge, base_folder)
     evaluation = TaskEvaluation("all", rows, Prepared(rows, {}, judge, num_labels=0, pad_id=0, group=2))
-    sums: list[torch.Tensor] = []
+    tally = Tally()
     for some in evaluation.batches(Share(3, 0, 1), num_microbatches=1, max_samples=None):
         batches = [to_batch(one, torch.device("cpu")) for one in some]
-        pipeline_of(folder).evaluate(batches, "token_losses", lambda b, out: sums.append(evaluation.tally(b, out)))
-    return evaluation.metrics(torch.stack(sums).sum(dim=0).tolist())
+        pipeline_of(folder).evaluate(batches, "token_losses", lambda b, out: tally.put(evaluation.tally(b, out)))
+    return evaluation.metrics(tally.total(Mesh.single()))
 
 
 def test_an_answer_that_is_certain_costs_no_infinite_loss() -> None:

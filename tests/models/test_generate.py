@@ -17,7 +17,7 @@ from tests.helpers.ranks import run_ranks
 from workbench.errors import ConfigError, ConversionError
 from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage
-from workbench.models.generate import Sampling, choose, generate, generate_batch, load_model, outputs
+from workbench.models.generate import Recalled, Sampling, choose, generate, generate_batch, load_model, outputs
 from workbench.parallel.mesh import Mesh
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -96,17 +96,50 @@ def beside_each_other(stage: DecoderStage, prompts: Sequence[Sequence[int]], tem
 
 
 @pytest.mark.parity
-def test_ranks_that_share_layers_say_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layout", [ParallelLayout(tp=2), ParallelLayout(pp=2), ParallelLayout(tp=2, pp=2)], ids=str)
+def test_ranks_that_share_layers_say_the_same(tmp_path: Path, layout: ParallelLayout) -> None:
     make_model(CASES[0]).save_pretrained(tmp_path)
-    expected = say_at(1, tmp_path)
-    assert run_ranks(2, say_at, 2, tmp_path) == [expected, expected]
+    ranks = layout.world_size
+    assert run_ranks(ranks, say_at, layout, tmp_path) == [say_at(ParallelLayout(), tmp_path)] * ranks
 
 
-def say_at(tp: int, folder: Path) -> list[list[list[int]]]:
+@pytest.mark.parity
+@pytest.mark.parametrize("case", [CASES[4], CHANGING[0], ANSWERING[0]])
+def test_stages_say_bit_for_bit_what_one_process_says(tmp_path: Path, case: str) -> None:
+    make_model(case).save_pretrained(tmp_path)
+    one, layout = say_at(ParallelLayout(), tmp_path, torch.float32), ParallelLayout(pp=2)
+    assert run_ranks(2, say_at, layout, tmp_path, torch.float32) == [one, one]
+
+
+def say_at(layout: ParallelLayout, folder: Path, dtype: torch.dtype = torch.float64) -> list[list[list[int]]]:
     opened = FORMAT.open(folder)
-    mesh = Mesh.create(ParallelLayout(tp=tp), torch.device("cpu"))
-    stage = load_model(opened.model, opened.source, mesh=mesh, dtype=torch.float64)
+    mesh = Mesh.create(layout, torch.device("cpu"))
+    stage = load_model(opened.model, opened.source, mesh=mesh, dtype=dtype)
     return [beside_each_other(stage, PROMPTS, temperature) for temperature in (0.0, 1.0)]
+
+
+@pytest.mark.parametrize("case", (*CASES, *CHANGING))
+def test_a_turn_computes_only_what_it_adds_and_says_the_same(tmp_path: Path, case: str) -> None:
+    make_model(case).save_pretrained(tmp_path)
+    opened = FORMAT.open(tmp_path)
+    stage = load_model(opened.model, opened.source, dtype=torch.float64)
+    computed: list[int] = []
+    stage.register_forward_pre_hook(lambda module, given: computed.append(given[1].input_ids.shape[1]))
+    recalled, prompt, new = Recalled(), list(PROMPT), len(PROMPT)
+    for dropped, added in ((0, [3, 4, 9]), (0, [2]), (2, [8, 8, 1]), (40, [7, 6])):
+        computed.clear()
+        said = speak(stage, prompt, recalled)
+        assert computed[0] == new or case not in CASES[:2], "what both turns begin with is not computed again"
+        assert said == speak(stage, prompt, None)
+        kept = [*prompt, *said]
+        prompt = [*kept[: len(kept) - dropped], *added]
+        # The last token that was said has not been computed yet.
+        new = len(added) + (not dropped)
+
+
+def speak(stage: DecoderStage, prompt: Sequence[int], recalled: Recalled | None) -> list[int]:
+    steps = generate_batch(stage, [prompt], max_new_tokens=8, recalled=recalled)
+    return [token for step in steps for token in step.values()]
 
 
 def test_a_draw_depends_on_the_seed_alone(tmp_path: Path) -> None:

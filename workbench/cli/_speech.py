@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 
     from finetune.chat import ChatTemplate
     from workbench.models.decoder import DecoderStage
-    from workbench.models.generate import Sampling
+    from workbench.models.generate import Recalled, Sampling
+    from workbench.spec.layout import ParallelLayout
     from workbench.tokenizer import Tokenizer
 
 
@@ -31,7 +32,7 @@ class Request:
     family: str | None
     tokenizer: Path | None
     device: str
-    tp: int
+    layout: ParallelLayout
     prompts: tuple[str, ...]
     max_new_tokens: int
     sampling: Sampling
@@ -88,10 +89,9 @@ def speak(request: Request) -> dict[str, Any]:
     from converters.merge import open_merged
     from workbench.models.generate import load_model
     from workbench.parallel.mesh import Mesh
-    from workbench.spec.layout import ParallelLayout
     from workbench.tokenizer import Tokenizer
 
-    mesh = Mesh.create(ParallelLayout(tp=request.tp), device_of(request.device))
+    mesh = Mesh.create(request.layout, device_of(request.device))
     # The parent has compared the base with the adapter's record already.
     opened = open_merged(request.path, base=request.base, family=request.family, check_base=False)
     folder = request.tokenizer or opened.tokenizer
@@ -110,7 +110,7 @@ def speak(request: Request) -> dict[str, Any]:
 
 
 class Speaker:
-    """A model with its words, and what was asked of it. Collective over the tensor axis throughout."""
+    """A model with its words, and what was asked of it. Collective over the tensor and pipeline axes throughout."""
 
     def __init__(
         self, stage: DecoderStage, words: Tokenizer, request: Request, stop: Collection[int], screen: TextIO | None
@@ -128,17 +128,19 @@ class Speaker:
         return [_answer(prompt, row) for prompt, row in zip(prompts, spoken, strict=True)]
 
     def chat(self) -> list[dict[str, Any]]:
-        """Answers what the user says, turn by turn, until the input ends; all turns before are remembered."""
+        """Answers what the user says, turn by turn, until the input ends; all turns before are remembered, and only
+        what a turn adds to them is computed."""
         from finetune.chat import ChatTemplate
+        from workbench.models.generate import Recalled
 
         template = ChatTemplate(self._words)
         self._stop |= self._turn_ends(template)
         system = self._request.system
         messages = [{"role": "system", "content": system}] if system else []
-        answers = []
+        answers, recalled = [], Recalled()
         for said in self._turns():
             messages.append({"role": "user", "content": said})
-            (spoken,) = self._follow([self._words.encode(template.prompt(messages))])
+            (spoken,) = self._follow([self._words.encode(template.prompt(messages))], recalled=recalled)
             self._show("\n")
             messages.append({"role": "assistant", "content": spoken.text.strip()})
             answers.append(_answer(said, spoken))
@@ -149,7 +151,7 @@ class Speaker:
         after = self._words.encode(template.ending())
         return {token for token in after if token in self._words.special_ids and token == after[0]}
 
-    def _follow(self, rows: list[list[int]], *, before: str = "") -> list[Spoken]:
+    def _follow(self, rows: list[list[int]], *, before: str = "", recalled: Recalled | None = None) -> list[Spoken]:
         from workbench.models.generate import generate_batch
 
         request = self._request
@@ -161,6 +163,7 @@ class Speaker:
             sampling=request.sampling,
             stop=self._stop,
             ends=lambda row: spoken[row].is_over,
+            recalled=recalled,
         )
         self._show(before)
         for step in steps:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +14,7 @@ from workbench.cli import _options as option
 from workbench.cli._preview import column_overrides
 from workbench.cli._training import (
     Outcome,
+    Ranks,
     Terminal,
     Voice,
     best_text,
@@ -29,6 +33,7 @@ if TYPE_CHECKING:
     from converters.format import OpenedCheckpoint
     from finetune.config import FinetuneConfig
     from finetune.run import Base
+    from finetune.task import Prepared
     from workbench.spec.layout import ParallelLayout
 
 
@@ -58,24 +63,41 @@ def finetune(
     opened = open_base_of(settings)
     require_fit(adapter_of(settings), settings.method, settings, opened.model)
     layout = settings.resolve_layout(opened.model, ranks.count)
+    prepared: Prepared | None = None
     facts = {**plan_facts(settings, opened.model, layout), "base": settings.base, "method": settings.method.kind}
     if ranks.speaks:
         out.say(f"base       {settings.base} ({opened.format}), {settings.method.kind} on {settings.task.kind}")
         say_plan(out, facts, settings, opened.model)
-        seen = preflight(out, settings, _base(settings, opened, ""))
+        seen, prepared = preflight(out, settings, _base(settings, opened, ""))
     if dry_run:
         if ranks.speaks:
             out.result({"dry_run": True, **facts, **seen}, text="nothing was started (--dry-run)")
         return
     fingerprint = base_fingerprint(opened)
     lineage = {"kind": "finetune", "parents": list(_base(settings, opened, fingerprint).lineage)}
-    outcome = run_in_folder(out, loaded, ranks, tune, settings, layout, voice_of(out), fingerprint, lineage=lineage)
+    with _for_ranks(prepared, ranks) as rows:
+        given = (settings, layout, voice_of(out), fingerprint, rows)
+        outcome = run_in_folder(out, loaded, ranks, tune, *given, lineage=lineage)
     if ranks.speaks:
         out.result({**facts, **outcome}, text=_summary(outcome, settings))
 
 
-def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerprint: str) -> Outcome:
-    """One rank's part of a run; the outcome as plain values."""
+@contextmanager
+def _for_ranks(prepared: Prepared | None, ranks: Ranks) -> Iterator[Prepared | None]:
+    """The data as ranks that are started here share it; one that a launcher started has what it has read itself."""
+    from finetune.encoded import stored
+
+    if prepared is None or ranks.joined or ranks.count == 1:
+        yield prepared
+        return
+    with tempfile.TemporaryDirectory(prefix="wb-rows-") as folder:
+        yield stored(prepared, Path(folder))
+
+
+def tune(
+    config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerprint: str, prepared: Prepared | None
+) -> Outcome:
+    """One rank's part of a run; the outcome as plain values. Without `prepared` data the rank reads it itself."""
     from finetune.run import Finetuning
     from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
@@ -84,7 +106,7 @@ def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerpri
     base = _base(config, open_base_of(config), fingerprint)
     terminal = Terminal(voice, config, "finetune") if mesh.world.rank == 0 else None
     try:
-        run = Finetuning(config, base, mesh, watcher=terminal)
+        run = Finetuning(config, base, mesh, watcher=terminal, prepared=prepared)
         outcome = outcome_of(run.run())
     finally:
         if terminal is not None:
@@ -92,8 +114,8 @@ def tune(config: FinetuneConfig, layout: ParallelLayout, voice: Voice, fingerpri
     return {**outcome, "trained_parameters": run.num_trained}
 
 
-def preflight(out: Output, config: FinetuneConfig, base: Base) -> dict[str, Any]:
-    """Reads and checks the data before any rank starts; says what it holds and warns of what is suspicious."""
+def preflight(out: Output, config: FinetuneConfig, base: Base) -> tuple[dict[str, Any], Prepared]:
+    """What the data holds, and the data, read and checked before any rank starts; warns of what is suspicious."""
     from finetune.preflight import survey
     from finetune.run import prepare, tokenizer_of, tuned_model
 
@@ -104,7 +126,7 @@ def preflight(out: Output, config: FinetuneConfig, base: Base) -> dict[str, Any]
         out.say(line)
     for warning in found.warnings:
         out.warn(warning)
-    return found.facts
+    return found.facts, prepared
 
 
 def open_base_of(config: FinetuneConfig) -> OpenedCheckpoint:

@@ -40,8 +40,10 @@ def generate(
     top_p: Annotated[float, typer.Option(help="Draw from the likeliest tokens that together have this share.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Decides the draw.")] = 0,
     stop: Annotated[list[str] | None, typer.Option(help="Text that ends an answer and is left out of it.")] = None,
-    tp: Annotated[int, typer.Option(min=1, help="Ranks to start, which share each layer.")] = 1,
+    tp: Annotated[int, typer.Option(min=1, help="Ranks that share each layer.")] = 1,
+    pp: Annotated[int, typer.Option(min=1, help="Stages that the layers are dealt over.")] = 1,
     tokenizer: Annotated[Path | None, typer.Option(help="A tokenizer folder, when the checkpoint has none.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="An adapter to PATH, to speak in its place.")] = None,
     base: Annotated[Path | None, typer.Option(help="Where the base of an adapter is, if it has moved.")] = None,
     family: Annotated[str, typer.Option(help="The model family of a Hugging Face folder.")] = "",
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto.")] = "auto",
@@ -56,18 +58,23 @@ def generate(
     given = [*(prompt or []), *(_read_prompts(prompts_file) if prompts_file is not None else [])]
     if bool(given) == chat:
         raise ConfigError("give --prompt or --prompts-file, or else --chat" + (", not both" if chat else ""))
+    if adapter is not None:
+        if base is not None:
+            raise ConfigError(f"--adapter {adapter} is to {path}, but --base says {base}; give one of the two")
+        path, base = adapter, path
     device_of(device)
     opened = open_merged(path, base=base, family=family or None)
     if tokenizer is None and opened.tokenizer is None:
         raise ConfigError(f"{path}: holds no tokenizer; name a folder with --tokenizer")
-    ParallelLayout(tp=tp).validate_for(opened.model)
+    layout = ParallelLayout(tp=tp, pp=pp)
+    layout.validate_for(opened.model)
     request = Request(
         path,
         base,
         family or None,
         tokenizer,
         device,
-        tp,
+        layout,
         tuple(given),
         max_new_tokens,
         Sampling(temperature, top_k, top_p, seed),
@@ -85,15 +92,16 @@ def _spoken(request: Request, out: Output) -> dict[str, Any]:
     from workbench.cli._speech import forward_lines, speak
     from workbench.parallel.launch import rank_environment, require_devices, run_on_ranks
 
+    nproc = request.layout.world_size
     if request.device != "cpu" and rank_environment() is None:
-        require_devices(request.tp)
-    if request.turns is None or request.tp == 1 or rank_environment() is not None:
-        return run_on_ranks(speak, request, nproc=request.tp)
+        require_devices(nproc)
+    if request.turns is None or nproc == 1 or rank_environment() is not None:
+        return run_on_ranks(speak, request, nproc=nproc)
     with tempfile.TemporaryDirectory(prefix="wb-chat-") as folder:
         pipe = os.path.join(folder, "turns")
         os.mkfifo(pipe)  # started ranks have no input of their own
         threading.Thread(target=forward_lines, args=(sys.stdin, pipe), daemon=True).start()
-        return run_on_ranks(speak, replace(request, turns=pipe), nproc=request.tp)
+        return run_on_ranks(speak, replace(request, turns=pipe), nproc=nproc)
 
 
 def _read_prompts(path: Path) -> list[str]:
@@ -121,5 +129,5 @@ COMMAND = Command(
     order=60,
     example='wb generate runs/tiny --prompt "def main():"\n'
     'wb generate models/gpt2 --prompt "Once upon a time" --max-new-tokens 200 --temperature 0.8 --top-p 0.95\n'
-    "wb generate runs/chat --chat --tp 2",
+    "wb generate models/base --adapter runs/chat --chat --tp 2 --pp 2",
 )

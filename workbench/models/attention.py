@@ -49,6 +49,17 @@ class KeyValueCache:
         self._entries[layer] = (k_BTKd[:, kept], v_BTKd[:, kept])
         return k_BTKd, v_BTKd
 
+    def cut_back(self, length: int) -> bool:
+        """Whether it could forget the tokens from `length` on: not where a window has dropped what the next query would
+        then see."""
+        if length < self.length and any(keys.shape[1] < self.length for keys, _ in self._entries.values()):
+            return False
+        for layer, entry in self._entries.items():
+            keys, values = (part[:, : part.shape[1] - (self.length - length)] for part in entry)
+            self._entries[layer] = (keys, values)
+        self.length = length
+        return True
+
     def keep(self, rows: list[int]) -> None:
         """Forgets all but these rows of the batch."""
         self._entries = {layer: (keys[rows], values[rows]) for layer, (keys, values) in self._entries.items()}

@@ -33,7 +33,8 @@ class Batch:
     [B, U], what a decoder reads of an encoder's `input_ids`; labels are then [B, U], and lengths those of input_ids.
     loss_scale: by what the gradient of the summed loss will be multiplied; None where no backward follows. values: [B]
     or [B, N] each, what a criterion or judge wants to know of each row, by name; terms: of how many terms the summed
-    loss is made, where they are not labels.
+    loss is made, where they are not labels. few_labels: losses are then made of the labelled tokens alone, which costs
+    to find them and spares a head the others.
     """
 
     input_ids: torch.Tensor
@@ -49,6 +50,7 @@ class Batch:
     loss_scale: torch.Tensor | None = None
     values: Mapping[str, torch.Tensor] = field(default_factory=dict)
     terms: int | None = None
+    few_labels: bool = False
 
     def rows(self, which: slice) -> Batch:
         """Some of the rows."""
@@ -78,9 +80,9 @@ class LocalBatch:
     input_ids: [B, T]. labels: [B, T], or [B]. lengths: [B]. dropout: as in the batch. positions: [T] or [B, T].
     documents: [B, S], of whole rows. tokens: [T], the index in its row of each token. hidden_tokens, hidden_positions,
     hidden_segments: [t], [t] or [B, t] and [B, t], the same of the tokens whose hidden states this rank has (fewer
-    under sequence parallelism). pair_labels, pair_weight, loss_scale: as in the batch. num_labels: labels of the whole
-    batch that count, or its `terms`; 0 without labels. reach: [] or [B], the length of the longest sequence in each
-    row, which is the same on all ranks.
+    under sequence parallelism). pair_labels, pair_weight, loss_scale, few_labels: as in the batch. num_labels: labels
+    of the whole batch that count, or its `terms`; 0 without labels. reach: [] or [B], the length of the longest
+    sequence in each row, which is the same on all ranks.
     """
 
     input_ids: torch.Tensor
@@ -98,6 +100,7 @@ class LocalBatch:
     loss_scale: torch.Tensor | None
     num_labels: torch.Tensor | int
     reach: torch.Tensor
+    few_labels: bool
 
 
 def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0, causal: bool = True) -> LocalBatch:
@@ -144,6 +147,7 @@ def local_batch(batch: Batch, mesh: Mesh, *, start: int = 0, causal: bool = True
         loss_scale=batch.loss_scale,
         num_labels=_num_labels(batch),
         reach=_reach(batch, start),
+        few_labels=batch.few_labels,
     )
 
 

@@ -25,7 +25,8 @@ from workbench.models.norm import build_norm
 from workbench.models.pooling import label_losses, pooled, speaker
 from workbench.models.recompute import recomputed
 from workbench.models.rope import rope_table
-from workbench.parallel.chunked_loss import Chunking, chunked_loss, chunked_token_losses
+from workbench.models.words import Labelled, word_losses
+from workbench.parallel.chunked_loss import Chunking
 from workbench.parallel.collectives import gather_copies, sum_over
 from workbench.parallel.context import gather_context
 from workbench.parallel.dropout import dropout
@@ -35,9 +36,8 @@ from workbench.parallel.embedding import (
     VocabParallelEmbedding,
     VocabParallelHead,
 )
-from workbench.parallel.loss import IGNORE, vocab_parallel_cross_entropy
+from workbench.parallel.loss import IGNORE
 from workbench.parallel.mesh import Mesh
-from workbench.parallel.sequence import whole_input
 from workbench.parallel.softcap import soft_cap
 from workbench.registry import load
 from workbench.spec.geometry import ParameterSpec
@@ -318,42 +318,26 @@ class DecoderStage(nn.Module):
 
     def _predict(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
         """Loss, losses or logits of the tokens of this context rank."""
+        labelled = None if output == "logits" else Labelled.of(batch, self.lm_head)
+        x = x_BTD if labelled is None else labelled.pick(x_BTD)
         if self.model.head_transform:
-            x_BTD = self.head_norm(self.head_activation(self.head_transform(x_BTD)))
+            x = self.head_norm(self.head_activation(self.head_transform(x)))
         if self.model.logit_scale != 1.0:
-            x_BTD = x_BTD * self.model.logit_scale
-        # What is compiled holds the logits only, in the type of activations, and makes the gradients at once.
-        learns = self.compiles_loss and output == "loss" and torch.is_grad_enabled()
-        if output != "logits" and (self.loss_chunk_tokens or learns):
-            return self._chunked_losses(x_BTD, batch, output)
-        logits_BTV = soft_cap(self.lm_head(x_BTD, self._head_weight), self.model.final_logit_softcapping)
-        if output == "logits":
+            x = x * self.model.logit_scale
+        if labelled is None:
+            logits_BTV = soft_cap(self.lm_head(x, self._head_weight), self.model.final_logit_softcapping)
             return gather_copies(logits_BTV, self.mesh.tp, dim=-1)[..., : self.model.vocab_size]
-        assert batch.labels is not None
-        losses_N = vocab_parallel_cross_entropy(
-            logits_BTV.flatten(0, 1),
-            batch.labels.flatten(),
-            self.mesh.tp,
-            vocab_size=self.model.vocab_size,
-            smoothing=self._smoothing,
-        )
-        return losses_N.sum() if output == "loss" else losses_N.view(batch.labels.shape)
-
-    def _chunked_losses(self, x_BTD: torch.Tensor, batch: LocalBatch, output: Output) -> torch.Tensor:
-        assert batch.labels is not None
-        x_ND = whole_input(x_BTD, self.mesh).flatten(0, 1)
         how = Chunking(
             self.mesh.tp,
             self.model.vocab_size,
-            self.loss_chunk_tokens or len(x_ND),
+            self.loss_chunk_tokens,
             self.model.final_logit_softcapping,
             self._smoothing,
             self.compiles_loss,
         )
-        arguments = (x_ND, self._head_weight, self.lm_head.bias, batch.labels.flatten(), how)
-        if output == "loss":
-            return chunked_loss(*arguments)
-        return chunked_token_losses(*arguments).view(batch.labels.shape)
+        sums = output == "loss"
+        found = word_losses(x, self.lm_head, self._head_weight, labelled.labels_N, how, sums=sums)
+        return found if sums else labelled.spread(found)
 
     @property
     def _head_weight(self) -> nn.Parameter:

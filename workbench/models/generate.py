@@ -13,7 +13,7 @@ import torch
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConfigError, ConversionError
 from workbench.models.attention import KeyValueCache
-from workbench.models.batch import Batch
+from workbench.models.batch import Batch, hidden_shape
 from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage, Output
 from workbench.models.rope import rope_changes
@@ -51,7 +51,7 @@ def load_model(
     mesh: Mesh | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> DecoderStage:
-    """The whole model, filled from `source`, ready to be evaluated: in one process, or cut over the tensor axis."""
+    """The model, filled from `source`, ready to be evaluated: in one process, or this rank's part of it."""
     built = build_stage(model, mesh or Mesh.single(), dtype=dtype)
     load(built.parameters, source)
     return built.module.eval().requires_grad_(False)
@@ -90,13 +90,17 @@ def generate_batch(
     sampling: Sampling | None = None,
     stop: Collection[int] = (),
     ends: Callable[[int], bool] = lambda row: False,
+    recalled: Recalled | None = None,
 ) -> Iterator[dict[int, int]]:
     """The next token of each prompt that still goes on, by its row, a step at a time.
 
     A row ends before the first of `stop`, or when `ends(row)` says so after its token was taken. What a row says does
-    not depend on the others: its draws have a seed of their own. Collective over the tensor axis, whose ranks choose
-    alike. Raises ConfigError for an empty prompt, or more tokens than the model has positions for.
+    not depend on the others: its draws have a seed of their own. With `recalled`, a single prompt is computed from
+    where it differs from what was said last. Collective over the tensor and pipeline axes, whose ranks choose alike.
+    Raises ConfigError for an empty prompt, or more tokens than the model has positions for.
     """
+    assert recalled is None or len(prompts) == 1, "what is recalled belongs to one row"
+    sampling = sampling or Sampling()
     _require_speech(stage.model)
     for prompt in prompts:
         _require_fits(stage.model, prompt, max_new_tokens)
@@ -105,7 +109,11 @@ def generate_batch(
             f"this model's attention_mask={stage.model.attention_mask!r} goes by the place in a row, which is another "
             "beside a longer prompt; give prompts of one length, or one at a time"
         )
-    return _generate(stage, prompts, max_new_tokens, sampling or Sampling(), frozenset(stop), ends)
+    rows = [_Row(number, prompt, [], _generator(sampling.seed, number)) for number, prompt in enumerate(prompts)]
+    if stage.model.num_encoder_layers:
+        return _generate(_Answering(stage), rows, max_new_tokens, sampling, frozenset(stop), ends)
+    speaker = _Continuing(stage, rows, recalled or Recalled())
+    return _generate(speaker, rows, max_new_tokens, sampling, frozenset(stop), ends)
 
 
 def _require_speech(model: ModelConfig) -> None:
@@ -140,24 +148,48 @@ class _Row:
     generator: torch.Generator
 
 
+class Recalled:
+    """What a decoder has computed of its rows. Kept from one call of `generate_batch` to the next (the turns of a
+    chat), it spares the second what both begin with."""
+
+    def __init__(self) -> None:
+        self.cache = KeyValueCache()
+        self.rows: Sequence[_Row] = ()
+
+    def begin(self, rows: Sequence[_Row], model: ModelConfig) -> None:
+        """Keeps what is of use for new rows: of a single one all but its last token at the most."""
+        seen = [token for row in self.rows for token in (*row.prompt, *row.said)][: self.cache.length]
+        self.rows = rows
+        if not seen:
+            return
+        (row,) = rows
+        pairs = enumerate(zip(seen, row.prompt[:-1], strict=False))
+        shared = next((at for at, (old, new) in pairs if old != new), min(len(seen), len(row.prompt) - 1))
+        # Keys are turned by the frequencies of the length that they were computed at.
+        lengths = sorted((len(seen), len(row.prompt)))
+        if rope_changes(model, *lengths) or not self.cache.cut_back(shared):
+            self.cache = KeyValueCache()
+
+
 class _Continuing:
     """A decoder that goes on with prompts, which begin behind as much padding as makes all rows end together."""
 
-    def __init__(self, stage: DecoderStage, rows: Sequence[_Row]) -> None:
-        self._stage, self._cache = stage, KeyValueCache()
+    def __init__(self, stage: DecoderStage, rows: Sequence[_Row], recalled: Recalled) -> None:
+        self._stage, self._recalled = stage, recalled
         self._widest = max(len(row.prompt) for row in rows)
+        recalled.begin(rows, stage.model)
 
     def logits(self, rows: Sequence[_Row]) -> torch.Tensor:
         """Those of the next token of each row [B, V]; the cache has the tokens of these rows but the last."""
-        lengths = [len(row.prompt) + len(row.said) for row in rows]
-        if self._cache.length and any(rope_changes(self._stage.model, length - 1, length) for length in lengths):
-            self._cache = KeyValueCache()
-        batch = _batch(rows, self._widest, self._cache.length, self._stage.mesh.device)
-        return self._stage(None, batch, "logits", self._cache)[:, -1]
+        lengths = [len(row.prompt) + len(row.said) for row in rows if row.said]
+        if any(rope_changes(self._stage.model, length - 1, length) for length in lengths):
+            self._recalled.cache = KeyValueCache()
+        cache = self._recalled.cache
+        return _last_logits(self._stage, _batch(rows, self._widest, cache.length, self._stage.mesh.device), cache)
 
     def keep(self, places: list[int]) -> None:
         """Goes on with some of the rows only."""
-        self._cache.keep(places)
+        self._recalled.cache.keep(places)
 
 
 class _Answering:
@@ -173,22 +205,35 @@ class _Answering:
         ids_BT = torch.tensor([[*row.prompt, *[0] * (widest - len(row.prompt))] for row in rows], device=device)
         lengths_B = torch.tensor([len(row.prompt) for row in rows], device=device)
         said_BU = torch.tensor([[begin, *row.said] for row in rows], device=device)
-        return self._stage(None, Batch(ids_BT, lengths=lengths_B, decoder_ids=said_BU), "logits")[:, -1]
+        return _last_logits(self._stage, Batch(ids_BT, lengths=lengths_B, decoder_ids=said_BU))
 
     def keep(self, places: list[int]) -> None:
         """Nothing is held between steps."""
 
 
+def _last_logits(stage: DecoderStage, batch: Batch, cache: KeyValueCache | None = None) -> torch.Tensor:
+    """Those after the last token of each row [B, V], on every stage: hidden states go from each to the next."""
+    model, pp = stage.model, stage.mesh.pp
+    hidden_BTD = None
+    if not stage.is_first():
+        shape = hidden_shape(batch, stage.mesh.layout, model.hidden_size)
+        hidden_BTD = torch.empty(shape, dtype=stage.compute_dtype, device=stage.mesh.device)
+        pp.irecv(hidden_BTD, pp.rank - 1, "F").wait()
+    found = stage(hidden_BTD, batch, "logits", cache)
+    if stage.is_last():
+        return pp.broadcast(found[:, -1].contiguous(), pp.size - 1)
+    pp.isend(found.contiguous(), pp.rank + 1, "F").wait()
+    return pp.broadcast(found.new_empty(len(found), model.vocab_size), pp.size - 1)
+
+
 def _generate(
-    stage: DecoderStage,
-    prompts: Sequence[Sequence[int]],
+    speaker: _Continuing | _Answering,
+    rows: Sequence[_Row],
     max_new_tokens: int,
     sampling: Sampling,
     stop: frozenset[int],
     ends: Callable[[int], bool],
 ) -> Iterator[dict[int, int]]:
-    rows = [_Row(number, prompt, [], _generator(sampling.seed, number)) for number, prompt in enumerate(prompts)]
-    speaker = _Answering(stage) if stage.model.num_encoder_layers else _Continuing(stage, rows)
     for _ in range(max_new_tokens):
         with torch.inference_mode():
             logits_BV = speaker.logits(rows)

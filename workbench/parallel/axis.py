@@ -115,6 +115,12 @@ class Axis:
         dist.all_to_all_single(received, sent, list(sizes), [piece.numel() for piece in pieces], group=self._group)
         return received.split(list(sizes))
 
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """`tensor` itself, overwritten with that of position `source`."""
+        if self.size > 1:
+            dist.broadcast(tensor, self.ranks[source], group=self._group)
+        return tensor
+
     def gather_objects(self, value: Any) -> list[Any]:
         """The picklable values of all ranks, in order of position, on every rank."""
         if self.size == 1:

@@ -31,9 +31,9 @@ from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 @dataclass(frozen=True)
 class Chunking:
-    """How a head's loss is computed: over which axis its vocabulary is cut, its true size, tokens at a time, what its
-    logits are capped at, the share of each label that is spread over the vocabulary, and whether what follows the
-    logits is compiled where the vocabulary is not cut."""
+    """How a head's loss is computed: over which axis its vocabulary is cut, its true size, tokens at a time (0: all),
+    what its logits are capped at, the share of each label that is spread over the vocabulary, and whether what follows
+    the logits is compiled where the vocabulary is not cut."""
 
     axis: Axis
     vocab_size: int
@@ -122,8 +122,10 @@ class _ChunkedLoss(torch.autograd.Function):
         grad_VD: torch.Tensor | None = None
         grad_V = weight.new_zeros(len(weight), dtype=wide) if wants_bias else None
         total = torch.zeros((), dtype=wide, device=hidden_ND.device)
-        for start in range(0, len(labels_N), how.tokens):
-            rows = slice(start, start + how.tokens)
+        tokens = how.tokens or max(len(labels_N), 1)
+        # Also without any label there is one chunk, so that the gradients are zeros.
+        for start in range(0, max(len(labels_N), 1), tokens):
+            rows = slice(start, start + tokens)
             hidden_CD = hidden_ND[rows]
             losses_C, grad_CV = how.losses_and_gradient(hidden_CD, weight, bias, labels_N[rows])
             total += losses_C.sum()
