@@ -47,4 +47,4 @@ def test_a_format_without_a_layout_takes_no_options_of_one(
     native = str(tmp_path / "native")
     assert main(["import", str(saved), native, "--vocab-size", "100", "-q"]) == 0
     assert main(["export", native, str(tmp_path / "hf"), "--tp", "2", "--vocab-multiple", "8"]) == 2
-    assert "--tp, --vocab-multiple: only folders of Megatron have a layout" in capsys.readouterr().err
+    assert "--tp, --vocab-multiple: only folders of Megatron are written so" in capsys.readouterr().err
