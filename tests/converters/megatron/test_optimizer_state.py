@@ -342,7 +342,7 @@ def require_loaded(case: Exported, quick: Path, loaded: Path, name: str) -> None
 
 
 def test_megatron_cores_own_resharding_agrees_with_ours_bit_for_bit(loaded: Path) -> None:
-    """From tp=1 to tp=2, of every tensor: name, shape, values. Ours has 32-bit weights, and zeros in rows of no word."""
+    """From tp=1 to tp=2, of every tensor: name, shape, values. Ours has 32-bit weights, and zero rows of no word."""
     ours = tensors_of(loaded / "torch_dist of experts" / "exported" / f"iter_{STEPS:07d}")
     theirs = tensors_of(loaded / "again" / "fully_reshardable" / f"iter_{STEPS:07d}")
     assert ours.keys() == theirs.keys()
