@@ -66,11 +66,23 @@ class OpenedCheckpoint:
     others: tuple[Path, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class MegatronRun:
+    """How Megatron-LM will be started to load what is written for it.
+
+    own_layers: with its own layers (`--transformer-impl local`) instead of Transformer Engine's. distributed_optimizer:
+    with `--use-distributed-optimizer`, for which rank folders hold optimizer state in another form.
+    """
+
+    own_layers: bool = False
+    distributed_optimizer: bool = False
+
+
 @dataclass(frozen=True)
 class WriteRequest:
     """What a destination is to hold.
 
-    schema: the logical tensors, in the dtypes to be written.
+    schema: the logical tensors, in the dtypes to be written. megatron: for Megatron's formats.
     read_back: whether each piece is to be read back as it is written, where the format can; else `check` reads.
     """
 
@@ -85,6 +97,7 @@ class WriteRequest:
     max_shard_bytes: int = 5_000_000_000
     adapter: AdapterRecord | None = None
     read_back: bool = True
+    megatron: MegatronRun = field(default_factory=MegatronRun)
 
 
 class Destination(Protocol):

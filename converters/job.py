@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from converters.cast import cast_to
 from converters.copy import Verify, copy_checkpoint, require_space
 from converters.drops import allowed_drops, reasons, require_used
-from converters.format import Destination, Format, OpenedCheckpoint, Progress, WriteRequest, no_progress
+from converters.format import (
+    Destination,
+    Format,
+    MegatronRun,
+    OpenedCheckpoint,
+    Progress,
+    WriteRequest,
+    no_progress,
+)
 from converters.formats.native import NativeDestination
 from converters.plan import DEFAULT_BUDGET_BYTES, Plan, make_plan
 from workbench.checkpoint.reader import NativeSource
@@ -27,7 +35,8 @@ Optimizer = Literal["keep", "drop", "require"]
 
 @dataclass(frozen=True)
 class JobOptions:
-    """What the user may choose. dtype: for weights, None to keep them; max_shard_bytes: for formats with shards.
+    """What the user may choose. dtype: for weights, None to keep them; max_shard_bytes: for formats with shards;
+    megatron: for Megatron's.
 
     read_back: read each piece back as it is written; needed for every kind of verification. lazy: nothing will be
     copied, only `Job.link` called. allow_drop: patterns of tensors, unknown to the model, that may be left out."""
@@ -41,6 +50,7 @@ class JobOptions:
     read_back: bool = True
     lazy: bool = False
     allow_drop: tuple[str, ...] = ()
+    megatron: MegatronRun = field(default_factory=MegatronRun)
 
 
 @dataclass(frozen=True)
@@ -115,6 +125,7 @@ def make_job(opened: OpenedCheckpoint, target: Format, path: Path, options: JobO
         lineage=(*opened.lineage, _parent(opened, operation, dropped)),
         max_shard_bytes=options.max_shard_bytes,
         read_back=options.read_back,
+        megatron=options.megatron,
         adapter=opened.adapter,
     )
     destination = target.destination(request)

@@ -1,4 +1,5 @@
-"""What a torch_dist folder is made of when it is written: layers and experts stacked, in Transformer Engine's names."""
+"""What a torch_dist folder is made of when it is written: layers and experts stacked, in Transformer Engine's names, or
+those that Megatron's own layers have there."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from converters.megatron.rank_files import TRACKER, iteration_folder
 from converters.megatron.saved_args import CHECKPOINT_VERSION, saved_args
 from converters.megatron.saved_optimizer import CONTENT, common_state, saved_training, split_kind, with_moments
 from converters.megatron.stages import padded_vocab
-from converters.megatron.table import HEAD, LAYERS, NO_WEIGHTS, TE, McoreTensor, Table, has_scales, make_table
+from converters.megatron.table import HEAD, LAYERS, NO_WEIGHTS, RENAMED, TE, McoreTensor, Table, has_scales, make_table
 from workbench.checkpoint.manifest import TrainingState
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
@@ -42,7 +43,8 @@ def dist_folder(request: WriteRequest) -> FolderContents:
     """
     model, layout = request.model, request.layout
     layout.validate_for(model)
-    table = make_table(model, TE, padded_vocab=padded_vocab(model, layout))
+    own_layers = request.megatron.own_layers
+    table = make_table(model, RENAMED if own_layers else TE, padded_vocab=padded_vocab(model, layout))
     rules = with_moments(table.rules, request.schema, masters=True)
     wholes = foreign_tensors(request.schema, rules)
     places = {name: _place(name, table, model) for name in wholes}
@@ -50,11 +52,10 @@ def dist_folder(request: WriteRequest) -> FolderContents:
     stages = {layer: s for s in range(layout.pp) for layer in layout.layers(model.num_hidden_layers, s)}
     chunks = {name: list(_chunks(table.tensors[split_kind(name)[1]], stages, layout)) for name in wholes}
     weights = {name: place for name, place in places.items() if name in table.tensors}
-    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), _scales(weights, chunks))
+    laid = lay_out_dcp(_stacks(wholes, places, chunks, padding), _scales(weights, chunks, own_layers=own_layers))
     training = saved_training(request)
     root, word = iteration_folder(training.step if training else None)
-    dtype = request.schema["embed_tokens.weight"].dtype
-    args = saved_args(model, layout, dtype, training, ckpt_format=BACKEND)
+    args = saved_args(request, training, ckpt_format=BACKEND)
     common = lay_out_torch(_common(args, training, layout), root=COMMON.removesuffix(".pt"))
     files = {
         **laid.files,
@@ -130,14 +131,14 @@ def _stacks(
 
 
 def _scales(
-    places: Mapping[str, Stored], chunks: Mapping[str, list[tuple[Box, str]]]
+    places: Mapping[str, Stored], chunks: Mapping[str, list[tuple[Box, str]]], *, own_layers: bool
 ) -> dict[str, tuple[str, list[None]]]:
-    """The entries in which modules of Transformer Engine look for scaling factors of fp8: that there are none."""
+    """The entries in which modules look for scaling factors of fp8: that there are none."""
     found: dict[str, tuple[str, list[None]]] = {}
     for name, place in places.items():
         module = place.name.rpartition(".")[0]
-        owners = [module] if has_scales(module) else []
-        if module.endswith(".linear_proj"):
+        owners = [module] if has_scales(module, own_layers=own_layers) else []
+        if module.endswith(".linear_proj") and not own_layers:
             owners.append(module.replace("linear_proj", "core_attention"))
         index = ".".join(map(str, place.at or (0,))), ".".join(map(str, place.outer or (1,)))
         for owner in owners:

@@ -64,13 +64,18 @@ def buffers(modules: Modules) -> dict[BufferId, tuple[int, list[LocalParameter]]
     found: dict[BufferId, tuple[int, list[LocalParameter]]] = {}
     for optimizer, ranks in enumerate(groups(modules)):
         for group, rank in ranks:
-            by_type: dict[tuple[int, str], list[LocalParameter]] = {}
-            for chunk in range(modules.num_chunks):
-                for parameter in modules.parameters(rank, chunk, experts=optimizer == 1):
-                    by_type.setdefault((chunk, parameter.dtype), []).append(parameter)
-            for index, ((chunk, _), parameters) in enumerate(by_type.items()):
-                found[optimizer, group, index] = (chunk, parameters)
+            for index, buffer in enumerate(buffers_of(modules, rank, experts=optimizer == 1)):
+                found[optimizer, group, index] = buffer
     return found
+
+
+def buffers_of(modules: Modules, rank: Rank, *, experts: bool) -> list[tuple[int, list[LocalParameter]]]:
+    """Chunk and parameters of the buffers of one optimizer (of experts or of the rest) of a rank, in order."""
+    by_type: dict[tuple[int, str], list[LocalParameter]] = {}
+    for chunk in range(modules.num_chunks):
+        for parameter in modules.parameters(rank, chunk, experts=experts):
+            by_type.setdefault((chunk, parameter.dtype), []).append(parameter)
+    return [(chunk, parameters) for (chunk, _), parameters in by_type.items()]
 
 
 def line(parameters: Sequence[LocalParameter]) -> list[FlatParameter]:

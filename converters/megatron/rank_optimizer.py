@@ -37,7 +37,9 @@ def rank_file_state(files: Sequence[RankFile], modules: Modules, arguments: Mapp
                 "update it with --ckpt-convert-update-legacy-dist-opt-format"
             )
         bucket_size = _bucket_size(arguments, modules, rank) if rank.stage == chunk == 0 else None
-        (tensors,) = state[index].values()
+        tensors, *others = state[index].values()
+        if any(other != tensors for other in others):
+            raise CheckpointError(f"{where}: buffer {index} holds {len(others) + 1} sets of tensors, not one")
         _add_buffer(found, parameters, tensors, bucket_size, f"{where}: buffer {index}")
     if not shared_out and any(holds_parameters(state) for state, _ in beside.values()):
         for optimizer, ranks in enumerate(groups(modules)):

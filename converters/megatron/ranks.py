@@ -6,6 +6,7 @@ used is checked first.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -62,8 +63,27 @@ class RankGrid:
 
     def saving(self) -> tuple[Rank, ...]:
         """The fewest ranks that hold all of the model, each of which has a folder, in order."""
-        pairs = {(r // self.etp % self.ep, r % self.tp) for r in range(max(self.tp, self.etp * self.ep))}
-        return tuple(sorted(Rank(stage, *pair) for stage in range(self.pp) for pair in pairs))
+        return self._first(max(self.tp, self.etp * self.ep))
+
+    def loading(self) -> tuple[Rank, ...]:
+        """The ranks that look for a folder of their own when a run loads, in order."""
+        return self._first(math.lcm(self.tp, self.etp * self.ep))
+
+    def _first(self, count: int) -> tuple[Rank, ...]:
+        """The positions of the first so many ranks of every stage."""
+        positions = {self._position(number) for number in range(count)}
+        return tuple(sorted(Rank(stage, *position) for stage in range(self.pp) for position in positions))
+
+    def _position(self, number: int) -> tuple[int, int]:
+        """Expert rank and tensor rank of a rank of a stage, of which tensor ranks, or expert tensor ranks, are counted
+        fastest."""
+        return number // self.etp % self.ep, number % self.tp
+
+    def leads(self, rank: Rank, *, experts: bool) -> bool:
+        """Whether this is the first of the replicas that share out the state of an optimizer, of experts or of the
+        rest: the one that saves and loads it."""
+        number = rank.ep_rank * self.etp + rank.tp_rank % self.etp if experts else rank.tp_rank
+        return self._position(number) == (rank.ep_rank, rank.tp_rank)
 
     def find(self, folders: Collection[str], where: str) -> dict[Rank, str]:
         """The ranks that these folders are of, in order; CheckpointError lists all that are missing or too many."""

@@ -6,23 +6,21 @@ from argparse import Namespace
 from typing import Final
 
 from converters.containers.torch_zip import torch_dtype
+from converters.format import WriteRequest
 from converters.megatron.arguments import dump_arguments
 from converters.megatron.stages import dump_layout
 from workbench.checkpoint.manifest import TrainingState
 from workbench.errors import ConversionError
-from workbench.spec.layout import ParallelLayout
-from workbench.spec.model import ModelConfig
 
 CHECKPOINT_VERSION: Final = 3.0
 
 
-def saved_args(
-    model: ModelConfig, layout: ParallelLayout, dtype: str, training: TrainingState | None, *, ckpt_format: str
-) -> Namespace:
+def saved_args(request: WriteRequest, training: TrainingState | None, *, ckpt_format: str) -> Namespace:
     """What says the model, its layout and its type of weights, and where a run stood if it is to go on.
 
     ConversionError when Megatron's GPT cannot have a feature of the model, or its pipeline this layout.
     """
+    model, layout = request.model, request.layout
     if layout.placement != "loop" and layout.vpp > 1:
         raise ConversionError(
             f"placement={layout.placement!r}: Megatron's stages go round in a loop; give --vpp 1, or --pp anew"
@@ -30,6 +28,8 @@ def saved_args(
     if layout.vpp > 1 and layout.pp == 1:
         raise ConversionError(f"vpp={layout.vpp} with pp=1: Megatron has chunks in a pipeline only; use --vpp 1")
     where = {} if training is None else _run(training)
+    dtype = request.schema["embed_tokens.weight"].dtype
+    shared_out = ckpt_format == "torch_dist" or request.megatron.distributed_optimizer
     return Namespace(
         **dump_arguments(model),
         **dump_layout(model, layout),
@@ -37,9 +37,10 @@ def saved_args(
         params_dtype=torch_dtype(dtype),
         bf16=dtype == "BF16",
         fp16=dtype == "F16",
-        transformer_impl="transformer_engine",
+        transformer_impl="local" if request.megatron.own_layers else "transformer_engine",
         moe_grouped_gemm=False,
-        use_distributed_optimizer=False,
+        use_distributed_optimizer=shared_out and training is not None,
+        overlap_grad_reduce=False,
         data_parallel_random_init=False,
         tokenizer_type="HuggingFaceTokenizer",
         ckpt_format=ckpt_format,

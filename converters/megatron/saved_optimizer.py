@@ -1,19 +1,19 @@
-"""What Megatron finds of an optimizer in a checkpoint of ours. No torch.
+"""What Megatron finds of an optimizer in a checkpoint of ours, beside its tensors. No torch.
 
-In torch_dist folders that is the mode `fully_reshardable`, in rank folders the state without a distributed optimizer.
+In torch_dist folders that is the mode `fully_reshardable`; for rank folders see `saved_rank_optimizer`.
 """
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Collection, Mapping
 from typing import Any, Final
 
-from converters.containers.torch_zip import StoredTensor, new_tensor
+from converters.containers.torch_zip import new_tensor
 from converters.format import WriteRequest
 from converters.megatron.buffers import MASTER, MOMENTS
-from converters.megatron.modules import BUFFERS, LocalParameter, Modules, decays
-from converters.megatron.ranks import Rank
-from converters.megatron.training import SCHEDULES
+from converters.megatron.modules import BUFFERS
+from converters.megatron.training import HYSTERESIS, SCHEDULES
 from converters.names import summarise
 from converters.rules import Rule
 from workbench.checkpoint.manifest import TrainingState
@@ -94,46 +94,32 @@ def common_state(training: TrainingState, layout: ParallelLayout) -> dict[str, A
     ConversionError when the checkpoint does not say the settings that Megatron would go on with.
     """
     optimizers = [
-        {
-            "optimizer": {"param_groups": [_group(training, expert=expert, decayed=d) for d in (True, False)]},
-            "param_state_sharding_type": MODE,
-        }
+        {**plain_state(training, expert=expert), "param_state_sharding_type": MODE}
         for expert in ((False, True) if layout.ep > 1 else (False,))
     ]
     whole = dict(enumerate(optimizers)) if len(optimizers) > 1 else optimizers[0]
     return {"optimizer": whole, **schedule(training)}
 
 
-RankMoment = tuple[str, LocalParameter, StoredTensor]
-"""The kind of a moment, the parameter of the rank that it belongs to, and where it is stored."""
+def plain_state(training: TrainingState, *, expert: bool) -> dict[str, Any]:
+    """What an optimizer, of experts or of the rest, says where its tensors are stored apart.
 
-
-def rank_state(
-    modules: Modules, rank: Rank, weights: Mapping[str, StoredTensor], training: TrainingState
-) -> tuple[Any, list[RankMoment]]:
-    """What the optimizers of a rank save where none is distributed, and the moments in it.
-
-    Whoever trains with 32-bit weights looks for torch's state at the top, whoever trains with 16 bits under
-    `optimizer`; so it is said twice, and stored once. weights: of the rank by name, which are their own masters. As
-    Transformer Engine's Adam has it, groups count steps and parameters do not. ConversionError as of `common_state`.
+    ConversionError as of `common_state`.
     """
-    optimizers: list[dict[str, Any]] = []
-    moments: list[RankMoment] = []
-    for expert in (False, True) if modules.grid.ep > 1 else (False,):
-        state: dict[int, dict[str, StoredTensor]] = {}
-        groups, masters = [], []
-        trained = modules.trained(rank, experts=expert)
-        for decayed in modules.decay_groups(experts=expert):
-            here = [parameter for parameter in trained if decays(parameter) == decayed]
-            numbers = range(len(state), len(state) + len(here))
-            for number, parameter in zip(numbers, here, strict=True):
-                state[number] = {kind: new_tensor("F32", parameter.shape) for kind in MOMENTS}
-                moments += [(kind, parameter, tensor) for kind, tensor in state[number].items()]
-            groups.append({**_group(training, expert=expert, decayed=decayed), "params": list(numbers)})
-            masters.append([weights[parameter.name] for parameter in here])
-        inner = {"state": state, "param_groups": groups}
-        optimizers.append({**inner, "optimizer": inner, "fp32_from_fp16_params": masters})
-    return optimizers if len(optimizers) > 1 else optimizers[0], moments
+    groups = [param_group(training, expert=expert, decayed=decayed) for decayed in (True, False)]
+    return {"optimizer": {"param_groups": groups}, **grad_scaler(training)}
+
+
+def grad_scaler(training: TrainingState) -> dict[str, Any]:
+    """The dynamic loss scale of a run in fp16, as Megatron's DynamicGradScaler keeps it; nothing where there is none.
+
+    It is lowered after a number of overflows, of which none is counted here: our runs lower it after each.
+    """
+    if (scale := training.optimizer.get("loss_scale")) is None:
+        return {}
+    value = new_tensor("F32", (1,), struct.pack("<f", scale["value"]))
+    trackers = {"growth_tracker": scale["finite_steps"], "hysteresis_tracker": HYSTERESIS}
+    return {"grad_scaler": {"scale": value, **trackers}}
 
 
 def _settings(training: TrainingState) -> dict[str, Any]:
@@ -155,8 +141,8 @@ def _is_known(value: Any, count: int) -> bool:
     return type(value) in (int, float)
 
 
-def _group(training: TrainingState, *, expert: bool, decayed: bool) -> dict[str, Any]:
-    """A group of parameters, those with weight decay or those without."""
+def param_group(training: TrainingState, *, expert: bool, decayed: bool) -> dict[str, Any]:
+    """A group of parameters, those with weight decay or those without; ConversionError as of `common_state`."""
     settings, multiple = _settings(training), float(decayed)
     return {
         "is_expert_parallel": expert,

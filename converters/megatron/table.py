@@ -28,9 +28,10 @@ NO_WEIGHTS: Final = "_extra_state"
 """What ends the name of an entry that holds scaling factors of fp8, or nothing."""
 
 
-def has_scales(module: str) -> bool:
-    """Whether this is a module of Transformer Engine, which looks for scales of fp8 beside its weights."""
-    return re.search(r"\.linear_\w+$|norm$", module) is not None
+def has_scales(module: str, *, own_layers: bool) -> bool:
+    """Whether a module looks for scales of fp8 beside its weights: Transformer Engine's, and Megatron's own linear
+    layers."""
+    return re.search(r"\.linear_\w+$" if own_layers else r"\.linear_\w+$|norm$", module) is not None
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,8 @@ DROPPED: Final = {
     "ft_state": "times of Megatron's own watchdog",
 }
 """What else Megatron saves of a run, and why it is left out."""
+HYSTERESIS: Final = 2
+"""Overflows after which Megatron lowers the loss scale, unless told otherwise: what is left of them after a growth."""
 _LARGEST: Final = 1 << 62  # larger numbers are damage
 _PLAIN: Final = {"wd_mult": (0.0, 1.0), "lr_mult": (1.0,), "is_decoupled_lr": (False,)}
 
@@ -152,6 +154,10 @@ def left_out(common: Mapping[str, Any], optimizer: Any) -> dict[str, str]:
     """What a checkpoint says of its run and has no place here: name -> reason."""
     groups = param_groups(optimizer)
     found = {name: reason for name, reason in DROPPED.items() if common.get(name) is not None}
+    for scaler in (held["grad_scaler"] for held in _holding("grad_scaler", optimizer)):
+        for inner in _holding("hysteresis_tracker", scaler):
+            if inner["hysteresis_tracker"] != HYSTERESIS:
+                found["hysteresis_tracker"] = f"{inner['hysteresis_tracker']}: the loss scale is lowered at once here"
     for name, usual in _PLAIN.items():
         other = sorted({group[name] for group in groups if name in group and group[name] not in usual})
         if other:

@@ -6,10 +6,17 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
+from converters.open import open_checkpoint
+from tests.helpers.checkpoints import RUN, random_source, tiny_model, write_native
 from tests.helpers.megatron_cases import Case
 from tests.helpers.megatron_saved import LLAMA, save
 from workbench.cli.main import main
+
+SPARSE = tiny_model(
+    tie_word_embeddings=False, moe={"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 12}
+)
 
 
 @pytest.fixture
@@ -46,5 +53,33 @@ def test_a_format_without_a_layout_takes_no_options_of_one(
 ) -> None:
     native = str(tmp_path / "native")
     assert main(["import", str(saved), native, "--vocab-size", "100", "-q"]) == 0
-    assert main(["export", native, str(tmp_path / "hf"), "--tp", "2", "--vocab-multiple", "8"]) == 2
-    assert "--tp, --vocab-multiple: only folders of Megatron have a layout" in capsys.readouterr().err
+    words = ["--tp", "2", "--vocab-multiple", "8", "--distributed-optimizer"]
+    assert main(["export", native, str(tmp_path / "hf"), *words]) == 2
+    said = "--tp, --vocab-multiple, --distributed-optimizer: only folders of Megatron are written so"
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [[], ["--distributed-optimizer"], ["--transformer-impl", "local"]])
+def test_an_export_is_made_for_the_run_that_loads_it(words: list[str], tmp_path: Path) -> None:
+    native, folder, again = (str(tmp_path / name) for name in ("native", "megatron", "again"))
+    write_native(tmp_path / "native", random_source(SPARSE, "F32"), SPARSE, training=RUN)
+    layout = ["--tp", "2", "--ep", "2", "--etp", "1"]
+    assert main(["export", native, folder, "--to", "megatron", *layout, *words, "-q"]) == 0
+    files = {path.name for path in Path(folder, "iter_0000100").rglob("*.pt")}
+    assert ("distrib_optim.pt" in files) == (words == ["--distributed-optimizer"])
+    held = torch.load(Path(folder, "iter_0000100", "mp_rank_01_001", "model_optim_rng.pt"), weights_only=False)
+    assert ("decoder.layers.0.input_layernorm.weight" in held["model"]) == ("local" in words)
+    assert (held["args"].expert_tensor_parallel_size, held["args"].sequence_parallel) == (1, True)
+    assert main(["import", folder, again, "-q"]) == 0
+    assert main(["verify", native, again, "-q"]) == 0
+    layout = open_checkpoint(Path(again)).layout
+    assert layout is not None and (layout.tp, layout.ep, layout.etp) == (2, 2, 1)
+
+
+def test_layers_that_megatron_does_not_have_are_refused(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    native, folder = str(tmp_path / "native"), str(tmp_path / "megatron")
+    assert main(["import", str(saved), native, "--vocab-size", "100", "-q"]) == 0
+    assert main(["export", native, folder, "--to", "megatron", "--transformer-impl", "te"]) == 2
+    assert "--transformer-impl 'te' is not known; use one of transformer_engine, local" in capsys.readouterr().err

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from converters.format import OpenedCheckpoint, WriteRequest
+from converters.format import MegatronRun, OpenedCheckpoint, WriteRequest
 from converters.job import JobOptions, make_job
 from converters.megatron.training import SCHEDULES
 from converters.open import formats, open_checkpoint
@@ -29,6 +29,7 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 MEGATRON: Final = ("megatron", "megatron_dist")
+MEGATRON_RUNS: Final = st.builds(MegatronRun, own_layers=st.booleans(), distributed_optimizer=st.booleans())
 _GPT2: Final[dict[str, Any]] = {
     **{"norm": "layernorm", "gated_mlp": False, "hidden_act": "gelu_tanh", "position_embedding": "learned"},
     **{"attention_bias": True, "attention_output_bias": True, "mlp_bias": True},
@@ -154,6 +155,9 @@ def runs(draw: st.DrawFn) -> TrainingState:
         **{"name": "adamw", "step": draw(st.integers(1, step)), "betas": [draw(rates), draw(rates)]},
         **{"eps": draw(rates), "weight_decay": draw(rates)},
     }
+    if draw(st.booleans()):  # in fp16
+        scale = 2.0 ** draw(st.integers(0, 32))
+        optimizer["loss_scale"] = {"value": scale, "finite_steps": draw(st.integers(0, 1999)), "skipped_steps": 0}
     return TrainingState(
         step=step,
         samples=step * batch,
@@ -183,9 +187,11 @@ class Carried:
         return Carried(True, replace(self.training, data={}))
 
 
-def convert(opened: OpenedCheckpoint, to: str, path: Path, layout: ParallelLayout, optimizer: str) -> OpenedCheckpoint:
+def convert(
+    opened: OpenedCheckpoint, to: str, path: Path, layout: ParallelLayout, optimizer: str, run: MegatronRun
+) -> OpenedCheckpoint:
     layout = layout if to in (*MEGATRON, "native") else ParallelLayout()
-    options = JobOptions(layout, optimizer=optimizer)  # type: ignore[arg-type]
+    options = JobOptions(layout, optimizer=optimizer, megatron=run)  # type: ignore[arg-type]
     make_job(opened, formats()[to], path, options, operation="test").run(verify="none")
     return open_checkpoint(path)
 
@@ -203,7 +209,8 @@ def check_chain(data: st.DataObject) -> None:
         for number, name in enumerate(chain):
             carried = carried.through(name, dtype)
             keep = "keep" if carried.moments else "drop"
-            opened = convert(opened, name, Path(scratch, f"{number}"), data.draw(layouts(model)), keep)
+            layout, run = data.draw(layouts(model)), data.draw(MEGATRON_RUNS)
+            opened = convert(opened, name, Path(scratch, f"{number}"), layout, keep, run)
         found = whole_arrays(opened.source)  # type: ignore[arg-type]
         expected = {n: a for n, a in held.arrays.items() if carried.moments or not n.startswith("optim.")}
         assert found.keys() == expected.keys()

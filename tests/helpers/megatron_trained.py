@@ -50,8 +50,9 @@ class Trained:
     """What is trained at which layout. bucket_size: elements, None for one bucket; experts: 0 for a dense MLP.
 
     modes: `dp_reshardable`, `fully_reshardable`, `legacy`: with a distributed optimizer; `plain`, `plain_legacy`:
-    without. Each becomes a checkpoint `OUT/<mode>`. load: the folder of an iteration, in mode `fully_reshardable` or
-    `plain_legacy`, which is loaded instead of training and saving.
+    without. Each becomes a checkpoint `OUT/<mode>`. load: the folder of an iteration, in mode `fully_reshardable`,
+    `legacy` or `plain_legacy`, which is loaded instead of training and saving; again: one of the first two, in which it
+    is then saved.
     """
 
     tp: int = 1
@@ -66,6 +67,8 @@ class Trained:
     modes: tuple[str, ...] = ("dp_reshardable", "fully_reshardable", "legacy")
     sizes: dict[str, Any] = field(default_factory=dict)
     load: str | None = None
+    again: str | None = None
+    biases: bool = False
 
     @property
     def world(self) -> int:
@@ -81,7 +84,7 @@ class Trained:
             swiglu=True,
             normalization="RMSNorm",
             norm_epsilon=1e-5,
-            add_bias_linear=False,
+            add_bias_linear=self.biases,
             add_qkv_bias=False,
             qk_layernorm=False,
             position_embedding_type="rope",
@@ -109,7 +112,7 @@ class Trained:
             ddp_bucket_size=self.bucket_size,
             params_dtype=getattr(torch, self.dtype),
             bf16=self.dtype == "bfloat16",
-            fp16=False,
+            fp16=self.dtype == "float16",
             apply_layernorm_1p=False,
             **ADAM,
             clip_grad=1.0,
@@ -171,7 +174,7 @@ def _logical(name: str, parts: list[torch.Tensor], what: Trained) -> dict[str, t
         return {ours: torch.cat(parts)[:VOCAB]}
     if "linear_qkv" in name:
         groups, d = what.sizes["num_query_groups"], what.sizes["kv_channels"]
-        grid = torch.cat(parts).view(groups, -1, what.sizes["hidden_size"])
+        grid = torch.cat(parts).view(groups, -1, *parts[0].shape[1:])
         pieces = grid.split([grid.shape[1] - 2 * d, d, d], dim=1)
         base = ours.replace("self_attention.linear_qkv", "self_attn.{}_proj")
         return {base.format(x): piece.flatten(0, 1) for x, piece in zip("qkv", pieces, strict=True)}
@@ -180,5 +183,5 @@ def _logical(name: str, parts: list[torch.Tensor], what: Trained) -> dict[str, t
         return {ours.replace("linear_fc1", x): half for x, half in zip(("gate_proj", "up_proj"), halves, strict=True)}
     if "linear_proj" in name or "linear_fc2" in name:
         ours = ours.replace("self_attention.linear_proj", "self_attn.o_proj").replace("linear_fc2", "down_proj")
-        return {ours: torch.cat(parts, dim=1)}
+        return {ours: torch.cat(parts, dim=1) if name.endswith("weight") else parts[0]}
     return {ours.replace("mlp.router", "mlp.gate"): parts[0]}

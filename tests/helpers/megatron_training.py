@@ -50,39 +50,50 @@ def _rank(rank: int, what: Trained, out: str, store: str) -> None:
 
 
 def _train_and_save(out: Path, what: Trained, modes: list[str], *, distributed: bool) -> None:
-    from megatron.core import dist_checkpointing
-
     chunks, optimizer = build(what, distributed=distributed)
     for _ in range(STEPS):
         _step(chunks, optimizer)
     for mode in modes:
-        folder = out / mode / f"iter_{STEPS:07d}"
-        if dist.get_rank() == 0:
-            folder.mkdir(parents=True)
-            (out / mode / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
-        dist.barrier()
-        if mode.endswith("legacy"):
-            _save_legacy(folder, what, chunks, optimizer, distributed=distributed)
-        else:
-            metadata = content_metadata(mode)
-            state = sharded_state(what, chunks, optimizer, metadata)
-            dist_checkpointing.save(state, str(folder), ("torch_dist", 1), content_metadata=metadata)
+        _save(out, what, chunks, optimizer, mode)
     _save_truth(out / ("truth" if distributed else "truth-plain"), chunks, optimizer, distributed=distributed)
 
 
+def _save(out: Path, what: Trained, chunks: list[Any], optimizer: Any, mode: str) -> None:
+    from megatron.core import dist_checkpointing
+
+    folder = out / mode / f"iter_{STEPS:07d}"
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True)
+        (out / mode / "latest_checkpointed_iteration.txt").write_text(str(STEPS))
+    dist.barrier()
+    if mode.endswith("legacy"):
+        _save_legacy(folder, what, chunks, optimizer, distributed=mode == "legacy")
+    else:
+        metadata = content_metadata(mode)
+        state = sharded_state(what, chunks, optimizer, metadata)
+        dist_checkpointing.save(state, str(folder), ("torch_dist", 1), content_metadata=metadata)
+
+
 def _load(out: Path, what: Trained, folder: Path) -> None:
-    distributed = (folder / "metadata.json").is_file()
+    sharded = (folder / "metadata.json").is_file()
+    distributed = sharded or any(folder.glob("*/distrib_optim.pt"))
     chunks, optimizer = build(what, distributed=distributed)
     _step(chunks, optimizer)  # torch's AdamW has no state to be loaded into before
-    found = _read_dist(what, chunks, optimizer, folder) if distributed else _read_legacy(what, folder)
+    found = _read_dist(what, chunks, optimizer, folder) if sharded else _read_legacy(what, folder, distributed)
     for index, chunk in enumerate(chunks):
         chunk.module.load_state_dict(found["model" if len(chunks) == 1 else f"model{index}"])
     optimizer.load_state_dict(found["optimizer"])
+    if distributed and not sharded:
+        optimizer.load_parameter_state(str(folder_of(what, folder) / "distrib_optim.pt"))
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-        torch.save(groups, out / "groups.pt")
+        halves = optimizer.chained_optimizers if what.dtype == "float16" else ()
+        scalers = [one.grad_scaler.state_dict() for one in halves]
+        torch.save({"groups": groups, "scalers": scalers}, out / "plain.pt")
     dist.barrier()
+    if what.again:
+        _save(out, what, chunks, optimizer, what.again)
     _save_truth(out / ("truth" if distributed else "truth-plain"), chunks, optimizer, distributed=distributed)
 
 
@@ -95,13 +106,17 @@ def _read_dist(what: Trained, chunks: list[Any], optimizer: Any, folder: Path) -
     return found
 
 
-def _read_legacy(what: Trained, folder: Path) -> dict[str, Any]:
+def _read_legacy(what: Trained, folder: Path, distributed: bool) -> dict[str, Any]:
     """What a rank finds in its folder, by the names of Megatron's own layers."""
     found: dict[str, Any] = torch.load(folder_of(what, folder) / "model_optim_rng.pt", weights_only=False)
     optimizers = found["optimizer"] if isinstance(found["optimizer"], list) else [found["optimizer"]]
-    for state in (state for optimizer in optimizers for state in (optimizer, optimizer["optimizer"])):
+    for state in (
+        () if distributed else (state for optimizer in optimizers for state in (optimizer, optimizer["optimizer"]))
+    ):
         # torch's AdamW counts the steps of each parameter, Transformer Engine's those of a group.
         state["state"]["common_step"] = torch.tensor(float(state["param_groups"][0]["step"]))
+    if found["args"].transformer_impl == "local":
+        return found
     models = {name: local_state(state) for name, state in found.items() if name.startswith("model")}
     return {**found, **models}
 
@@ -155,6 +170,7 @@ def build(what: Trained, *, distributed: bool) -> tuple[list[Any], Any]:
         OptimizerConfig(
             **ADAM,
             bf16=dtype == torch.bfloat16,
+            fp16=dtype == torch.float16,
             params_dtype=dtype,
             use_distributed_optimizer=distributed,
         ),
@@ -179,10 +195,11 @@ def _config(what: Trained) -> Any:
         normalization="RMSNorm",
         gated_linear_unit=True,
         activation_func=torch.nn.functional.silu,
-        add_bias_linear=False,
+        add_bias_linear=what.biases,
         params_dtype=dtype,
         pipeline_dtype=dtype,
         bf16=dtype == torch.bfloat16,
+        fp16=dtype == torch.float16,
         **ON_CPU,
     )
 

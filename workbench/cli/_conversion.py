@@ -49,10 +49,14 @@ def new_layout(
     pp: int | None = None,
     vpp: int | None = None,
     ep: int | None = None,
+    etp: int | None = None,
     pp_layout: str = "",
     vocab_multiple: int | None = None,
 ) -> ParallelLayout:
-    """The layout to write: what is not given is the source's, as far as it has one and still fits."""
+    """The layout to write: what is not given is the source's, as far as it has one and still fits.
+
+    Where fewer tensor ranks share an expert than share the rest, they have to share tokens as well.
+    """
     from pydantic import ValidationError
 
     from workbench.spec.layout import ParallelLayout
@@ -63,12 +67,16 @@ def new_layout(
     new_pp = pp if pp is not None else max(len(stages) // max(new_vpp, 1), 1) if stages else old.pp
     if stages is None and (new_pp, new_vpp) == (old.pp, old.vpp):
         stages = old.pp_layout
-    new_ep = old.ep if ep is None else ep
+    new_ep, new_tp = old.ep if ep is None else ep, old.tp if tp is None else tp
+    new_etp = etp or (1 if old.etp == 1 else None)
+    apart = new_etp is not None and new_etp != new_tp
     try:
         return ParallelLayout(
-            tp=old.tp if tp is None else tp,
+            tp=new_tp,
             dp=new_ep,
             ep=new_ep,
+            etp=new_etp if apart else None,
+            sequence_parallel=apart,
             pp=new_pp,
             vpp=new_vpp,
             pp_layout=stages,

@@ -29,6 +29,7 @@ _FORMATS = {
 }
 _FOR_INFERENCE = ("huggingface", "peft")
 _WITH_LAYOUT = ("megatron", "megatron_dist")
+_LAYERS = ("transformer_engine", "local")
 _MEGATRON_MULTIPLE = 128  # --make-vocab-size-divisible-by, unless a run says otherwise
 
 
@@ -47,8 +48,18 @@ def export(
     pp: option.Pp = None,
     vpp: option.Vpp = None,
     ep: option.Ep = None,
+    etp: option.Etp = None,
     pp_layout: option.PpLayout = "",
     vocab_multiple: option.VocabMultiple = None,
+    transformer_impl: Annotated[
+        str, typer.Option(help="Whose layers Megatron will have: transformer_engine, its default, or local.")
+    ] = "",
+    distributed_optimizer: Annotated[
+        bool,
+        typer.Option(
+            "--distributed-optimizer", help="Write a folder a rank for Megatron's --use-distributed-optimizer."
+        ),
+    ] = False,
     base: Annotated[
         Path | None, typer.Option(help="Where the base of an adapter is, if not where it was in training.")
     ] = None,
@@ -70,6 +81,7 @@ def export(
     """Write a checkpoint in another program's format; a Hugging Face folder is kept only if its logits agree."""
     with quick_imports():
         import converters.job  # noqa: F401 (wanted later, and quicker here)
+        from converters.format import MegatronRun
         from converters.open import get_format, open_checkpoint
         from workbench.cli._conversion import Conversion, choice, convert, job_options
         from workbench.errors import ConversionError
@@ -80,9 +92,11 @@ def export(
         raise ConversionError(f"{opened.path}: holds a whole model and no adapter; export it with --to hf")
     if target.name != "peft":
         opened = _merged(opened, base)
-    asked = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "pp_layout": pp_layout, "vocab_multiple": vocab_multiple}
+    run = {"transformer_impl": transformer_impl, "distributed_optimizer": distributed_optimizer}
+    asked = {"tp": tp, "pp": pp, "vpp": vpp, "ep": ep, "etp": etp, "pp_layout": pp_layout}
+    asked |= {"vocab_multiple": vocab_multiple}
     options = job_options(
-        _layout(opened, target.name, asked),
+        _layout(opened, target.name, asked, run),
         dtype=dtype,
         optimizer=optimizer or ("drop" if target.name in _FOR_INFERENCE else "keep"),
         mem=mem,
@@ -90,6 +104,8 @@ def export(
         max_shard_size=max_shard_size,
         allow_drop=allow_drop or (),
     )
+    own_layers = choice(transformer_impl or _LAYERS[0], _LAYERS, "--transformer-impl") == "local"
+    options = replace(options, megatron=MegatronRun(own_layers, distributed_optimizer))
 
     def proof(folder: Path, _: TensorSource) -> LogitsReport:
         return _prove(opened, options.dtype, base, folder)
@@ -102,17 +118,20 @@ def export(
         _say_what_is_left_out(out, opened, destination)
 
 
-def _layout(opened: OpenedCheckpoint, target: str, asked: dict[str, Any]) -> ParallelLayout:
-    """The layout to write: what is not asked for is the source's; ConfigError when the target has none."""
+def _layout(opened: OpenedCheckpoint, target: str, asked: dict[str, Any], run: dict[str, Any]) -> ParallelLayout:
+    """The layout to write: what is not asked for is the source's; ConfigError when the target has none.
+
+    run: what is asked for of the program that loads it, which likewise Megatron alone can be told.
+    """
     from workbench.cli._conversion import new_layout
     from workbench.errors import ConfigError
     from workbench.spec.layout import ParallelLayout
 
     if target in _WITH_LAYOUT:
         return new_layout(opened, **asked | {"vocab_multiple": asked["vocab_multiple"] or _MEGATRON_MULTIPLE})
-    if given := [f"--{name.replace('_', '-')}" for name, value in asked.items() if value]:
+    if given := [f"--{name.replace('_', '-')}" for name, value in (asked | run).items() if value]:
         raise ConfigError(
-            f"{', '.join(given)}: only folders of Megatron have a layout; use --to megatron, or leave it out"
+            f"{', '.join(given)}: only folders of Megatron are written so; use --to megatron, or leave it out"
         )
     return ParallelLayout()
 

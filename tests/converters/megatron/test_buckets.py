@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converters.megatron.buckets import Bucket, FlatParameter, default_bucket_size, fill_buckets, fit_buckets
+from converters.megatron.buckets import Bucket, FlatParameter, default_bucket_size, fill_buckets, fit_buckets, joined
 from tests.helpers.megatron import patch_for_cpu
 from workbench.errors import CheckpointError
 
@@ -61,6 +62,16 @@ def test_a_wrong_size_of_a_bucket_is_refused_with_its_number_and_both_sizes(
     sizes[wrong] += 64 * 1000
     with pytest.raises(CheckpointError, match=rf"rank 3: bucket {wrong} holds {sizes[wrong]} elements, but .*\d"):
         fit_buckets(parameters, sizes, "rank 3")
+
+
+@given(PARAMETERS, st.integers(1, 2000))
+def test_other_buckets_move_parameters_of_odd_sizes_only_and_then_the_buffer_has_another_size(
+    parameters: list[FlatParameter], bucket_size: int
+) -> None:
+    one, several = (joined(fill_buckets(parameters, size)) for size in (None, bucket_size))
+    assert (one.starts == several.starts) == (one.numel == several.numel)
+    even = [replace(parameter, numel=64 * parameter.numel) for parameter in parameters]
+    assert joined(fill_buckets(even, 64 * bucket_size)) == joined(fill_buckets(even, None))
 
 
 @pytest.mark.parametrize("sizes", [[64], [448], [384, 64], [256, 100], [], [256, 128, 1]])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from converters.format import OpenedCheckpoint
+from converters.format import MegatronRun, OpenedCheckpoint
 from converters.formats import megatron_dist
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
@@ -31,7 +31,8 @@ pytest.importorskip("megatron.core")
 MODES = ("dp_reshardable", "fully_reshardable", "legacy", "plain", "plain_legacy")
 QUICK: dict[str, dict[str, Any]] = {
     "buckets": {"tp": 2, "pp": 2, "tied": True, "bucket_size": 2000, "modes": MODES[:3]},
-    "experts": {"dp": 2, "ep": 2, "experts": 4, "modes": MODES},
+    "experts": {"dp": 2, "ep": 2, "experts": 4, "dtype": "float16", "modes": MODES},
+    "biases": {"tp": 2, "biases": True, "modes": MODES[-1:]},
 }
 SLOW: dict[str, dict[str, Any]] = {
     "chunks": {"pp": 2, "vpp": 2, "dtype": "float32", "modes": MODES},
@@ -110,6 +111,7 @@ def test_a_run_goes_on_where_megatron_stood(mode: str, quick: Path) -> None:
         "betas": [0.9, 0.99],
         "eps": 1e-8,
         "weight_decay": 0.1,
+        "loss_scale": {"value": 2.0**32, "finite_steps": STEPS, "skipped_steps": 0},
     }
     assert training.scheduler == {"schedule": "cosine", "horizon": 100, "warmup": 1, "lr": 0.01, "min_lr": 0.001}
 
@@ -201,53 +203,165 @@ def test_modules_in_another_order_are_refused(quick: Path, monkeypatch: pytest.M
     assert fault is not None and "where no piece begins; the modules of this model were in another order" in fault
 
 
-EXPORTED: dict[str, tuple[str, ParallelLayout, dict[str, Any]]] = {
-    "megatron_dist": ("buckets/dp_reshardable", ParallelLayout(tp=4, pp=2, vocab_multiple=4), {"tp": 1, "tied": True}),
-    "megatron": (
-        "buckets/legacy",
-        ParallelLayout(tp=2, pp=2, vpp=2, vocab_multiple=8),
-        {"tp": 2, "pp": 2, "vpp": 2, "tied": True},
+@dataclass(frozen=True)
+class Exported:
+    """What is exported, at which layout and for which run, and what megatron-core loads it as."""
+
+    source: str
+    format: str
+    layout: ParallelLayout
+    what: dict[str, Any]
+    run: MegatronRun = field(default_factory=MegatronRun)
+
+    @property
+    def mode(self) -> str:
+        if self.format == "megatron_dist":
+            return "fully_reshardable"
+        return "legacy" if self.run.distributed_optimizer else "plain_legacy"
+
+
+CHUNKS = {"tp": 2, "pp": 2, "vpp": 2}
+OWN = MegatronRun(own_layers=True)
+SHARED_OUT = MegatronRun(own_layers=True, distributed_optimizer=True)
+HALVES = {"experts": 4, "dtype": "float16"}
+EXPORTED = {
+    "torch_dist": Exported(
+        "buckets/dp_reshardable",
+        "megatron_dist",
+        ParallelLayout(tp=4, pp=2, vocab_multiple=4),
+        {"tp": 1, "tied": True},
     ),
-    "megatron of experts": (
+    "torch_dist of experts": Exported(
+        "experts/dp_reshardable",
+        "megatron_dist",
+        ParallelLayout(tp=2, dp=2, ep=2, vocab_multiple=8),
+        {"tp": 2, "dp": 2, "ep": 2, **HALVES},
+        OWN,
+    ),
+    "folders": Exported(
+        "buckets/legacy", "megatron", ParallelLayout(**CHUNKS, vocab_multiple=8), {**CHUNKS, "tied": True}
+    ),
+    "folders of experts": Exported(
         "experts/plain_legacy",
+        "megatron",
         ParallelLayout(dp=2, ep=2, vocab_multiple=8),
         {"dp": 2, "ep": 2, "experts": 4, "dtype": "float32"},
     ),
+    "folders of own layers with biases": Exported(
+        "biases/plain_legacy", "megatron", ParallelLayout(pp=2, vocab_multiple=8), {"pp": 2, "biases": True}, OWN
+    ),
+    "buffers": Exported(
+        "buckets/legacy", "megatron", ParallelLayout(**CHUNKS, vocab_multiple=8), {**CHUNKS, "tied": True}, SHARED_OUT
+    ),
+    "buffers of experts": Exported(
+        "experts/plain_legacy",
+        "megatron",
+        ParallelLayout(dp=2, ep=2, vocab_multiple=8),
+        {"dp": 2, "ep": 2, **HALVES},
+        SHARED_OUT,
+    ),
 }
-"""What is exported, at which layout, and what megatron-core loads it as."""
+
+
+def further(case: str, source: str, layout: dict[str, Any], run: MegatronRun, **what: Any) -> tuple[str, Exported]:
+    replicas = {"dp": layout["ep"]} if "ep" in layout else {}
+    layout = {**layout, **replicas}
+    return case, Exported(source, "megatron", ParallelLayout(**layout, vocab_multiple=4), {**layout, **what}, run)
+
+
+MORE_EXPORTED = dict(
+    further(f"{kind} of {case}", source, layout, run, **what)
+    for kind, run in (("folders", OWN), ("buffers", SHARED_OUT))
+    for case, source, layout, what in (
+        ("one rank", "buckets/legacy", {}, {"tied": True, "dtype": "float16"}),
+        ("tensor ranks", "biases/plain_legacy", {"tp": 4}, {"biases": True}),
+        ("stages", "buckets/legacy", {"pp": 4}, {"tied": True, "dtype": "float32"}),
+        ("chunks of experts", "experts/legacy", {"pp": 2, "vpp": 2}, HALVES),
+        ("cut experts", "experts/legacy", {"tp": 2, "ep": 2}, {"experts": 4}),
+        ("all at once", "experts/legacy", {"tp": 2, "pp": 2, "ep": 2}, {"experts": 4, "dtype": "float32"}),
+    )
+)
 
 
 @pytest.fixture(scope="session")
 def loaded(quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of each export the native checkpoint, the exported one, and what megatron-core's optimizers then hold."""
-    root = tmp_path_factory.mktemp("loaded")
-    for name, (source, layout, _) in EXPORTED.items():
-        folder = root / name
-        opened = open_checkpoint(quick / source)
-        make_job(opened, get_format("native"), folder / "native", JobOptions(layout), operation="import").run()
-        options = JobOptions(layout, optimizer="require")
-        target = get_format(name.split()[0])
-        job = make_job(open_checkpoint(folder / "native"), target, folder / "exported", options, operation="export")
+    """Of each export the native checkpoint, the exported one, and what megatron-core's optimizers then hold; and what
+    megatron-core itself saved again at the layout of "torch_dist of experts"."""
+    first = str(quick / "experts" / "fully_reshardable" / f"iter_{STEPS:07d}")
+    again = {**EXPORTED["torch_dist of experts"].what, "load": first, "again": "fully_reshardable"}
+    return _loaded(tmp_path_factory.mktemp("loaded"), quick, EXPORTED, again=again)
+
+
+@pytest.fixture(scope="session")
+def more_loaded(quick: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _loaded(tmp_path_factory.mktemp("more-loaded"), quick, MORE_EXPORTED)
+
+
+def _loaded(root: Path, quick: Path, cases: dict[str, Exported], **more: dict[str, Any]) -> Path:
+    for name, case in cases.items():
+        path = quick / case.source
+        for number, (operation, layout) in enumerate([("import", ParallelLayout()), ("reshard", case.layout)]):
+            before, path = path, root / name / f"native-{number}"
+            make_job(open_checkpoint(before), get_format("native"), path, JobOptions(layout), operation=operation).run()
+        options = JobOptions(case.layout, optimizer="require", megatron=case.run)
+        job = make_job(
+            open_checkpoint(path), get_format(case.format), root / name / "exported", options, operation="export"
+        )
         job.run(verify="full")
-    train(
-        {
-            str(root / name / "live"): {**what, "load": str(root / name / "exported" / f"iter_{STEPS:07d}")}
-            for name, (_, _, what) in EXPORTED.items()
-        }
-    )
+    live = {
+        str(root / name / "live"): {**case.what, "load": str(root / name / "exported" / f"iter_{STEPS:07d}")}
+        for name, case in cases.items()
+    }
+    train({**live, **{str(root / name): what for name, what in more.items()}})
     return root
 
 
 @pytest.mark.parametrize("name", EXPORTED)
 def test_megatron_core_loads_the_moments_that_were_exported(quick: Path, loaded: Path, name: str) -> None:
-    source, _, what = EXPORTED[name]
-    opened, again = open_checkpoint(quick / source), open_checkpoint(loaded / name / "exported")
-    assert again.training == open_checkpoint(loaded / name / "native").training
+    require_loaded(EXPORTED[name], quick, loaded, name)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", MORE_EXPORTED)
+def test_megatron_core_loads_the_moments_at_further_layouts(quick: Path, more_loaded: Path, name: str) -> None:
+    require_loaded(MORE_EXPORTED[name], quick, more_loaded, name)
+
+
+def require_loaded(case: Exported, quick: Path, loaded: Path, name: str) -> None:
+    """What was exported holds what was imported, and so did megatron-core after it had loaded it."""
+    opened, again = open_checkpoint(quick / case.source), open_checkpoint(loaded / name / "exported")
+    assert again.training == open_checkpoint(loaded / name / "native-1").training
     assert {n: a.tobytes() for n, a in arrays(again).items()} == {n: a.tobytes() for n, a in arrays(opened).items()}
-    mode = "fully_reshardable" if name == "megatron_dist" else "plain_legacy"
-    require_equal(opened, loaded / name / "live", Trained(sizes=SIZES, **what), mode)
-    for group in torch.load(loaded / name / "live" / "groups.pt"):
+    require_equal(opened, loaded / name / "live", Trained(sizes=SIZES, **case.what), case.mode)
+    held = torch.load(loaded / name / "live" / "plain.pt")
+    for group in held["groups"]:
         assert (group["step"], group["betas"], group["eps"]) == (STEPS, (0.9, 0.99), 1e-8)
+    assert len(held["scalers"]) == (case.what.get("dtype") == "float16") * case.what.get("ep", 1)
+    for scaler in held["scalers"]:
+        assert (scaler["scale"].item(), scaler["growth_tracker"], scaler["hysteresis_tracker"]) == (2.0**32, STEPS, 2)
+
+
+def test_megatron_cores_own_resharding_agrees_with_ours_bit_for_bit(loaded: Path) -> None:
+    """From tp=1 to tp=2, of every tensor: name, shape, values. Ours has 32-bit weights, and zero rows of no word."""
+    ours = tensors_of(loaded / "torch_dist of experts" / "exported" / f"iter_{STEPS:07d}")
+    theirs = tensors_of(loaded / "again" / "fully_reshardable" / f"iter_{STEPS:07d}")
+    assert ours.keys() == theirs.keys()
+    for name, array in theirs.items():
+        assert (ours[name].dtype, ours[name].shape) == (np.float32, array.shape)
+        assert array.dtype == (np.float32 if name.startswith("optimizer.") else np.float16)
+        words = VOCAB if name.endswith(("embeddings.weight", "output_layer.weight")) else len(array)
+        np.testing.assert_array_equal(ours[name].astype(array.dtype)[:words], array[:words], err_msg=name)
+        assert not ours[name][words:].any()
+
+
+def tensors_of(folder: Path) -> dict[str, np.ndarray]:
+    """Every tensor of a torch_dist folder, put together."""
+    found = {}
+    for name, tensor in read_dcp(folder).tensors.items():
+        found[name] = array = np.zeros(tensor.shape, {"F32": np.float32, "F16": np.float16}[tensor.dtype])
+        for piece in tensor.pieces:
+            array[piece.box.slices] = piece.locate().mapped()
+    return found
 
 
 def test_pretrain_resumes_what_was_imported(quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from typing import Any
 
@@ -30,6 +31,25 @@ def test_the_ranks_that_save_hold_each_part_of_the_model(grid: RankGrid) -> None
     assert {(rank.stage, rank.tp_rank) for rank in saving} == {(s, t) for s in range(grid.pp) for t in range(grid.tp)}
     held = {(rank.stage, rank.ep_rank, rank.tp_rank % grid.etp) for rank in saving}
     assert held == {(s, e, t) for s in range(grid.pp) for e in range(grid.ep) for t in range(grid.etp)}
+
+
+@given(GRIDS, st.integers(1, 3))
+def test_every_rank_of_a_run_of_any_size_finds_its_folder(grid: RankGrid, times: int) -> None:
+    numbers = range(times * math.lcm(grid.tp, grid.etp * grid.ep))
+    positions = {(number // grid.etp % grid.ep, number % grid.tp) for number in numbers}
+    assert {(rank.ep_rank, rank.tp_rank) for rank in grid.loading() if rank.stage == 0} == positions
+    assert {*grid.saving()} <= {*grid.loading()}
+
+
+@given(GRIDS)
+def test_one_rank_leads_those_that_share_out_the_state_of_the_same_parameters(grid: RankGrid) -> None:
+    """Among neighbours in the order of Megatron's ranks, the first that holds these parameters."""
+    first = {experts: [r for r in grid.loading() if grid.leads(r, experts=experts)] for experts in (False, True)}
+    assert sorted((r.stage, r.tp_rank) for r in first[False]) == [
+        (s, t) for s in range(grid.pp) for t in range(grid.tp)
+    ]
+    held = sorted((r.stage, r.ep_rank, r.tp_rank % grid.etp) for r in first[True])
+    assert held == [(s, e, t) for s in range(grid.pp) for e in range(grid.ep) for t in range(grid.etp)]
 
 
 def test_two_numbers_are_a_stage_or_an_expert_rank_as_the_args_say() -> None:

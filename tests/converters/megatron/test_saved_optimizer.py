@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from converters.format import OpenedCheckpoint
+from converters.format import MegatronRun, OpenedCheckpoint
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
 from tests.helpers.checkpoints import RUN, MemorySource, random_arrays, random_source, tiny_model, write_native
@@ -29,8 +29,9 @@ def opened(changes: Callable[[dict[str, LogicalTensor]], Any] = lambda schema: N
     return OpenedCheckpoint("native", Path("run"), source, tiny_model(), training=replace(RUN, **said))
 
 
-def export(source: OpenedCheckpoint, path: Path, layout: ParallelLayout) -> Path:
-    make_job(source, get_format("megatron"), path, JobOptions(layout), operation="export").run(verify="full")
+def export(source: OpenedCheckpoint, path: Path, layout: ParallelLayout, run: MegatronRun | None = None) -> Path:
+    options = JobOptions(layout, megatron=run or MegatronRun())
+    make_job(source, get_format("megatron"), path, options, operation="export").run(verify="full")
     return path
 
 
@@ -63,6 +64,62 @@ def test_experts_have_an_optimizer_of_their_own_and_a_bias_that_is_not_trained_h
     assert [len(one["param_groups"]) for one in state] == [2, 1]
     assert len(state[1]["state"]) == 8 // 2 * 2  # two matrices of each of four experts in one sparse layer
     assert open_checkpoint(path).source.schema.keys() == source.schema.keys()
+
+
+def test_the_first_of_those_that_share_out_the_state_saves_it_in_flat_buffers(tmp_path: Path) -> None:
+    model = grouped_model(moe={"shared_expert_gate": False, "n_group": 1, "topk_group": 1})
+    source = random_source(model, "F32")
+    run = OpenedCheckpoint("native", Path("run"), source, model, training=RUN)
+    layout = ParallelLayout(tp=2, ep=2, dp=2, etp=1, sequence_parallel=True)
+    export(run, tmp_path / "out", layout, MegatronRun(distributed_optimizer=True))
+    found = {
+        rank: torch.load(tmp_path / "out" / "iter_0000100" / rank / "distrib_optim.pt")
+        for rank in ("mp_rank_00_000", "mp_rank_01_001")
+    }
+    for rest, experts in found.values():
+        for state in (rest, experts):
+            tensors = state[0][torch.bfloat16, torch.float32]
+            assert state["buckets_coalesced"] is True and len(state[0]) == 5
+            assert {len(tensors[kind]) for kind in ("param", "exp_avg", "exp_avg_sq")} == {tensors["numel_unpadded"]}
+            assert {same["param"].data_ptr() for same in state[0].values()} == {tensors["param"].data_ptr()}
+    path = tmp_path / "out" / "iter_0000100" / "mp_rank_01_001" / "model_optim_rng.pt"
+    state = torch.load(path, weights_only=False)
+    assert [set(one) for one in state["optimizer"]] == [{"optimizer"}, {"optimizer"}]
+    assert [group["step"] for group in state["optimizer"][0]["optimizer"]["param_groups"]] == [98, 98]
+    assert (state["args"].use_distributed_optimizer, state["args"].overlap_grad_reduce) == (True, False)
+
+
+def test_replicas_that_do_not_lead_save_no_state(tmp_path: Path) -> None:
+    model = grouped_model(moe={"shared_expert_gate": False, "n_group": 1, "topk_group": 1})
+    run = OpenedCheckpoint("native", Path("run"), random_source(model, "F32"), model, training=RUN)
+    layout = ParallelLayout(tp=2, ep=2, dp=2)
+    export(run, tmp_path / "out", layout, MegatronRun(distributed_optimizer=True))
+    rest, experts = torch.load(tmp_path / "out" / "iter_0000100" / "mp_rank_00_001" / "distrib_optim.pt")
+    assert rest is None and set(experts) == {"buckets_coalesced", 0}
+
+
+def test_a_buffer_of_several_types_that_differ_is_refused(tmp_path: Path) -> None:
+    path = export(opened(), tmp_path / "out", ParallelLayout(), MegatronRun(distributed_optimizer=True))
+    file = path / "iter_0000100" / "mp_rank_00" / "distrib_optim.pt"
+    state = torch.load(file)
+    state[0][torch.float32, torch.float32]["exp_avg"] = state[0][torch.float32, torch.float32]["exp_avg"].clone()
+    torch.save(state, file)
+    assert "buffer 0 holds 5 sets of tensors, not one" in str(open_checkpoint(path).optimizer_fault)
+
+
+def test_a_loss_scale_that_was_counted_down_is_told(tmp_path: Path) -> None:
+    scale = {"value": 512.0, "finite_steps": 7, "skipped_steps": 0}
+    path = export(opened(optimizer={**RUN.optimizer, "loss_scale": scale}), tmp_path / "out", ParallelLayout())
+    file = path / "iter_0000100" / "mp_rank_00" / "model_optim_rng.pt"
+    state = torch.load(file, weights_only=False)
+    scaler = state["optimizer"]["grad_scaler"]
+    assert (scaler["scale"].tolist(), scaler["growth_tracker"], scaler["hysteresis_tracker"]) == ([512.0], 7, 2)
+    assert "left out: hysteresis_tracker" not in open_checkpoint(path).info
+    scaler["hysteresis_tracker"] = 1
+    torch.save(state, file)
+    found = open_checkpoint(path)
+    assert found.info["left out: hysteresis_tracker"] == "1: the loss scale is lowered at once here"
+    assert found.training is not None and found.training.optimizer["loss_scale"] == scale
 
 
 def without(*names: str) -> Callable[[dict[str, LogicalTensor]], Any]:
