@@ -83,6 +83,16 @@ def test_checkpoints_from_before_megatron_core_are_read(tmp_path: Path, version:
     assert_same(save(case, tmp_path / "old", change, version), case)
 
 
+def test_optimizer_state_in_an_old_order_is_told_and_not_read(tmp_path: Path) -> None:
+    path = save(Case(GPT), tmp_path / "old", reordered(1.0), 1.0)
+    (file,) = path.glob("iter_*/mp_rank_00/model_optim_rng.pt")
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+    torch.save(torch.load(file, weights_only=False) | {"optimizer": optimizer}, file)
+    opened = open_checkpoint(path)
+    assert opened.optimizer_fault is not None
+    assert "checkpoint_version=1 keeps queries, keys and values in another order" in opened.optimizer_fault
+
+
 def flat_experts(state: State) -> State:
     """What GroupedMLP has in the place of single experts: buffers [experts, hidden, width] and [experts, width, hidden]
     under other shapes."""
