@@ -46,9 +46,12 @@ def iteration(folder: Path) -> Path:
 
 
 class RankTensors:
-    """A rank's position, and its tensors: by kind, then by model chunk, then by name."""
+    """A rank's position, and its tensors: by kind, then by model chunk, then by name.
 
-    def __init__(self, path: Path) -> None:
+    optimizer: whether its state is wanted, which may be there in a form that is not read.
+    """
+
+    def __init__(self, path: Path, *, optimizer: bool) -> None:
         state = load(path)
         self.args: dict[str, Any] = vars(state["args"])
         self.version = state.get("checkpoint_version", 0)
@@ -60,13 +63,14 @@ class RankTensors:
         chunks = [dict(_flat(state[key])) for key in keys]
         self.kinds: dict[str, list[Named]] = {k: [{} for _ in chunks] for k in (MASTER, *MOMENTS)}
         self.kinds[WEIGHT] = chunks
+        if not optimizer:
+            return
         shared_out = path.with_name("distrib_optim.pt")
+        take = self._take_buffers if shared_out.exists() else self._take_parameters
         saved = load(shared_out) if shared_out.exists() else state.get("optimizer")
-        for optimizer, here in zip(saved if isinstance(saved, list) else [saved], self._trained(), strict=False):
-            if isinstance(optimizer, Mapping) and shared_out.exists():
-                self._take_buffers(optimizer, here)
-            elif isinstance(optimizer, Mapping):
-                self._take_parameters(optimizer, here)
+        for one, here in zip(saved if isinstance(saved, list) else [saved], self._trained(), strict=False):
+            if isinstance(one, Mapping):
+                take(one, here)
 
     def _degree(self, name: str) -> int:
         return self.args.get(name) or 1

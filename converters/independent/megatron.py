@@ -26,7 +26,9 @@ class MegatronFiles:
     """The tensors of a folder."""
 
     def __init__(self, folder: Path, source: TensorSource) -> None:
-        ranks = [RankTensors(path) for path in sorted(iteration(folder).glob("mp_rank_*/model_optim_rng.pt"))]
+        paths = sorted(iteration(folder).glob("mp_rank_*/model_optim_rng.pt"))
+        optimizer = any(name.startswith("optim.") for name in source.schema)
+        ranks = [RankTensors(path, optimizer=optimizer) for path in paths]
         first = ranks[0]
         self._tensors = MegatronTensors(RankParts(ranks), first.args, source.schema, first.version)
 

@@ -32,7 +32,8 @@ class MegatronDistFiles:
 
     def read(self, tensor: LogicalTensor, rows: slice) -> np.ndarray:
         """These rows of a logical tensor in storage dtype."""
-        if self._has_buckets and (self._has_masters or tensor.name.startswith("optim.")):
+        is_master = self._has_masters and tensor.dtype == "F32"
+        if self._has_buckets and (is_master or tensor.name.startswith("optim.")):
             rest = tensor.shape[1:]
             return self._source.read(
                 tensor.name, Box((rows.start, *(0 for _ in rest)), (rows.stop - rows.start, *rest))
