@@ -19,7 +19,7 @@ from workbench.checkpoint.buffers import aligned_empty
 from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
 from workbench.checkpoint.writer import partial_folder
-from workbench.errors import ResourceError
+from workbench.errors import ResourceError, WorkbenchError
 from workbench.parallel.host_memory import keep_freed_memory
 from workbench.spec.geometry import Box
 
@@ -43,9 +43,10 @@ def copy_checkpoint(
 
     `source` is that of `opened`, perhaps wrapped (a cast); `format` is the destination's. With "crc" the source's own
     checksums are verified and what is written is read back, piece by piece; "full" also assembles each tensor of both
-    sides by other code, once it is on the disk, and compares them (`converters.full`). Whatever fails, nothing is left
-    at the destination; what a kill or Ctrl-C has left in its unfinished folder is taken up again with `resume`.
-    CheckpointError when the source has changed meanwhile.
+    sides by other code, once it is on the disk, and compares them (`converters.full`). Whatever fails, nothing is at
+    the destination. Its unfinished folder stays after a kill, Ctrl-C, or a failure of the machine (a full disk, a
+    device that cannot be read), for `resume` to take up again; it goes when what it holds is in doubt, or the source.
+    CheckpointError when the source is damaged, or has changed meanwhile.
     """
     require_space(destination.path, sum(plan.files.values()))
     known = known_fingerprints(opened, source, plan)
@@ -68,7 +69,11 @@ def copy_checkpoint(
             check_whole(opened, destination, format, fingerprints, progress)
         destination.commit(fingerprints)
     except BaseException as error:
-        destination.abort(keep=isinstance(error, KeyboardInterrupt))
+        keep = isinstance(error, KeyboardInterrupt) or isinstance(error.__cause__, OSError)
+        destination.abort(keep=keep)
+        if keep and isinstance(error, WorkbenchError) and (partial := partial_folder(destination.path)).exists():
+            advice = f"what was copied is in {partial}: run the same with --resume to go on from it, or remove it"
+            raise type(error)(f"{error}; {advice}") from error.__cause__
         raise
     finally:
         journal.close()

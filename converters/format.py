@@ -175,7 +175,7 @@ class Destination(Protocol):
         ...
 
     def abort(self, *, keep: bool = False) -> None:
-        """Removes what this object has written, and nothing else, or with `keep` leaves it to be taken over.
+        """Removes what this object has written, and nothing else, or with `keep` leaves what can be taken over.
 
         Safe at any time but after `commit`, also when `begin` refused.
         """

@@ -1,7 +1,7 @@
 """Full verification: each tensor of both sides assembled by other code than wrote it, and compared bit by bit.
 
-Where a format has a file in `converters/independent/`, that reads it; else the format's own reader does, and the result
-says so. Some rows of one tensor of each side are in memory at a time.
+Each format has its second reader in `converters/independent/`. Some rows of one tensor of each side are in memory at a
+time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from workbench.checkpoint.fingerprint import PartialFingerprint, box_fingerprint
 from workbench.checkpoint.source import TensorSource
 from workbench.checkpoint.writer import partial_folder
 from workbench.errors import CheckpointError, VerificationError
-from workbench.registry import load, module_names
+from workbench.registry import load
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box, LogicalTensor
 
@@ -33,36 +33,14 @@ class Reader(Protocol):
 
     def __init__(self, folder: Path, source: TensorSource) -> None: ...
 
-    @staticmethod
-    def reads(folder: Path, *, own: bool) -> bool:
-        """Whether it reads this folder. own: it was written here just now, so that nothing in it need be feared."""
-        ...
-
     def read(self, tensor: LogicalTensor, rows: slice) -> np.ndarray:
         """These rows of a logical tensor, in storage dtype (all of a scalar)."""
         ...
 
 
-def reader_name(format: str, folder: Path, *, own: bool) -> str:
-    """Who reads the tensors of a folder, in words. own: as of `Reader.reads`."""
-    return (
-        f"the reader of {format} folders" if _independent(format, folder, own=own) is None else "an independent reader"
-    )
-
-
-def _independent(format: str, folder: Path, *, own: bool) -> type[Reader] | None:
-    if format not in module_names(_PACKAGE):
-        return None
-    found: type[Reader] = load(_PACKAGE, format, "READER")
-    return found if found.reads(folder, own=own) else None
-
-
-def _reader(format: str, folder: Path, source: TensorSource, *, own: bool) -> Read:
+def _reader(format: str, folder: Path, source: TensorSource) -> Read:
     """Reads tensors of a folder, which its format opens as `source`."""
-    found = _independent(format, folder, own=own)
-    if found is None:
-        return lambda tensor, box: source.read(tensor.name, box)
-    files = found(folder, source)
+    files: Reader = load(_PACKAGE, format, "READER")(folder, source)
     return lambda tensor, box: files.read(tensor, box.slices[0] if box.size else slice(0, 1))
 
 
@@ -78,8 +56,8 @@ def check_whole(
         written = destination.reopen()
     except CheckpointError as error:
         raise VerificationError(f"what was written cannot be read back: {error}") from error
-    ours = None if opened.edits else _reader(opened.format, opened.path, opened.source, own=False)
-    theirs = _reader(format, partial_folder(destination.path), written, own=True)
+    ours = None if opened.edits else _reader(opened.format, opened.path, opened.source)
+    theirs = _reader(format, partial_folder(destination.path), written)
     for name, tensor in destination.schema.items():
         total = PartialFingerprint()
         for box in slabs(Box.whole(tensor.shape), ITEM_BYTES[tensor.dtype]):

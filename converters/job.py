@@ -69,13 +69,6 @@ class Job:
         """The plan as JSON values, with the reasons of what is left out."""
         return {**self.plan.describe(), "dropped": list(self.dropped), "dropped_why": reasons(self.dropped)}
 
-    def readers(self) -> dict[str, str]:
-        """Who reads each side for full verification, once the destination is there."""
-        from converters.full import reader_name
-
-        here = "the edits" if self.opened.edits else reader_name(self.opened.format, self.opened.path, own=False)
-        return {"source": here, "destination": reader_name(self.format, self.destination.path, own=True)}
-
     def run(self, *, verify: Verify = "crc", resume: bool = False, progress: Progress = no_progress) -> dict[str, str]:
         """Writes and commits the destination; the fingerprints of what it holds."""
         return copy_checkpoint(

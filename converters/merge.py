@@ -12,7 +12,7 @@ from xxhash import xxh3_64
 from converters.cast import FLOATS, as_float32, cast_array
 from converters.format import OpenedCheckpoint
 from converters.formats import peft
-from converters.open import open_checkpoint
+from converters.open import open_checkpoint, without_homeless
 from converters.verify import compute_fingerprints
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError, ConversionError
@@ -116,7 +116,8 @@ def open_merged(
     """
     if base is not None and peft.FORMAT.recognises(path):
         found = open_merged(base, family=family, allow_drop=allow_drop)
-        return merge(peft.open_peft(path, found), found, check_base=False)
+        adapter = without_homeless(peft.open_peft(path, found), allow_drop)
+        return merge(adapter, found, check_base=False)
     opened = open_checkpoint(path, family=family, allow_drop=allow_drop)
     if opened.adapter is None:
         return opened
@@ -149,6 +150,7 @@ def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool 
         model=opened.model,
         training=None,
         tokenizer=opened.tokenizer or base.tokenizer,
+        dropped={**base.dropped, **opened.dropped},
         lineage=(*base.lineage, *(entry for entry in opened.lineage if entry not in base.lineage)),
         fingerprints={},
         info={**base.info, "adapter": str(opened.path)},

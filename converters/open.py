@@ -43,12 +43,23 @@ def open_checkpoint(
     damaged; ConversionError when it tells another vocab_size, or holds tensors that have no place and that no pattern
     of `allow_drop` matches.
     """
-    path = resolve(path)
-    opened = _find(path).open(path, family=family, vocab_size=vocab_size)
+    opened = open_as_it_is(path, family=family, vocab_size=vocab_size)
     if vocab_size not in (None, opened.model.vocab_size):
         raise ConversionError(
-            f"{path}: its vocabulary has {opened.model.vocab_size} words, not --vocab-size {vocab_size}; leave it out"
+            f"{opened.path}: its vocabulary has {opened.model.vocab_size} words, not --vocab-size {vocab_size}; "
+            "leave it out"
         )
+    return without_homeless(opened, allow_drop)
+
+
+def open_as_it_is(path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
+    """As `open_checkpoint`, perhaps with tensors that have no place."""
+    path = resolve(path)
+    return _find(path).open(path, family=family, vocab_size=vocab_size)
+
+
+def without_homeless(opened: OpenedCheckpoint, allow_drop: Sequence[str]) -> OpenedCheckpoint:
+    """Without the tensors that have no place; ConversionError names those that no pattern allows to drop."""
     dropped = allowed_drops(opened.unplaced, allow_drop)
     if homeless := [name for name in opened.unplaced if name not in dropped]:
         from converters.family import family_for, family_named

@@ -112,12 +112,13 @@ class RangedWriter:
 
     def read(self, place: Place, shape: Sequence[int], box: Box, dtype: np.dtype) -> np.ndarray:
         """What the file holds now in a box of the piece of `shape` that lies at `place`."""
-        first = _first(place, shape, box)
-        if first is None:
-            return np.array(self._map(place, shape, dtype)[box.slices])
-        array = aligned_empty(box.size, dtype)
-        self._get(array.reshape(-1).view(np.uint8).data, place.start + first * dtype.itemsize)
-        return array
+        with write_faults(self.path):
+            first = _first(place, shape, box)
+            if first is None:
+                return np.array(self._map(place, shape, dtype)[box.slices])
+            array = aligned_empty(box.size, dtype)
+            self._get(array.reshape(-1).view(np.uint8).data, place.start + first * dtype.itemsize)
+            return array
 
     def seal(self) -> None:
         """Stores every checksum; nothing may be written afterwards. Bytes that came out of order are read again."""

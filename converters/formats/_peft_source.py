@@ -10,6 +10,7 @@ import numpy as np
 from converters.family import Family
 from converters.formats._peft_table import PREFIX, WEIGHTS, PeftModule, judging_keys, peft_modules
 from converters.names import summarise
+from converters.rules import Rule
 from workbench.checkpoint.safetensors_io import RangedFile, read_header
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.dtypes import NUMPY_NAMES
@@ -21,11 +22,11 @@ Arrays = dict[str, tuple[str, np.ndarray]]
 """dtype and elements, by name."""
 
 
-class ArraySource:
-    """Logical tensors that are in memory (`TensorSource`)."""
+class PeftSource:
+    """Logical tensors that are in memory (`TensorSource`). rules: of the weights that they adapt, by name."""
 
-    def __init__(self, arrays: Arrays) -> None:
-        self._arrays = arrays
+    def __init__(self, arrays: Arrays, rules: Mapping[str, Rule]) -> None:
+        self._arrays, self.rules = arrays, rules
         self._schema = {name: LogicalTensor(name, array.shape, dtype) for name, (dtype, array) in arrays.items()}
 
     @property
@@ -59,8 +60,11 @@ def read_file(folder: Path) -> tuple[Mapping[str, str], Arrays]:
     return header.metadata, found
 
 
-def to_logical(file: Arrays, family: Family, model: ModelConfig, lora: LoraSpec, where: str) -> Arrays:
-    """The logical tensors of a file's; ConversionError for a name or a shape that has no place, or is missing."""
+def to_logical(
+    file: Arrays, family: Family, model: ModelConfig, lora: LoraSpec, where: str
+) -> tuple[PeftSource, tuple[str, ...]]:
+    """The logical tensors of a file's, and the names of those that have no place; ConversionError for what is missing
+    or has another shape."""
     found: Arrays = {}
     left = dict(file)
     faults: list[str] = []
@@ -87,11 +91,10 @@ def to_logical(file: Arrays, family: Family, model: ModelConfig, lora: LoraSpec,
         unprefixed = any(key.removeprefix(PREFIX) in left for key in missing)
         hint = f" (names must begin with {PREFIX!r})" if unprefixed else ""
         faults.append(f"{summarise(missing, 'is', 'are')} missing{hint}")
-    if left:
-        faults.append(f"{summarise(left, 'has', 'have')} no place")
     if faults:
         raise ConversionError(f"{where}: {'; '.join(faults[:8])}")
-    return {name: found[name] for name in adapter_tensors(model, lora, "F32")}
+    arrays = {name: found[name] for name in adapter_tensors(model, lora, "F32")}
+    return PeftSource(arrays, family.bind(model)), tuple(left)
 
 
 def _pairs(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarray]) -> Arrays:

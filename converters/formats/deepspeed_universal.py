@@ -98,7 +98,7 @@ class UniversalSource:
         found = match(family, model, foreign, str(folder), may_leave_over=True)
         require_equal(folder, found, foreign, reader)
         self.schema: dict[str, LogicalTensor] = dict(found.schema)
-        self._places = {name: (weights[foreign_name], rule) for name, (foreign_name, rule) in found.places.items()}
+        self.places = {name: (weights[foreign_name], rule) for name, (foreign_name, rule) in found.places.items()}
         for kind in _MOMENTS:
             self._add_moments(kind, _places(folder, kind, shapes), foreign, folder)
         self.has_moments = len(self.schema) > len(found.schema)
@@ -110,7 +110,7 @@ class UniversalSource:
     ) -> None:
         if not places:
             return
-        for name, (weight, rule) in list(self._places.items()):
+        for name, (weight, rule) in list(self.places.items()):
             if name.startswith(OPTIMIZER_PREFIX):
                 continue
             parameter = weight.file.parent.name
@@ -118,7 +118,7 @@ class UniversalSource:
                 where = folder / _ZERO / parameter
                 raise CheckpointError(f"{where}: its {kind}.pt is missing or has another shape than its {_WEIGHTS}.pt")
             moment = f"{OPTIMIZER_PREFIX}{kind}/{name}"
-            self._places[moment] = (places[parameter], rule)
+            self.places[moment] = (places[parameter], rule)
             self.schema[moment] = replace(self.schema[name], name=moment, dtype=places[parameter].dtype)
 
     def chunks(self, name: str) -> tuple[Box, ...]:
@@ -127,7 +127,7 @@ class UniversalSource:
 
     def read(self, name: str, box: Box) -> np.ndarray:
         """The elements of `box` in storage dtype."""
-        place, rule = self._places[name]
+        place, rule = self.places[name]
         return pull(rule.view, box, place.read)
 
     def close(self) -> None:

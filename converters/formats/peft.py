@@ -19,7 +19,7 @@ from converters.format import OpenedCheckpoint, Progress, WriteRequest
 from converters.formats._huggingface_files import read_json
 from converters.formats._peft_card import adapter_card
 from converters.formats._peft_config import RECORDED, spec_of
-from converters.formats._peft_source import Arrays, ArraySource, read_file, to_file, to_logical
+from converters.formats._peft_source import Arrays, read_file, to_file, to_logical
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, judging_keys, peft_modules
 from workbench.checkpoint.safetensors_io import lay_out
 from workbench.checkpoint.store import CHECKPOINTS
@@ -49,7 +49,7 @@ class PeftFormat:
 
     def open(self, path: Path, *, family: str | None = None, vocab_size: int | None = None) -> OpenedCheckpoint:
         """The adapter, when the model that it belongs to lies where its configuration says."""
-        from converters.open import open_checkpoint
+        from converters.open import open_as_it_is
 
         base = base_path(path)
         if base is None:
@@ -60,7 +60,7 @@ class PeftFormat:
             )
         if self.recognises(base):
             raise CheckpointError(f"{path}: its base {base} is an adapter itself; merge that with `wb merge` first")
-        return open_peft(path, open_checkpoint(base, family=family, vocab_size=vocab_size))
+        return open_peft(path, open_as_it_is(base, family=family, vocab_size=vocab_size))
 
     def destination(self, request: WriteRequest) -> PeftDestination:
         """A folder to be written; ConversionError when the request is no adapter or no family can hold its model."""
@@ -81,7 +81,7 @@ def base_path(path: Path) -> Path | None:
 
 
 def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
-    """The adapter at `path` to the model `base`; ConversionError for what has no place here."""
+    """The adapter at `path` to the model `base`; ConversionError for what cannot be said here, or is missing."""
     metadata, arrays = read_file(path)
     family = family_named(base.family) if base.family else family_for(base.model)
     heads = (arrays.get(f"{PREFIX}{name}.weight") for name in _HEADS)
@@ -89,17 +89,18 @@ def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
     model = base.model.with_labels(labels) if labels != base.model.num_labels else base.model
     lora = spec_of(read_json(path / CONFIG), metadata.get(RECORDED), arrays, family, model, str(path))
     arrays = _without_base(arrays, family, base, path)
-    logical = to_logical(arrays, family, model, lora, str(path / WEIGHTS))
+    source, unplaced = to_logical(arrays, family, model, lora, str(path / WEIGHTS))
     return OpenedCheckpoint(
         format=FORMAT.name,
         path=path,
-        source=ArraySource(logical),
+        source=source,
         model=model,
         tokenizer=path if (path / "tokenizer.json").is_file() else base.tokenizer,
         family=family.name,
         lineage=base.lineage,
         info={"base": str(base.path), "r": str(lora.r), "alpha": f"{lora.alpha:g}", "targets": ", ".join(lora.targets)},
         adapter=AdapterRecord(lora=lora, base=str(base.path), base_fingerprint=""),
+        unplaced=unplaced,
     )
 
 
@@ -189,7 +190,8 @@ class PeftDestination:
         """The unfinished folder as a source."""
         self._flush()
         lora, model = self._adapter.lora, self._request.model
-        return ArraySource(to_logical(read_file(self._partial)[1], self._family, model, lora, str(self._partial)))
+        source, _ = to_logical(read_file(self._partial)[1], self._family, model, lora, str(self._partial))
+        return source
 
     def commit(self, fingerprints: Mapping[str, str]) -> Path:
         """Renames the folder into place, once everything is on disk."""

@@ -36,7 +36,7 @@ def _apply(operation: Operation, tensor: torch.Tensor) -> torch.Tensor:
 
 def bits(tensor: torch.Tensor) -> np.ndarray:
     """The elements as NumPy has them in storage: bf16 as uint16."""
-    tensor = tensor.contiguous()
+    tensor = tensor.detach().contiguous()
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy().view(np.uint16)
     return tensor.numpy()

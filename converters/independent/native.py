@@ -33,11 +33,6 @@ class NativeFiles:
                 start = 8 + length + entry["data_offsets"][0]
                 self._pieces.setdefault(name, []).append((path, start, offset, entry["shape"]))
 
-    @staticmethod
-    def reads(folder: Path, *, own: bool) -> bool:
-        """Whether it has files of tensors."""
-        return next(folder.glob("*.safetensors"), None) is not None
-
     def read(self, tensor: LogicalTensor, rows: slice) -> np.ndarray:
         """These rows of a tensor in storage dtype (all of a scalar); VerificationError when they are not all there."""
         dtype = np.dtype(NUMPY_NAMES[tensor.dtype])

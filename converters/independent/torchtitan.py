@@ -1,4 +1,4 @@
-"""Tensors of a folder for torchtitan: as of all that torch.distributed.checkpoint reads."""
+"""Tensors of a folder for torchtitan: as of all that torch.distributed.checkpoint stores."""
 
 from converters.independent.dcp import DcpFiles
 

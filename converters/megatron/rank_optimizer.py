@@ -22,11 +22,17 @@ DISTRIBUTED: Final = "distrib_optim.pt"
 def rank_file_state(files: Sequence[RankFile], modules: Modules, arguments: Mapping[str, Any]) -> State:
     """The optimizer state of rank folders: of `distrib_optim.pt`, or beside the weights; empty when there is none.
 
-    CheckpointError when files are missing, or a size in them is not that of this model at this layout.
+    CheckpointError when files are missing, or too old, or a size in them is not that of this model at this layout.
     """
     paths = {file.rank: file.path.with_name(DISTRIBUTED) for file in files}
     shared_out = {rank: (read_torch(path), str(path)) for rank, path in paths.items() if path.is_file()}
     beside = {file.rank: (file.state["optimizer"], str(file.path)) for file in files if file.state.get("optimizer")}
+    plain = any(holds_parameters(state) for state, _ in beside.values())
+    if (shared_out or plain) and (version := files[0].state.get("checkpoint_version", 0)) < 2:
+        raise CheckpointError(
+            f"{files[0].path}: checkpoint_version={version:g} keeps queries, keys and values in another order, in "
+            "which optimizer state is not read"
+        )
     found = Found(modules)
     for (optimizer, group, index), (chunk, parameters) in buffers(modules).items() if shared_out else ():
         rank = dict(groups(modules)[optimizer])[group]
@@ -41,7 +47,7 @@ def rank_file_state(files: Sequence[RankFile], modules: Modules, arguments: Mapp
         if any(other != tensors for other in others):
             raise CheckpointError(f"{where}: buffer {index} holds {len(others) + 1} sets of tensors, not one")
         _add_buffer(found, parameters, tensors, bucket_size, f"{where}: buffer {index}")
-    if not shared_out and any(holds_parameters(state) for state, _ in beside.values()):
+    if plain and not shared_out:
         for optimizer, ranks in enumerate(groups(modules)):
             for _, rank in ranks:
                 parameters = modules.trained(rank, experts=optimizer == 1)

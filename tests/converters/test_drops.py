@@ -17,13 +17,16 @@ from converters.format import OpenedCheckpoint
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
 from tests.converters.formats.test_deepspeed_universal import save_universal
+from tests.finetune.adapters import write_adapter, write_base
 from tests.helpers.checkpoints import MemorySource, checkpoint_schema, random_arrays, read_all, tiny_model
 from tests.helpers.hf_models import save_model
+from tests.helpers.models import gated_model
 from workbench.checkpoint.manifest import read_manifest
 from workbench.cli.main import main
 from workbench.errors import ConversionError
 from workbench.spec.geometry import LogicalTensor
 from workbench.spec.layout import ParallelLayout
+from workbench.spec.lora import LoraSpec
 
 EXTRA = {f"model.layers.{i}.self_attn.q_norm.weight": torch.ones(8) for i in range(4)}
 
@@ -126,3 +129,25 @@ def test_tensors_without_a_place_are_refused_or_dropped_in_other_formats_too(
         open_checkpoint(tmp_path / "in")
     opened = open_checkpoint(tmp_path / "in", allow_drop=[r".*spare.*", r".*q_norm.*"])
     assert sorted(opened.dropped) == sorted(names)
+
+
+def test_tensors_of_an_adapter_without_a_place_are_refused_or_dropped_merged_or_not(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = write_base(tmp_path / "base", gated_model())
+    adapter = write_adapter(tmp_path / "adapter", gated_model(), LoraSpec(r=2), base)
+    assert main(["export", str(adapter), str(tmp_path / "peft"), "--to", "peft", "--verify", "full", "-q"]) == 0
+    file, config = tmp_path / "peft" / "adapter_model.safetensors", tmp_path / "peft" / "adapter_config.json"
+    spare = "base_model.model.spare.weight"
+    save_file({**load_file(file), spare: torch.ones(2)}, file, {"format": "pt"})
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"base_model_name_or_path": str(base)}))
+    for words in (["import"], ["merge"], ["merge", "--base", str(base)]):
+        words = [*words, str(tmp_path / "peft"), str(tmp_path / "x"), "--verify", "full"]
+        capsys.readouterr()
+        assert main(words) == 3
+        said = capsys.readouterr().err
+        assert f"tensor '{spare}' has no place in family 'llama'; --allow-drop REGEX leaves out what it" in said
+        assert main([*words, "--allow-drop", ".*spare.*"]) == 0
+        dropped = read_manifest(tmp_path / "x").lineage[-1]["dropped"]
+        assert dropped == {"allowed by '.*spare.*'": [spare]}
+        shutil.rmtree(tmp_path / "x")

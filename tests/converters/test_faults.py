@@ -1,9 +1,13 @@
-"""What goes wrong under a conversion: each fault has its message and exit code, and nothing half is left."""
+"""What goes wrong under a conversion: each fault has its message and exit code, and nothing half appears.
+
+What is copied stays for --resume where the machine has failed, and goes where the data has.
+"""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +16,9 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.checkpoints import random_native, tiny_model
+from tests.helpers.killed import copied_names, same_folders
 from workbench.checkpoint.descriptors import Descriptors
+from workbench.checkpoint.writer import JOURNAL
 from workbench.cli.main import main
 from workbench.spec.layout import ParallelLayout
 
@@ -43,13 +49,30 @@ def words_for(kind: str, source: Path, target: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
-def test_a_disk_that_fills_up_ends_in_6_and_leaves_nothing(tmp_path, small_disk, capsys, monkeypatch, kind):
-    random_native(tmp_path / "big", tiny_model(hidden_size=256, intermediate_size=512), optimizer=False)
+def test_a_disk_that_fills_up_ends_in_6_and_once_there_is_room_resume_goes_on(
+    tmp_path, small_disk, capsys, monkeypatch, kind
+):
+    random_native(tmp_path / "big", tiny_model(hidden_size=64, intermediate_size=96), optimizer=False)
     monkeypatch.setattr("converters.copy.require_space", lambda path, num_bytes: None)  # something else fills the disk
     monkeypatch.setattr("converters.job.require_space", lambda path, num_bytes: None)
-    assert main(words_for(kind, tmp_path / "big", small_disk / "x")) == 6
-    assert "no space left on the device; free some and try again" in capsys.readouterr().err
-    assert not list(small_disk.iterdir())
+    words = [*words_for(kind, tmp_path / "big", small_disk / "x"), "--workers", "1"]
+    other = small_disk / "other"
+    other.write_bytes(bytes((1 << 20) - (160 << 10)))
+    assert main(words) == 6
+    said = capsys.readouterr().err
+    assert "no space left on the device; free some and try again" in said
+    assert f"what was copied is in {small_disk / 'x'}.partial: run the same with --resume to go on" in said
+    assert sorted(small_disk.iterdir()) == [other, small_disk / "x.partial"]
+    noted = len((small_disk / "x.partial" / JOURNAL).read_bytes().splitlines()[1:])
+    other.unlink()
+    copied = copied_names(monkeypatch)
+    assert main([*words, "--resume"]) == 0
+    again = len(copied)
+    (tmp_path / "whole").mkdir()
+    assert main(words_for(kind, tmp_path / "big", tmp_path / "whole" / "x")) == 0
+    assert noted > 2 and len(copied) - again == noted + again, "each tensor is copied once"
+    assert same_folders(small_disk / "x", tmp_path / "whole" / "x")
+    shutil.rmtree(small_disk / "x")
 
 
 @pytest.mark.parametrize("kind", COMMANDS)
@@ -75,8 +98,39 @@ def test_a_write_that_stops_halfway_is_an_error_and_not_a_short_file(source, tmp
 
     monkeypatch.setattr(os, "pwrite", failing)
     assert main(words_for(kind, source, tmp_path / "x")) == 6
-    assert "cannot be written: Input/output error" in capsys.readouterr().err
-    assert not list(tmp_path.glob("x*"))
+    assert "cannot be written: Input/output error; what was copied is in" in capsys.readouterr().err
+    assert list(tmp_path.glob("x*")) == [tmp_path / "x.partial"]
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    assert main([*words_for(kind, source, tmp_path / "x"), "--resume"]) == 0
+    assert main(["verify", str(source), str(tmp_path / "x")]) == 0
+
+
+@pytest.mark.parametrize("kind", COMMANDS)
+def test_a_source_that_cannot_be_read_for_a_while_is_gone_on_with_and_a_damaged_one_begun_anew(
+    source, tmp_path, capsys, monkeypatch, kind
+):
+    preadv, calls = os.preadv, [0]
+
+    def failing(descriptor: int, views: list[memoryview], start: int) -> int:
+        calls[0] += str(source) in os.readlink(f"/proc/self/fd/{descriptor}")
+        if calls[0] > 40:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return preadv(descriptor, views, start)
+
+    words = words_for(kind, source, tmp_path / "x")
+    monkeypatch.setattr(os, "preadv", failing)
+    assert main(words) == 5
+    assert "cannot be read: Input/output error; what was copied is in" in capsys.readouterr().err
+    monkeypatch.setattr(os, "preadv", preadv)
+    assert main([*words, "--resume"]) == 0
+    file = source / "model-tp00-pp00.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(-3, os.SEEK_END)
+        opened.write(b"???")
+    assert main(words_for(kind, source, tmp_path / "y")) == 5
+    said = capsys.readouterr().err
+    assert str(file.name) in said and "checksum" in said and "--resume" not in said
+    assert not list(tmp_path.glob("y*"))
 
 
 @pytest.mark.parametrize("kind", COMMANDS)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.checkpoints import random_native, tiny_model
-from tests.helpers.killed import Forks, kill_after, same_folders
+from tests.helpers.killed import Forks, copied_names, kill_after, same_folders
 from workbench.checkpoint.writer import JOURNAL
 from workbench.cli.main import main
 from workbench.spec.layout import ParallelLayout
@@ -37,21 +37,6 @@ def undisturbed(source, tmp_path_factory) -> dict[str, Path]:
     for kind in TARGETS:
         assert main(words_for(kind, source, folder / kind)) == 0
     return {kind: folder / kind for kind in TARGETS}
-
-
-def copied_names(monkeypatch) -> list[str]:
-    """The names of the tensors that are copied from now on, one entry a sweep."""
-    from converters import copy
-
-    found: list[str] = []
-    run = copy._Copier.run
-
-    def noted(self, sweep, stop, *, fingerprint):
-        found.append(sweep.name)
-        return run(self, sweep, stop, fingerprint=fingerprint)
-
-    monkeypatch.setattr(copy._Copier, "run", noted)
-    return found
 
 
 @pytest.mark.parametrize("kind", TARGETS)

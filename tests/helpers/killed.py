@@ -8,10 +8,16 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
+from converters import copy
+from converters.plan import Sweep
+from workbench.checkpoint.fingerprint import PartialFingerprint
 from workbench.checkpoint.manifest import MANIFEST
 
 ROOT = Path(__file__).parents[2]
@@ -36,6 +42,19 @@ def kill_after(units: int, words: Sequence[str]) -> int:
     """Runs `wb` with `words` until it has noted `units` units; its exit code, -9 when it got there."""
     command = [sys.executable, "-c", ONE_BY_ONE, str(units), *words]
     return subprocess.run(command, cwd=ROOT, capture_output=True, timeout=120).returncode
+
+
+def copied_names(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the tensors that are copied from now on, one entry a sweep."""
+    found: list[str] = []
+    run = copy._Copier.run
+
+    def noted(copier: copy._Copier, sweep: Sweep, stop: threading.Event, *, fingerprint: bool) -> PartialFingerprint:
+        found.append(sweep.name)
+        return run(copier, sweep, stop, fingerprint=fingerprint)
+
+    monkeypatch.setattr(copy._Copier, "run", noted)
+    return found
 
 
 class Forks:

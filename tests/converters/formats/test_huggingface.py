@@ -18,6 +18,7 @@ from transformers import AutoModelForCausalLM
 from converters.family import family_named
 from converters.format import OpenedCheckpoint, WriteRequest, no_progress
 from converters.formats.huggingface import FORMAT
+from converters.independent.huggingface import HuggingFaceFiles
 from converters.rules import Rule, Slice
 from tests.helpers.hf_models import CASES, save_model
 from workbench.errors import CheckpointError, ConfigError, ConversionError, VerificationError
@@ -242,7 +243,10 @@ def test_the_pickle_of_an_older_release_reads_as_its_safetensors(
     save_as_pickle(folders[case], tmp_path / "in", zipped=zipped, sharded=sharded)
     expected, found = FORMAT.open(folders[case]).source, FORMAT.open(tmp_path / "in").source
     assert found.schema == expected.schema
+    second = HuggingFaceFiles(tmp_path / "in", found)
     for name, tensor in expected.schema.items():
+        whole = expected.read(name, Box.whole(tensor.shape))
+        assert np.array_equal(second.read(tensor, slice(0, tensor.shape[0])), whole), name
         rows = Box((tensor.shape[0] // 2, *(0 for _ in tensor.shape[1:])), (1, *tensor.shape[1:]))
         for box in (Box.whole(tensor.shape), rows):
             assert np.array_equal(found.read(name, box), expected.read(name, box)), name

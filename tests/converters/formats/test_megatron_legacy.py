@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from converters.format import OpenedCheckpoint, no_progress
+from converters.independent.megatron import MegatronFiles
 from converters.job import JobOptions, make_job
 from converters.logits import engine_logits
 from converters.open import get_format, open_checkpoint
@@ -63,8 +64,11 @@ def test_what_megatron_writes_is_read_bit_for_bit(written: Path, name: str) -> N
     layout = opened.layout
     assert (layout.tp, layout.pp, layout.vpp, layout.ep) == (case.tp, case.pp, case.vpp, case.ep)
     assert found.keys() == expected.keys()
+    second = MegatronFiles(written / name, opened.source)
     for key, tensor in expected.items():
         np.testing.assert_array_equal(found[key], as_stored(tensor), err_msg=key)
+        again = second.read(opened.source.schema[key], slice(0, len(tensor)))
+        np.testing.assert_array_equal(again, found[key], err_msg=key)
     opened.check(no_progress)
 
 

@@ -16,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from converters.format import no_progress
+from converters.job import JobOptions, make_job
 from converters.megatron.stages import KEYS as STAGE_KEYS
-from converters.open import open_checkpoint
+from converters.open import get_format, open_checkpoint
 from tests.helpers.megatron_cases import ITERATION, Case, logical
 from tests.helpers.megatron_saved import EXPERTS, GPT, LLAMA, State, save
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box
+from workbench.spec.layout import ParallelLayout
 
 
 def assert_same(path: Path, case: Case) -> None:
@@ -81,6 +83,20 @@ def test_checkpoints_from_before_megatron_core_are_read(tmp_path: Path, version:
     case = Case(GPT, tp=tp, pp=pp)
     change = reordered(version) if version < 2 else before_core
     assert_same(save(case, tmp_path / "old", change, version), case)
+
+
+def test_optimizer_state_in_an_old_order_is_told_and_not_read(tmp_path: Path) -> None:
+    path = save(Case(GPT), tmp_path / "old", reordered(1.0), 1.0)
+    (file,) = path.glob("iter_*/mp_rank_00/model_optim_rng.pt")
+    optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "param_groups": [{"params": [0]}]}
+    torch.save(torch.load(file, weights_only=False) | {"optimizer": optimizer}, file)
+    opened = open_checkpoint(path)
+    assert opened.optimizer_fault is not None
+    assert "checkpoint_version=1 keeps queries, keys and values in another order" in opened.optimizer_fault
+    job = make_job(
+        opened, get_format("native"), tmp_path / "new", JobOptions(ParallelLayout(), optimizer="drop"), operation="test"
+    )
+    job.run(verify="full")
 
 
 def flat_experts(state: State) -> State:

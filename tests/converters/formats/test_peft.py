@@ -14,6 +14,7 @@ import pytest
 
 from converters.format import OpenedCheckpoint
 from converters.formats.peft import open_peft
+from converters.independent.peft import PeftFiles
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
 from converters.peft_proof import compare_with_peft, hugging_face_folder, silent_failures
@@ -107,6 +108,19 @@ def test_an_export_read_again_holds_the_same_pairs(name: str, exports: dict[str,
         np.testing.assert_array_equal(again.source.read(tensor.name, whole), adapter.source.read(tensor.name, whole))
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_the_second_reader_finds_the_same_pairs(name: str, exports: dict[str, Exported]) -> None:
+    _, base, folder = exports[name]
+    assert_second_reader_agrees(open_peft(folder, base))
+
+
+def assert_second_reader_agrees(opened: OpenedCheckpoint) -> None:
+    reader = PeftFiles(opened.path, opened.source)
+    for name, tensor in opened.source.schema.items():
+        found = reader.read(tensor, slice(0, tensor.shape[0]))
+        np.testing.assert_array_equal(found, opened.source.read(name, Box.whole(tensor.shape)), name)
+
+
 def test_the_configuration_names_leaves_and_leaves_nothing_to_defaults(
     llama: Exported,
 ) -> None:
@@ -176,6 +190,7 @@ def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
     get_peft_model(model, lora).save_pretrained(tmp_path / "theirs")
     opened = open_peft(tmp_path / "theirs", base)
     assert opened.adapter is not None and opened.adapter.lora.targets == ("q_proj", "k_proj", "v_proj")
+    assert_second_reader_agrees(opened)
     assert compare_with_peft(opened, base, tmp_path / "theirs").difference < 1e-4
 
 
