@@ -16,7 +16,7 @@ from converters.formats._peft_source import Arrays
 from converters.formats._peft_table import CONFIG, PREFIX, PeftModule, adapter_config, peft_modules
 from converters.names import summarise
 from workbench.errors import ConversionError
-from workbench.spec.lora import EMBEDDING, LoraSpec, adaptable_modules, leaf_of, module_of, projections
+from workbench.spec.lora import LoraSpec, adaptable_modules, leaf_of, module_of, projections
 from workbench.spec.model import ModelConfig
 
 RECORDED: Final = "workbench_lora"
@@ -113,9 +113,8 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
 
 
 def _modules(family: Family, model: ModelConfig) -> list[PeftModule]:
-    """Every module that could be adapted here, experts and an embedding that is the head as well aside."""
-    is_tied = model.tie_word_embeddings and not model.num_labels
-    names = [n for n in adaptable_modules(model) if ".experts." not in n and not (n == EMBEDDING and is_tied)]
+    """Every module that could be adapted here, experts aside."""
+    names = [name for name in adaptable_modules(model) if ".experts." not in name]
     return peft_modules(family, model, LoraSpec(targets=tuple(names)))
 
 

@@ -27,6 +27,7 @@ from workbench.spec.lora import (
     adapted_pairs,
     factor_names,
     judging_specs,
+    merged_model,
     module_of,
 )
 from workbench.spec.model import ModelConfig
@@ -89,7 +90,7 @@ class PeftModule:
 
 def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[PeftModule]:
     """Every module that `lora` adapts, in network order; ConversionError for what peft does not adapt like this."""
-    rules = family.bind(model)
+    rules = family.bind(merged_model(model, lora))
     found: dict[str, PeftModule] = {}
     for pair in adapted_pairs(model, lora, ParallelLayout()):
         for part in pair.parts:
@@ -161,7 +162,7 @@ def adapter_config(family: Family, model: ModelConfig, lora: LoraSpec, *, base: 
     """adapter_config.json: every module is named as far as needed, and nothing is left to a default that matters."""
     modules = peft_modules(family, model, lora)
     shapes = {module.path: module.shape(rslora=lora.rslora) for module in modules}
-    names = _target_names(family, model, shapes)
+    names = _target_names(family, merged_model(model, lora), shapes)
     by_name = {names[path]: shape for path, shape in shapes.items()}
     saved = {key.removeprefix(PREFIX).rpartition(".")[0] for key in judging_keys(family, model).values()}
     return {
@@ -179,7 +180,7 @@ def adapter_config(family: Family, model: ModelConfig, lora: LoraSpec, *, base: 
         "bias": "none",
         "target_modules": sorted(set(names.values())),
         "modules_to_save": sorted(saved) or None,
-        "fan_in_fan_out": stored_transposed(family, model, modules),
+        "fan_in_fan_out": stored_transposed(family, merged_model(model, lora), modules),
         "init_lora_weights": True,
         "rank_pattern": {name: rank for name, (rank, _) in by_name.items() if rank != lora.r},
         "alpha_pattern": {name: _number(alpha) for name, (_, alpha) in by_name.items() if alpha != lora.alpha},

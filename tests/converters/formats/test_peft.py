@@ -49,6 +49,11 @@ CASES = {
             alpha_pattern={"down_proj": 2.0},
         ),
     ),
+    "llama, a tied embedding": (
+        gated_model(tie_word_embeddings=True),
+        LoraSpec(r=3, targets=("embed_tokens", "q_proj")),
+    ),
+    "gpt2, a tied head": (biased_model(tie_word_embeddings=True), LoraSpec(r=3, targets=("lm_head",))),
     "gpt2, magnitudes of fused projections": (
         biased_model(tie_word_embeddings=True),
         LoraSpec(r=2, dora=True, rslora=True),
@@ -83,6 +88,8 @@ FEW = (
     "llama, magnitudes",
     "bert, three labels",
     "llama, embedding, head and layers apart",
+    "llama, a tied embedding",
+    "gpt2, a tied head",
 )
 
 
