@@ -18,7 +18,7 @@ from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
 from converters.peft_proof import compare_with_peft, hugging_face_folder, silent_failures
 from tests.finetune.adapters import write_adapter, write_base
-from tests.helpers.models import biased_model, gated_model, latent_model, masked_model, parallel_model
+from tests.helpers.models import biased_model, gated_model, latent_model, masked_model, parallel_model, sparse_model
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
@@ -27,6 +27,13 @@ from workbench.spec.model import ModelConfig
 
 pytestmark = pytest.mark.timeout(600)  # fresh processes that import transformers and peft, on a busy machine
 OPTIONS = JobOptions(layout=ParallelLayout(), optimizer="drop")
+
+
+def plain_sparse_model(**changes: Any) -> ModelConfig:
+    """One that a family has: no loss but that of balance."""
+    return sparse_model(**{"qk_norm": "head", **changes, "moe": {"router_z_loss_coef": 0.0, **changes.pop("moe", {})}})
+
+
 Exported = tuple[OpenedCheckpoint, OpenedCheckpoint, Path]
 """A native adapter, its base as a Hugging Face folder, and the adapter as a PEFT folder."""
 CASES = {
@@ -52,6 +59,22 @@ CASES = {
     "llama, a tied embedding": (
         gated_model(tie_word_embeddings=True),
         LoraSpec(r=3, targets=("embed_tokens", "q_proj")),
+    ),
+    "qwen3_moe, experts and a dense layer": (
+        plain_sparse_model(),
+        LoraSpec(r=4, rank_pattern={"up_proj": 2}, alpha_pattern={"up_proj": 8.0}),
+    ),
+    "qwen3_moe, one side of experts": (
+        plain_sparse_model(),
+        LoraSpec(r=2, rslora=True, targets=("*.experts.*.up_proj", "q_proj")),
+    ),
+    "qwen2_moe, experts and a shared one": (
+        plain_sparse_model(moe={"shared_expert_intermediate_size": 40, "shared_expert_gate": True}, qk_norm="none"),
+        LoraSpec(r=2, targets=("down_proj", "shared_expert.up_proj")),
+    ),
+    "mixtral, experts": (
+        plain_sparse_model(moe={"moe_intermediate_size": 48, "mlp_only_layers": ()}, qk_norm="none"),
+        LoraSpec(r=2, targets=("gate_proj", "up_proj", "down_proj", "o_proj")),
     ),
     "gpt2, a tied head": (biased_model(tie_word_embeddings=True), LoraSpec(r=3, targets=("lm_head",))),
     "gpt2, magnitudes of fused projections": (
@@ -90,6 +113,7 @@ FEW = (
     "llama, embedding, head and layers apart",
     "llama, a tied embedding",
     "gpt2, a tied head",
+    "qwen3_moe, experts and a dense layer",
 )
 
 
