@@ -31,6 +31,7 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "layer_replication": (None,),
     "trainable_token_indices": (None,),
     "exclude_modules": (None, []),
+    "ensure_weight_tying": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None, {}),
     "alora_invocation_tokens": (None,),

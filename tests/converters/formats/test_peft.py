@@ -196,6 +196,41 @@ def test_an_adapter_made_by_peft_is_read(llama: Exported, tmp_path: Path) -> Non
     assert report.difference < report.tolerance
 
 
+@pytest.mark.parametrize(
+    ("case", "settings", "targets"),
+    [
+        (
+            "mixtral, experts",
+            {
+                "target_modules": ["v_proj"],
+                "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+                "rank_pattern": {"experts.gate_up_proj": 3},
+            },
+            ("v_proj", "gate_proj", "up_proj", "down_proj"),
+        ),
+        (
+            "mixtral, experts",
+            {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
+            tuple(f"layers.1.mlp.experts.{expert}.down_proj" for expert in range(4)),
+        ),
+        ("llama", {"target_modules": ["embed_tokens", "lm_head"]}, ("embed_tokens", "lm_head")),
+    ],
+    ids=["experts", "one side of the experts of a layer", "tied embedding and head"],
+)
+def test_an_adapter_that_peft_made_of_what_is_no_module_of_ours_is_read(
+    case: str, settings: dict[str, Any], targets: tuple[str, ...], exports: dict[str, Exported], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = exports[case][1]
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **settings)).save_pretrained(tmp_path / "theirs")
+    opened = open_peft(tmp_path / "theirs", base)
+    assert opened.adapter is not None and opened.adapter.lora.targets == targets
+    assert compare_with_peft(opened, base, tmp_path / "theirs").difference < 1e-4
+
+
 def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -219,6 +254,7 @@ def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
         ({"target_modules": ["q_proj"], "lora_alpha": 3}, "passes over what the file adapts"),
         ({"r": 5}, "has rank 3, and its configuration says 5"),
         ({"rank_pattern": {"(": 3}}, "is no regular expression"),
+        ({"target_parameters": ["router.weight"], "r": 5}, "target_parameters: 'router.weight' has no place"),
     ],
 )
 def test_a_configuration_with_no_place_here_is_refused_by_name(
