@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 from converters.auto import auto_class
 from converters.divergence import engine_states, first_divergence
@@ -40,6 +40,7 @@ class LogitsReport:
     tolerance: float
     tokens: int
     against: str = "transformers"
+    name: ClassVar[str] = "logits"
 
     def describe(self) -> dict[str, Any]:
         """The report as JSON values."""

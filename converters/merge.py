@@ -17,7 +17,16 @@ from converters.verify import compute_fingerprints
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import EMBEDDING, LoraSpec, adapter_tensors, factor_names, magnitude_name, module_of
+from workbench.spec.lora import (
+    EMBEDDING,
+    LoraSpec,
+    adapter_tensors,
+    factor_names,
+    held_as,
+    magnitude_name,
+    merged_model,
+    module_of,
+)
 from workbench.spec.model import ModelConfig
 from workbench.spec.schema import logical_tensors
 
@@ -33,12 +42,16 @@ class MergedSource:
         """`model` is the adapted model. Raises ConversionError when base and adapter do not fit together."""
         self._base, self._adapter, self._lora = base, adapter, lora
         factors = adapter_tensors(model, lora, "F32")
-        expected = logical_tensors(model, "F32")
+        expected = logical_tensors(merged_model(model, lora), "F32")
+        self._origins = {name: held_as(name, base.schema) for name in expected}
         own = {name for name in expected if name in factors}  # a head that was trained whole
         faults = [f"the adapter lacks {name}" for name in factors if name not in adapter.schema]
-        faults += [f"the base lacks {name}" for name in expected if name not in own and name not in base.schema]
+        origins = self._origins
+        faults += [
+            f"the base lacks {name}" for name in expected if name not in own and origins[name] not in base.schema
+        ]
         held = {
-            **{n: base.schema.get(n) for n in expected if n not in own},
+            **{n: base.schema.get(origins[n]) for n in expected if n not in own},
             **{n: adapter.schema.get(n) for n in factors},
         }
         shapes = {
@@ -56,7 +69,10 @@ class MergedSource:
             raise ConversionError(f"base and adapter do not fit together: {'; '.join(faults[:4])}{more}")
         self._own = own
         self._adapted = {name for name in expected if factor_names(name)[0] in factors}
-        self._schema = {name: (adapter if name in own else base).schema[name] for name in expected}
+        self._schema = {
+            name: adapter.schema[name] if name in own else replace(base.schema[origins[name]], name=name)
+            for name in expected
+        }
 
     @property
     def schema(self) -> Mapping[str, LogicalTensor]:
@@ -65,7 +81,7 @@ class MergedSource:
 
     def chunks(self, name: str) -> tuple[Box, ...]:
         """As base, or adapter, holds it."""
-        return (self._adapter if name in self._own else self._base).chunks(name)
+        return self._adapter.chunks(name) if name in self._own else self._base.chunks(self._origins[name])
 
     def read(self, name: str, box: Box) -> np.ndarray:
         """The box with its update added."""
@@ -73,7 +89,7 @@ class MergedSource:
             return self._adapter.read(name, box)
         dtype = self._schema[name].dtype
         if name not in self._adapted:
-            return self._base.read(name, box)
+            return self._base.read(self._origins[name], box)
         if magnitude_name(name) not in self._adapter.schema:
             return cast_array(self._sum(name, box), "F32", dtype)
         # The length of a row is that of all its columns.
@@ -93,7 +109,7 @@ class MergedSource:
         a = self._factor(a_name, Box((0, box.offset[of_a]), (rank, box.size[of_a])))
         b = self._factor(b_name, Box((box.offset[of_b], 0), (box.size[of_b], rank)))
         product = (b @ a).T if looks_up else b @ a
-        base = as_float32(self._base.read(name, box), self._schema[name].dtype)
+        base = as_float32(self._base.read(self._origins[name], box), self._schema[name].dtype)
         merged: np.ndarray = base + product * np.float32(self._lora.scaling_of(module_of(name)))
         return merged
 
@@ -144,17 +160,22 @@ def merge(opened: OpenedCheckpoint, base: OpenedCheckpoint, *, check_base: bool 
             f"{opened.path}: was trained on weights with fingerprint {record.base_fingerprint}, but {base.path} has "
             f"{found}; name the right one with --base"
         )
+    model = merged_model(opened.model, record.lora)
+    untied = "" if model == opened.model else ", which unties head and embedding"
     return replace(
         base,
         source=MergedSource(base.source, opened.source, opened.model, record.lora),
-        model=opened.model,
+        model=model,
         training=None,
         tokenizer=opened.tokenizer or base.tokenizer,
         dropped={**base.dropped, **opened.dropped},
         lineage=(*base.lineage, *(entry for entry in opened.lineage if entry not in base.lineage)),
         fingerprints={},
         info={**base.info, "adapter": str(opened.path)},
-        edits=(*base.edits, f"the adapter at {opened.path.absolute()} added to the weights at {base.path.absolute()}"),
+        edits=(
+            *base.edits,
+            f"the adapter at {opened.path.absolute()} added to the weights at {base.path.absolute()}{untied}",
+        ),
         path=opened.path,
         others=(base.path, *base.others),
     )

@@ -96,7 +96,7 @@ def scalings_of(family: Family, model: ModelConfig, lora: LoraSpec) -> dict[str,
     found = {}
     for module in peft_modules(family, model, lora):
         r, alpha = module.shape(rslora=lora.rslora)
-        found[f"{PREFIX}{module.path}"] = lora.scale(alpha, r)
+        found[f"{PREFIX}{module.holder or module.path}"] = lora.scale(alpha, r)
     return found
 
 

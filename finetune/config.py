@@ -8,10 +8,11 @@ from typing import TYPE_CHECKING, Self
 from pydantic import Field, model_validator
 
 from finetune.adapter import Adapter, adapters
+from finetune.adapters.lora import LoraTable
 from finetune.task import LabelledTable, Task, TaskTable, tasks
 from pretrain.config import BatchTable, EngineConfig
 from workbench.config import Config, table_by_kind
-from workbench.spec.execution import Backend, StageOptions
+from workbench.spec.execution import Backend, FrozenFormat, StageOptions
 
 if TYPE_CHECKING:
 
@@ -64,7 +65,9 @@ class FinetuneConfig(EngineConfig):
     def stage_options(self, backend: Backend) -> StageOptions:
         smoothing = self.task.label_smoothing if isinstance(self.task, LabelledTable) else 0.0
         options = super().stage_options(backend)
-        return replace(options, label_smoothing=smoothing, embedding_noise=self.task.neftune_alpha)
+        frozen: FrozenFormat = self.method.frozen_format if isinstance(self.method, LoraTable) else "plain"
+        noise = self.task.neftune_alpha
+        return replace(options, label_smoothing=smoothing, embedding_noise=noise, frozen_format=frozen)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

@@ -21,7 +21,7 @@ from workbench.checkpoint.source import TensorSource
 from workbench.errors import ConfigError, DataError
 from workbench.models.build import build_stage, initialise
 from workbench.models.decoder import DecoderStage
-from workbench.models.state import load, stored_boxes
+from workbench.models.state import load, load_packed, stored_boxes
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
 from workbench.spec.lora import AdapterRecord, is_factor
@@ -120,6 +120,7 @@ class Finetuning:
         return int(built.module.mesh.world.all_reduce(here))
 
     def _adapt(self, stage: DecoderStage) -> None:
+        self._stage = stage
         self._adapter.attach(self.config.method, stage)
         self._freeze(stage)
 
@@ -147,6 +148,7 @@ class Finetuning:
         """The base's values, and initial ones for what the base does not have: adapters and a new head."""
         new = [parameter for parameter in parameters if self._is_new(parameter)]
         load([parameter for parameter in parameters if not self._is_new(parameter)], self.base.source)
+        load_packed(self._stage, self.base.source)
         initialise(new, self.model, seed=self.config.run.seed)
         fill_magnitudes(new, self.base.source)
 

@@ -14,7 +14,7 @@ def adapter_card(request: WriteRequest, config: Mapping[str, Any]) -> str:
     base, model = config["base_model_name_or_path"], request.model
     loader = auto_class(model).name
     labels = f", num_labels={model.num_labels}" if model.num_labels else ""
-    targets = ", ".join(f"`{name}`" for name in config["target_modules"])
+    targets = ", ".join(f"`{name}`" for name in (*config["target_modules"], *(config["target_parameters"] or ())))
     kind = "DoRA" if config["use_dora"] else "LoRA"
     lines = [
         "---",

@@ -16,7 +16,7 @@ from converters.formats._peft_source import Arrays
 from converters.formats._peft_table import CONFIG, PREFIX, PeftModule, adapter_config, peft_modules
 from converters.names import summarise
 from workbench.errors import ConversionError
-from workbench.spec.lora import EMBEDDING, LoraSpec, adaptable_modules, leaf_of, module_of, projections
+from workbench.spec.lora import LoraSpec, adaptable_modules, leaf_of, module_of, projections
 from workbench.spec.model import ModelConfig
 
 RECORDED: Final = "workbench_lora"
@@ -29,9 +29,9 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "layers_to_transform": (None,),
     "layers_pattern": (None,),
     "layer_replication": (None,),
-    "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "exclude_modules": (None, []),
+    "ensure_weight_tying": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None, {}),
     "alora_invocation_tokens": (None,),
@@ -67,7 +67,7 @@ def spec_of(
 
 def _foreign_spec(config: Mapping[str, Any], file: Arrays, family: Family, model: ModelConfig, where: str) -> LoraSpec:
     r, alpha = config.get("r", 8), float(config.get("lora_alpha", 8))
-    known = _modules(family, model)
+    known = _modules(config, family, model)
     ours = [module for module in known if module.keys[0] in file]
     if not ours:
         some = next(iter(file), "nothing")
@@ -75,15 +75,15 @@ def _foreign_spec(config: Mapping[str, Any], file: Arrays, family: Family, model
             f"{where}: adapts no projection of family {family.name!r}; it holds {some!r}, and names must begin with "
             f"{PREFIX!r}"
         )
-    if passed := [module.path for module in ours if not _is_target(config.get("target_modules"), module.path)]:
+    if passed := [module.path for module in ours if not _is_target(config, module)]:
         raise ConversionError(
-            f"{where}/{CONFIG}: target_modules={config['target_modules']!r} passes over what the file adapts: "
+            f"{where}/{CONFIG}: target_modules={config.get('target_modules')!r} passes over what the file adapts: "
             f"{summarise(passed, 'is', 'are')} not among them"
         )
-    ranks = {module.path: _pattern(config.get("rank_pattern"), module.path, r) for module in ours}
-    alphas = {module.path: float(_pattern(config.get("alpha_pattern"), module.path, alpha)) for module in ours}
-    everything = [module_of(weight) for module in known for weight, _ in module.parts]
-    of = {module_of(weight): module.path for module in ours for weight, _ in module.parts}
+    ranks = {module.path: _pattern(config.get("rank_pattern"), module.target, r) for module in ours}
+    alphas = {module.path: float(_pattern(config.get("alpha_pattern"), module.target, alpha)) for module in ours}
+    everything = adaptable_modules(model)
+    of = {module_of(weight): module.path for module in ours for weight in module.weights}
     order = projections(model)
     targets = sorted(_by_leaf(dict.fromkeys(of, True), everything), key=lambda name: order.index(leaf_of(name)))
     return LoraSpec(
@@ -112,18 +112,33 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _modules(family: Family, model: ModelConfig) -> list[PeftModule]:
-    """Every module that could be adapted here, experts and an embedding that is the head as well aside."""
-    is_tied = model.tie_word_embeddings and not model.num_labels
-    names = [n for n in adaptable_modules(model) if ".experts." not in n and not (n == EMBEDDING and is_tied)]
-    return peft_modules(family, model, LoraSpec(targets=tuple(names)))
+def _modules(config: Mapping[str, Any], family: Family, model: ModelConfig) -> list[PeftModule]:
+    """Every module that could be adapted here; of experts those of `target_parameters`, by which their names differ."""
+    names = adaptable_modules(model)
+    targets = config.get("target_parameters") or []
+    if any(".experts." in name for name in names):
+        experts = [m for m in peft_modules(family, model, LoraSpec(targets=tuple(names))) if m.experts]
+        others = {module_of(w) for m in experts if not _ends_with(m.target, targets) for w in m.weights}
+        names = [name for name in names if name not in others]
+    found = peft_modules(family, model, LoraSpec(targets=tuple(names)))
+    paths = [path for module in found for path in (module.path, f"{module.path}.weight")]
+    if unknown := [target for target in targets if not any(_ends_with(path, [target]) for path in paths)]:
+        raise ConversionError(f"{CONFIG}: target_parameters: {unknown[0]!r} has no place here")
+    return found
 
 
-def _is_target(targets: str | Sequence[str] | None, path: str) -> bool:
-    """Whether peft adapts the module at `path`: a list is of ends of paths, a text a regular expression."""
+def _is_target(config: Mapping[str, Any], module: PeftModule) -> bool:
+    """Whether peft adapts the module: a list is of ends of paths, a text a regular expression."""
+    targets = config.get("target_modules")
+    if _ends_with(module.path if module.experts else f"{module.path}.weight", config.get("target_parameters") or ()):
+        return True
     if isinstance(targets, str):
-        return targets == "all-linear" or re.fullmatch(targets, path) is not None
-    return any(path == target or path.endswith(f".{target}") for target in targets or ())
+        return targets == "all-linear" or re.fullmatch(targets, module.path) is not None
+    return _ends_with(module.path, targets or ())
+
+
+def _ends_with(path: str, ends: Sequence[str]) -> bool:
+    return any(path == end or path.endswith(f".{end}") for end in ends)
 
 
 def _pattern(pattern: Mapping[str, T] | None, path: str, otherwise: T) -> T:

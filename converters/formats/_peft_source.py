@@ -78,7 +78,7 @@ def to_logical(
             continue
         a, b, *magnitudes = (left.pop(key) for key in keys)
         try:
-            found |= _pairs(module, a, b)
+            found |= _pairs_of_experts(module, a, b) if module.experts else _pairs(module, a, b)
             found |= {n: m for magnitude in magnitudes for n, m in _magnitudes(module, magnitude).items()}
         except ConversionError as error:
             faults.append(str(error))
@@ -123,6 +123,18 @@ def _pairs(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarr
     return found
 
 
+def _pairs_of_experts(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarray]) -> Arrays:
+    """Our pairs of one adapter of all experts: A has their rows one below the other, in B they are innermost."""
+    count = len(module.experts)
+    found: Arrays = {}
+    if a[1].shape[0] % count or b[1].shape != (module.outputs, len(a[1])):
+        raise ConversionError(f"{module.path}: A {list(a[1].shape)}, B {list(b[1].shape)} are not of {count} experts")
+    of_b = b[1].reshape(module.outputs, -1, count)
+    for number, (expert, own) in enumerate(zip(module.experts, np.split(a[1], count), strict=True)):
+        found |= _pairs(expert, (a[0], own), (b[0], of_b[..., number]))
+    return found
+
+
 def _magnitudes(module: PeftModule, magnitude: tuple[str, np.ndarray]) -> Arrays:
     dtype, array = magnitude
     if array.shape != (module.outputs,):
@@ -134,18 +146,25 @@ def to_file(logical: Arrays, modules: Sequence[PeftModule], judging: Mapping[str
     """The tensors of adapter_model.safetensors, by name."""
     found: Arrays = {}
     for module in modules:
-        pairs = [tuple(logical[name] for name in factor_names(weight)) for weight, _ in module.parts]
+        dtype = logical[factor_names(module.weights[0])[0]][0]
+        pairs = [_stacked(logical, own) for own in module.experts or (module,)]
+        a, b = np.concatenate([a for a, _ in pairs]), np.stack([b for _, b in pairs], axis=-1)
         a_key, b_key = module.keys
-        dtype = pairs[0][0][0]
-        a = np.concatenate([a for (_, a), _ in pairs])
-        b, first = np.zeros((module.outputs, len(a)), a.dtype), 0
-        for (_, rows), (_, (_, block)) in zip(module.parts, pairs, strict=True):
-            b[rows, first : first + block.shape[1]] = block
-            first += block.shape[1]
-        found[a_key], found[b_key] = (dtype, a), (dtype, b)
-        if magnitude_name(module.parts[0][0]) in logical:
+        found[a_key], found[b_key] = (dtype, a), (dtype, b.reshape(len(b), -1))
+        if magnitude_name(module.weights[0]) in logical:
             magnitudes = np.zeros(module.outputs, a.dtype)
             for weight, rows in module.parts:
                 magnitudes[rows] = logical[magnitude_name(weight)][1]
             found[module.magnitude_key] = (dtype, magnitudes)
     return {**found, **{key: logical[name] for name, key in judging.items()}}
+
+
+def _stacked(logical: Arrays, module: PeftModule) -> tuple[np.ndarray, np.ndarray]:
+    """A and B of a module: those of its parts one below the other, and in blocks."""
+    pairs = [tuple(logical[name][1] for name in factor_names(weight)) for weight, _ in module.parts]
+    a = np.concatenate([a for a, _ in pairs])
+    b, first = np.zeros((module.outputs, len(a)), a.dtype), 0
+    for (_, rows), (_, block) in zip(module.parts, pairs, strict=True):
+        b[rows, first : first + block.shape[1]] = block
+        first += block.shape[1]
+    return a, b

@@ -2,6 +2,10 @@
 
 A family that keeps several projections in one fused tensor has one adapter for them all. Ours are stacked into it
 exactly: A = [A_q; A_k; A_v] and B block-diagonal, of rank 3 r, which `rank_pattern` and `alpha_pattern` say.
+
+transformers keeps the experts of a layer in two parameters, `gate_up_proj` and `down_proj`, whose adapters peft finds
+by `target_parameters`. Where both are adapted, the wrapper of the second is around that of the first, which the file
+then calls `base_layer` (peft, tuners/lora/layer.py, ParamWrapper).
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from workbench.spec.lora import (
     adapted_pairs,
     factor_names,
     judging_specs,
+    merged_model,
     module_of,
 )
 from workbench.spec.model import ModelConfig
@@ -34,6 +39,9 @@ from workbench.spec.model import ModelConfig
 PREFIX: Final = "base_model.model."
 CONFIG: Final = "adapter_config.json"
 WEIGHTS: Final = "adapter_model.safetensors"
+_GATE_UP: Final = "gate_up_proj"
+_DOWN: Final = "down_proj"
+_NAMES_OF_EXPERTS: Final = ("gate_proj", "up_proj", _DOWN)
 _TASKS: Final = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -46,7 +54,9 @@ _TASKS: Final = {
 class PeftModule:
     """One adapted module of a transformers model. parts: (logical weight, where each of its rows is in the output).
 
-    rank, alpha: of its one adapter. Of an embedding the inputs are its ids, and the parts are columns.
+    rank, alpha: of its one adapter. Of an embedding the inputs are its ids, and the parts are columns. experts: of a
+    parameter of several, what each has of it, in order; the parts are theirs. holder: what the file calls it, if not by
+    its path. by_parameter: whether peft finds it among parameters and not among modules.
     """
 
     path: str
@@ -56,6 +66,19 @@ class PeftModule:
     ranks: tuple[int, ...]
     alphas: tuple[float, ...]
     is_embedding: bool = False
+    experts: tuple[PeftModule, ...] = ()
+    holder: str = ""
+    by_parameter: bool = False
+
+    @property
+    def target(self) -> str:
+        """What peft knows it by."""
+        return f"{self.path}.weight" if self.by_parameter and not self.experts else self.path
+
+    @property
+    def weights(self) -> list[str]:
+        """The logical weights in it."""
+        return [weight for own in self.experts or (self,) for weight, _ in own.parts]
 
     @property
     def covers(self) -> bool:
@@ -67,7 +90,7 @@ class PeftModule:
         """The names of A and B in the file."""
         if self.is_embedding:
             return f"{PREFIX}{self.path}.lora_embedding_A", f"{PREFIX}{self.path}.lora_embedding_B"
-        a, b = factor_names(f"{PREFIX}{self.path}.weight")
+        a, b = factor_names(f"{PREFIX}{self.holder or self.path}.weight")
         return a, b
 
     @property
@@ -89,18 +112,13 @@ class PeftModule:
 
 def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[PeftModule]:
     """Every module that `lora` adapts, in network order; ConversionError for what peft does not adapt like this."""
-    rules = family.bind(model)
-    found: dict[str, PeftModule] = {}
+    rules = _rules(family, merged_model(model, lora))
+    found: dict[tuple[str, int], PeftModule] = {}
     for pair in adapted_pairs(model, lora, ParallelLayout()):
         for part in pair.parts:
-            if ".experts." in part.name:
-                raise ConversionError(
-                    f"{part.name}: transformers keeps the experts of a layer in one parameter, to which these adapters "
-                    "are not written; merge them and export --to hf"
-                )
             name = module_of(part.name)
-            module = _module(part.name, rules[part.name], part.shape, lora.rank_of(name), lora.alpha_of(name))
-            before = found.get(module.path)
+            module, expert = _module(part.name, rules[part.name], part.shape, lora.rank_of(name), lora.alpha_of(name))
+            before = found.get((module.path, expert))
             if before is not None:
                 module = replace(
                     module,
@@ -108,33 +126,67 @@ def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[Pef
                     ranks=(*before.ranks, *module.ranks),
                     alphas=(*before.alphas, *module.alphas),
                 )
-            found[module.path] = module
-    for module in found.values():
+            found[module.path, expert] = module
+    modules = _by_parameter(found) if model.moe else list(found.values())
+    for module in modules:
+        if lora.dora and module.by_parameter:
+            raise ConversionError(f"{module.path}: peft adapts it as a parameter, without magnitudes (dora); merge it")
         if lora.dora and not module.covers:
             raise ConversionError(
                 f"{module.path}: holds more than {', '.join(name for name, _ in module.parts)}, and magnitudes (dora) "
                 "are of all its rows; adapt all of it, or merge"
             )
-    return list(found.values())
+    return modules
 
 
-def _module(name: str, rule: Rule, shape: tuple[int, ...], r: int, alpha: float) -> PeftModule:
-    """The module in which a weight of this shape lies, with that part alone; ConversionError if its inputs are
-    reordered, as those of its adapter then would be."""
+def _rules(family: Family, model: ModelConfig) -> Mapping[str, Rule]:
+    """Where each weight lies in a model of transformers: experts of a layer in one tensor, unlike in its files."""
+    return family.bind(model, family.also_read(model) if family.also_read is not None else None)
+
+
+def _by_parameter(found: Mapping[tuple[str, int], PeftModule]) -> list[PeftModule]:
+    """The modules of a model with experts, those of each parameter of experts as one. Others whose names peft takes for
+    those of experts (utils/transformers_weight_conversion.py) are found among parameters too."""
+    experts: dict[str, list[PeftModule]] = {}
+    for (path, expert), module in found.items():
+        if expert >= 0:
+            experts.setdefault(path, []).append(module)
+    gathered: dict[str, PeftModule] = {}
+    for (path, expert), module in found.items():
+        if expert < 0:
+            gathered[path] = replace(module, by_parameter=path.rpartition(".")[2] in _NAMES_OF_EXPERTS)
+        elif path not in gathered:
+            owner, _, leaf = path.rpartition(".")
+            inner = leaf == _GATE_UP and f"{owner}.{_DOWN}" in experts
+            holder = f"{owner}.base_layer" if inner else owner
+            gathered[path] = replace(module, experts=tuple(experts[path]), holder=holder, by_parameter=True)
+    return list(gathered.values())
+
+
+def _module(name: str, rule: Rule, shape: tuple[int, ...], r: int, alpha: float) -> tuple[PeftModule, int]:
+    """The module in which a weight of this shape lies, with that part alone, and which of its experts it is, or -1;
+    ConversionError if its inputs are reordered, as those of its adapter then would be."""
     foreign, path = rule.foreign_shape(shape), rule.foreign.removesuffix(".weight")
     if name == f"{EMBEDDING}.weight":
         if rule.view:
             raise ConversionError(f"{name}: this family stores it otherwise; its adapters cannot be written")
         columns = ((name, np.arange(shape[1])),)
-        return PeftModule(path, shape[0], shape[1], columns, (r,), (alpha,), is_embedding=True)
-    out = 1 if TRANSPOSE in rule.view else 0
-    numbers = [np.arange(size).reshape([-1, 1] if dim == 0 else [1, -1]) for dim, size in enumerate(foreign)]
-    rows, inputs = (np.broadcast_to(numbers[dim], foreign) for dim in (out, 1 - out))
-    first_column, first_row = Box((0, 0), (shape[0], 1)), Box((0, 0), (1, shape[1]))
-    if not np.array_equal(pull(rule.view, first_row, lambda box: inputs[box.slices])[0], np.arange(shape[1])):
+        return PeftModule(path, shape[0], shape[1], columns, (r,), (alpha,), is_embedding=True), -1
+    if ".experts." in name and len(foreign) != 3:
+        raise ConversionError(f"{name}: peft adapts experts in one parameter a layer, which this family has not")
+    into, out = (-2, -1) if TRANSPOSE in rule.view else (-1, -2)
+
+    def places(dim: int, box: Box) -> np.ndarray:
+        """Where on a dimension of the foreign tensor the elements of a logical box are."""
+        numbers = np.arange(foreign[dim]).reshape([-1 if size == dim else 1 for size in range(-len(foreign), 0)])
+        whole = np.broadcast_to(numbers, foreign)
+        return pull(rule.view, box, lambda part: whole[part.slices])
+
+    if not np.array_equal(places(into, Box((0, 0), (1, shape[1])))[0], np.arange(shape[1])):
         raise ConversionError(f"{name}: this family reorders its inputs; its adapters cannot be written")
-    places = pull(rule.view, first_column, lambda box: rows[box.slices])[:, 0]
-    return PeftModule(path, foreign[1 - out], foreign[out], ((name, places),), (r,), (alpha,))
+    rows = places(out, Box((0, 0), (shape[0], 1)))[:, 0]
+    expert = int(places(-3, Box((0, 0), (1, 1)))[0, 0]) if len(foreign) == 3 else -1
+    return PeftModule(path, foreign[into], foreign[out], ((name, rows),), (r,), (alpha,)), expert
 
 
 def judging_keys(family: Family, model: ModelConfig) -> dict[str, str]:
@@ -150,7 +202,7 @@ def judging_keys(family: Family, model: ModelConfig) -> dict[str, str]:
 
 def stored_transposed(family: Family, model: ModelConfig, modules: Sequence[PeftModule]) -> bool:
     """Whether the family keeps these weights as (in, out); ConversionError when it does for some and not for others."""
-    rules = family.bind(model)
+    rules = _rules(family, model)
     found = {TRANSPOSE in rules[module.parts[0][0]].view for module in modules if not module.is_embedding}
     if len(found) > 1:
         raise ConversionError(f"family {family.name!r} stores some adapted weights transposed and others not")
@@ -160,8 +212,8 @@ def stored_transposed(family: Family, model: ModelConfig, modules: Sequence[Peft
 def adapter_config(family: Family, model: ModelConfig, lora: LoraSpec, *, base: str) -> dict[str, Any]:
     """adapter_config.json: every module is named as far as needed, and nothing is left to a default that matters."""
     modules = peft_modules(family, model, lora)
-    shapes = {module.path: module.shape(rslora=lora.rslora) for module in modules}
-    names = _target_names(family, model, shapes)
+    shapes = {module.target: module.shape(rslora=lora.rslora) for module in modules}
+    names = _target_names(family, merged_model(model, lora), shapes)
     by_name = {names[path]: shape for path, shape in shapes.items()}
     saved = {key.removeprefix(PREFIX).rpartition(".")[0] for key in judging_keys(family, model).values()}
     return {
@@ -177,9 +229,10 @@ def adapter_config(family: Family, model: ModelConfig, lora: LoraSpec, *, base: 
         "use_dora": lora.dora,
         "lora_dropout": 0.0,
         "bias": "none",
-        "target_modules": sorted(set(names.values())),
+        "target_modules": sorted({names[module.target] for module in modules if not module.by_parameter}),
+        "target_parameters": sorted({names[module.target] for module in modules if module.by_parameter}) or None,
         "modules_to_save": sorted(saved) or None,
-        "fan_in_fan_out": stored_transposed(family, model, modules),
+        "fan_in_fan_out": stored_transposed(family, merged_model(model, lora), modules),
         "init_lora_weights": True,
         "rank_pattern": {name: rank for name, (rank, _) in by_name.items() if rank != lora.r},
         "alpha_pattern": {name: _number(alpha) for name, (_, alpha) in by_name.items() if alpha != lora.alpha},
@@ -191,11 +244,11 @@ def adapter_config(family: Family, model: ModelConfig, lora: LoraSpec, *, base: 
 
 def _target_names(family: Family, model: ModelConfig, shapes: Mapping[str, tuple[int, float]]) -> dict[str, str]:
     """The shortest end of each module's path that stands for modules adapted alike, and for no others."""
-    weights = {rule.foreign for rule in family.bind(model).values() if rule.foreign.endswith(".weight")}
     kinds: dict[str, set[tuple[int, float] | None]] = {}
-    for path in (weight.removesuffix(".weight") for weight in weights):
-        for end in _ends(path):
-            kinds.setdefault(end, set()).add(shapes.get(path))
+    for rule in _rules(family, model).values():
+        for path in {rule.foreign, rule.foreign.removesuffix(".weight")}:
+            for end in _ends(path):
+                kinds.setdefault(end, set()).add(shapes.get(path))
     return {path: next((end for end in _ends(path) if len(kinds[end]) == 1), path) for path in shapes}
 
 

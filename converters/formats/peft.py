@@ -27,7 +27,7 @@ from workbench.checkpoint.writer import publish
 from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import AdapterRecord
+from workbench.spec.lora import AdapterRecord, held_as
 from workbench.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
@@ -108,7 +108,12 @@ def _without_base(arrays: Arrays, family: Family, base: OpenedCheckpoint, path: 
     """The tensors but for weights of the base that peft saves with an adapted embedding or head; they must be those of
     the base, or the adapter is not to it."""
     kept = {key: array for key, array in arrays.items() if not key.endswith(_BASE_WEIGHT)}
-    names = {f"{PREFIX}{rule.foreign}": name for name, rule in family.bind(base.model).items() if not rule.view}
+    untied = base.model.model_copy(update={"tie_word_embeddings": False})
+    names = {
+        f"{PREFIX}{rule.foreign}": held_as(name, base.source.schema)
+        for name, rule in family.bind(untied).items()
+        if not rule.view
+    }
     for key in arrays.keys() - kept.keys():
         name, (dtype, array) = names.get(key.removesuffix(_BASE_WEIGHT) + ".weight", ""), arrays[key]
         held = base.source.schema.get(name)

@@ -29,7 +29,7 @@ from workbench.parallel.loss import accumulation_dtype
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
 from workbench.spec.geometry import Box
-from workbench.spec.lora import MAGNITUDE, LoraPair, LoraSpec, adapted_pairs, judging_specs, leaf_of
+from workbench.spec.lora import MAGNITUDE, LoraPair, LoraSpec, adapted_pairs, held_as, judging_specs, leaf_of
 from workbench.spec.schema import stage_places
 
 
@@ -247,7 +247,7 @@ def fill_magnitudes(parameters: Sequence[LiveParameter], base: TensorSource) -> 
     for parameter in parameters:
         for shard, view in shard_views(parameter, parameter.data):
             if shard.name.endswith(MAGNITUDE):
-                weight = f"{shard.name.removesuffix(MAGNITUDE)}weight"
+                weight = held_as(f"{shard.name.removesuffix(MAGNITUDE)}weight", base.schema)
                 tensor = base.schema[weight]
                 rows = Box((shard.box.offset[0], 0), (shard.box.size[0], tensor.shape[1]))
                 wide = to_tensor(base.read(weight, rows), tensor.dtype).to(torch.float64)

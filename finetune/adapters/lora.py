@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field
 
+from workbench.spec.execution import FrozenFormat
 from workbench.spec.lora import HEAD, AdapterRecord, LoraSpec, is_factor, resolved_targets
 
 if TYPE_CHECKING:
@@ -22,6 +24,12 @@ class LoraTable(LoraSpec):
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Of the adapters' inputs, while training.")
     b_lr_ratio: float = Field(
         default=1.0, gt=0, description="Learning rate of B over that of A; 16 in LoRA+ (arXiv:2402.12354)."
+    )
+
+    frozen_format: FrozenFormat = Field(
+        default="plain",
+        description="How the weights of the layers' projections are held while they stand still: plain, or in 4 bits "
+        "each (nf4; QLoRA, arXiv:2305.14314), for which Workbench needs its extra qlora.",
     )
 
     @property
@@ -59,6 +67,8 @@ class Lora:
                 f"method.dropout={table.dropout:g} and kernels.compile=true: its masks depend on the batch, which "
                 "breaks the graph of each layer; set compile = false or dropout = 0"
             )
+        if table.frozen_format == "nf4":
+            found += _nf4_faults(table)
         return found
 
     def attach(self, table: LoraTable, stage: DecoderStage) -> None:
@@ -74,6 +84,18 @@ class Lora:
     def record(self, table: LoraTable, *, base: str, base_fingerprint: str) -> AdapterRecord | None:
         """What the checkpoint says of the adapter."""
         return AdapterRecord(lora=table.spec, base=base, base_fingerprint=base_fingerprint)
+
+
+def _nf4_faults(table: LoraTable) -> list[str]:
+    found = []
+    if table.dora:
+        found.append(
+            "method.dora=true and frozen_format='nf4': magnitudes begin as the lengths of the base's own rows, which "
+            "rounding to 4 bits changes; drop one"
+        )
+    if find_spec("bitsandbytes") is None:
+        found.append("method.frozen_format='nf4': bitsandbytes is not installed; pip install 'workbench[qlora]'")
+    return found
 
 
 ADAPTER = Lora()

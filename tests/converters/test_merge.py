@@ -10,11 +10,13 @@ import torch
 
 from converters.cast import CastSource, as_float32
 from converters.job import JobOptions, make_job
+from converters.logits import compare_logits
 from converters.merge import MergedSource, base_fingerprint, open_merged
 from converters.open import get_format, open_checkpoint
 from tests.finetune.adapters import adapted_stage, write_adapter, write_base
 from tests.helpers.models import biased_model, gated_model
 from tests.helpers.ranks import run_ranks
+from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError, ConversionError
 from workbench.models.batch import Batch
 from workbench.models.generate import load_model
@@ -27,6 +29,7 @@ from workbench.spec.schema import logical_tensors
 
 LORA = LoraSpec(r=3, targets=("q_proj", "v_proj", "o_proj", "up_proj", "down_proj"))
 IDS = torch.arange(24).view(2, 12)
+OPTIONS = JobOptions(layout=ParallelLayout(), optimizer="drop")
 
 
 @pytest.mark.parametrize("model", [gated_model(tie_word_embeddings=True), biased_model(), gated_model(num_labels=3)])
@@ -43,6 +46,30 @@ def test_the_merged_model_has_the_logits_of_base_and_adapter_attached(model: Mod
         assert gap < 2e-5 * expected.abs().max()
         if not model.num_labels:
             assert (plain(None, Batch(IDS), "logits") - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("targets", [("embed_tokens", "q_proj"), ("lm_head",), ("lm_head", "embed_tokens")], ids=str)
+def test_an_adapter_of_a_tied_embedding_or_of_its_head_unties_them(targets: tuple[str, ...], tmp_path: Path) -> None:
+    model, lora = gated_model(tie_word_embeddings=True), LoraSpec(r=3, targets=targets)
+    base = write_base(tmp_path / "base", model)
+    merged = open_merged(write_adapter(tmp_path / "adapter", model, lora, base))
+    assert merged.model == gated_model() and "unties" in merged.edits[-1]
+    with torch.no_grad():
+        expected = adapted_stage(model, lora, Mesh.single()).module(None, Batch(IDS), "logits")
+        found = load_model(merged.model, merged.source)(None, Batch(IDS), "logits")
+        assert (found - expected).abs().max() < 2e-5 * expected.abs().max()
+    make_job(merged, get_format("native"), tmp_path / "merged", OPTIONS, operation="merge").run(verify="full")
+    again = open_checkpoint(tmp_path / "merged")
+    vectors, head = (whole_of(again.source, f"{name}.weight") for name in ("embed_tokens", "lm_head"))
+    tied = whole_of(open_checkpoint(base).source, "embed_tokens.weight")
+    assert np.array_equal(vectors, tied) == ("embed_tokens" not in targets)
+    assert np.array_equal(head, tied) == ("lm_head" not in targets)
+    make_job(again, get_format("huggingface"), tmp_path / "hf", OPTIONS, operation="export").run()
+    assert compare_logits(merged.model, merged.source, tmp_path / "hf").difference < 1e-4
+
+
+def whole_of(source: TensorSource, name: str) -> np.ndarray:
+    return source.read(name, Box.whole(source.schema[name].shape))
 
 
 def test_the_sum_is_taken_in_fp32_and_rounded_once(tmp_path: Path) -> None:

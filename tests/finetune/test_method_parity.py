@@ -43,6 +43,7 @@ METHODS: dict[str, Config] = {
     "lora+": LoraTable(r=4, b_lr_ratio=4.0, rank_pattern={"q_proj": 2, "down_proj": 7}, alpha_pattern={"v_proj": 3.0}),
     "embedding": LoraTable(r=3, targets=("embed_tokens", "layers.[23].*"), b_lr_ratio=2.0),
     "head": LoraTable(r=3, targets=("lm_head", "layers.0.*.o_proj", "v_proj")),
+    "tied": LoraTable(r=3, targets=("embed_tokens", "lm_head", "v_proj"), rank_pattern={"lm_head": 2}),
     "experts": LoraTable(r=3, targets=("*.mlp.*", "q_proj"), rank_pattern={"gate_proj": 2}),
 }
 
@@ -50,7 +51,7 @@ METHODS: dict[str, Config] = {
 def model_of(method: str) -> ModelConfig:
     if method == "experts":
         return sparse_model(vocab_size=VOCAB, num_hidden_layers=4)
-    return gated_model(vocab_size=VOCAB, num_hidden_layers=4, tie_word_embeddings=method == "freeze")
+    return gated_model(vocab_size=VOCAB, num_hidden_layers=4, tie_word_embeddings=method in ("freeze", "tied"))
 
 
 def observe(name: str, layout: ParallelLayout) -> tuple[list[float], Boxes, Boxes]:
@@ -107,6 +108,7 @@ CASES = [
     ("lora+", ParallelLayout(tp=2)),
     ("embedding", ParallelLayout(tp=2, dp=2, shard="zero3", sequence_parallel=True)),
     ("head", ParallelLayout(tp=2, pp=2)),
+    ("tied", ParallelLayout(tp=2, pp=2)),
     ("experts", ParallelLayout(tp=2, dp=2, ep=2, shard="zero2", sequence_parallel=True)),
 ]
 DEGREES = tuple(product((1, 2, 4), (1, 2), (1, 2), (1, 2)))

@@ -75,8 +75,6 @@ def test_rates_fall_towards_the_embeddings_and_b_has_its_own() -> None:
         ({"targets": ["lm_haed"]}, {}, gated_model(), r"no projection 'lm_haed'; did you mean 'lm_head'\? \(it has "),
         ({"targets": ["layers.9.*"]}, {}, gated_model(), r"no projection 'layers.9.\*'"),
         ({"rank_pattern": {"q_porj": 2}}, {}, gated_model(), "rank_pattern: the model has no projection 'q_porj'; did"),
-        ({"targets": ["lm_head"]}, {}, gated_model(tie_word_embeddings=True), "is the embedding here"),
-        ({"targets": ["embed_tokens"]}, {}, gated_model(tie_word_embeddings=True), "is the head as well"),
         ({"targets": ["embed_tokens"], "dora": True}, {}, gated_model(), "no magnitudes of 'embed_tokens'"),
         ({"targets": ["lm_head"]}, {"kernels": {"loss_chunk_tokens": 8}}, gated_model(), "loss_chunk_tokens=8 multip"),
         ({"dropout": 0.1}, {"kernels": {"compile": True}}, gated_model(), "dropout=0.1 and kernels.compile=true"),

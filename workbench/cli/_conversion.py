@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, Protocol, get_args
 
 from workbench.cli.common import Output, size_text, time_text
 from workbench.errors import ConfigError
@@ -15,13 +15,25 @@ from workbench.errors import ConfigError
 if TYPE_CHECKING:
     from converters.format import Format, OpenedCheckpoint
     from converters.job import Job, JobOptions
-    from converters.logits import LogitsReport
     from workbench.checkpoint.source import TensorSource
     from workbench.spec.layout import ParallelLayout
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 VERIFY = ("none", "crc", "full", "logits")
-Proof = Callable[[Path, "TensorSource"], "LogitsReport"]
+
+
+class Report(Protocol):
+    """What a proof has found, called `name` in the command's result."""
+
+    @property
+    def name(self) -> str: ...
+
+    def describe(self) -> dict[str, Any]: ...
+
+    def text(self) -> str: ...
+
+
+Proof = Callable[[Path, "TensorSource"], Sequence[Report]]
 """Gets the unfinished result, as a folder and as a source; raises when it must not appear."""
 
 
@@ -150,11 +162,11 @@ def convert(out: Output, asked: Conversion) -> None:
     from converters.job import make_job
 
     verify = choice(asked.verify, VERIFY, "--verify")
-    reports: list[LogitsReport] = []
+    reports: list[Report] = []
 
     def check(folder: Path, written: TensorSource) -> None:
         out.say("comparing logits")
-        reports.append(proof(folder, written))
+        reports.extend(proof(folder, written))
 
     started = time.monotonic()
     proof = asked.proof or _engine_proof(asked)
@@ -193,7 +205,7 @@ def convert(out: Output, asked: Conversion) -> None:
         compared = "has the fingerprint that the edits gave it" if asked.opened.edits else "is equal, bit for bit"
         text += f"\nevery tensor {compared}, as read by other code than wrote it"
     for report in reports:
-        result["logits"] = report.describe()
+        result[report.name] = report.describe()
         text += f"\n{report.text()}"
     out.result(result, text=text)
 
@@ -201,14 +213,14 @@ def convert(out: Output, asked: Conversion) -> None:
 def _engine_proof(asked: Conversion) -> Proof:
     """The logits of the source, cast as it is written, against those of what was written, both by the engine."""
 
-    def proof(folder: Path, written: TensorSource) -> LogitsReport:
+    def proof(folder: Path, written: TensorSource) -> Sequence[Report]:
         from converters.cast import cast_to
         from converters.logits import compare_sources
 
         opened, dtype = asked.opened, asked.options.dtype
         if opened.adapter is not None:
             raise ConfigError(f"{opened.path}: an adapter alone has no logits; use --verify full")
-        return compare_sources(opened.model, cast_to(opened.source, dtype), written, folder)
+        return [compare_sources(opened.model, cast_to(opened.source, dtype), written, folder)]
 
     return proof
 

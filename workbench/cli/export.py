@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,8 +16,9 @@ from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
     from converters.format import OpenedCheckpoint
-    from converters.logits import LogitsReport
+    from finetune.config import FinetuneConfig
     from workbench.checkpoint.source import TensorSource
+    from workbench.cli._conversion import Report
     from workbench.spec.layout import ParallelLayout
 
 _FORMATS = {
@@ -75,6 +78,12 @@ def export(
     verify: Annotated[
         str, typer.Option(help=f"{option.VERIFY_HELP} By default logits with transformers or peft, else full.")
     ] = "",
+    task_config: Annotated[
+        Path | None,
+        typer.Option(
+            help="The TOML file of a task: what is written must score on its held-out rows as the engine does."
+        ),
+    ] = None,
     resume: option.Resume = False,
     dry_run: option.DryRun = False,
 ) -> None:
@@ -107,11 +116,13 @@ def export(
     own_layers = choice(transformer_impl or _LAYERS[0], _LAYERS, "--transformer-impl") == "local"
     options = replace(options, megatron=MegatronRun(own_layers, distributed_optimizer))
 
-    def proof(folder: Path, _: TensorSource) -> LogitsReport:
-        return _prove(opened, options.dtype, base, folder)
-
     for_inference = target.name in _FOR_INFERENCE
     verify = verify or ("logits" if for_inference else "full")
+    task = _task(task_config, opened, proves=for_inference and verify == "logits")
+
+    def proof(folder: Path, _: TensorSource) -> Sequence[Report]:
+        return _prove(opened, options.dtype, base, folder, task)
+
     with_proof = proof if for_inference else None
     convert(out, Conversion(opened, target, destination, options, "export", verify, with_proof, dry_run, resume))
     if target.name == "huggingface" and not dry_run:
@@ -156,20 +167,47 @@ def _say_what_is_left_out(out: Output, opened: OpenedCheckpoint, folder: Path) -
         out.say(f"used in training, and not part of {folder / CONFIG}: {said}")
 
 
-def _prove(opened: OpenedCheckpoint, dtype: str | None, base: Path | None, folder: Path) -> LogitsReport:
-    """The comparison of what is exported, cast as it is written, with `folder`."""
+def _task(path: Path | None, opened: OpenedCheckpoint, *, proves: bool) -> FinetuneConfig | None:
+    """The task whose metrics are to be compared; ConfigError when they cannot be."""
+    if path is None:
+        return None
+    from finetune.config import FinetuneConfig
+    from workbench.cli._task_proof import require_judged
+    from workbench.config import load_config
+    from workbench.errors import ConfigError
+
+    if not proves:
+        raise ConfigError(
+            "--task-config is judged by transformers or peft: use it --to hf or peft, with --verify logits"
+        )
+    config = load_config(path, FinetuneConfig, ()).config
+    require_judged(config, opened.model.problem_type)
+    return config
+
+
+def _prove(
+    opened: OpenedCheckpoint, dtype: str | None, base: Path | None, folder: Path, task: FinetuneConfig | None
+) -> Sequence[Report]:
+    """The comparison of what is exported, cast as it is written, with `folder`: of logits, and of a task's metrics."""
     from converters.cast import cast_to
     from converters.logits import compare_logits
+    from workbench.cli._task_proof import compare_task
 
-    source = cast_to(opened.source, dtype)
+    ours = replace(opened, source=cast_to(opened.source, dtype))
     if opened.adapter is None:
-        return compare_logits(opened.model, source, folder)
-    from converters.merge import open_base
-    from converters.peft_proof import compare_with_peft
+        reports: list[Report] = [compare_logits(ours.model, ours.source, folder)]
+        return reports if task is None else [*reports, compare_task(task, ours, folder)]
+    from converters.merge import merge, open_base
+    from converters.peft_proof import compare_with_peft, hugging_face_folder
 
     found = open_base(opened, base)
     wide = replace(found, source=cast_to(found.source, "F32"), fingerprints={})  # peft adds in fp32, without rounding
-    return compare_with_peft(replace(opened, source=source), wide, folder)
+    reports = [compare_with_peft(ours, wide, folder)]
+    if task is None:
+        return reports
+    with tempfile.TemporaryDirectory() as scratch:
+        merged = merge(ours, wide, check_base=False)
+        return [*reports, compare_task(task, merged, hugging_face_folder(wide, Path(scratch)), adapter=folder)]
 
 
 COMMAND = Command(
@@ -178,6 +216,7 @@ COMMAND = Command(
     panel="Core",
     order=40,
     example="wb export runs/tiny out/tiny-hf\nwb export runs/tiny out/tiny-bf16 --dtype bf16 --max-shard-size 2GB\n"
-    "wb export runs/my-lora out/adapter --to peft\nwb export runs/tiny out/megatron --to megatron --tp 2 --pp 2\n"
+    "wb export runs/my-lora out/adapter --to peft --task-config my-lora.toml\n"
+    "wb export runs/tiny out/megatron --to megatron --tp 2 --pp 2\n"
     "wb export runs/tiny out/tiny-dcp --to dcp",
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,8 +13,8 @@ from workbench.cli._start import quick_imports
 from workbench.cli.common import Command, Output
 
 if TYPE_CHECKING:
-    from converters.logits import LogitsReport
     from workbench.checkpoint.source import TensorSource
+    from workbench.cli._conversion import Report
 
 
 def import_(
@@ -55,11 +56,11 @@ def import_(
             f"--verify logits needs a Hugging Face folder, {source} is {opened.format}; use --verify full"
         )
 
-    def proof(_: Path, written: TensorSource) -> LogitsReport:
+    def proof(_: Path, written: TensorSource) -> Sequence[Report]:
         from converters.logits import compare_logits
 
         # After a cast the weights differ by design: then it is the reading that is proven, and the rest bit for bit.
-        return compare_logits(opened.model, opened.source if dtype else written, opened.path)
+        return [compare_logits(opened.model, opened.source if dtype else written, opened.path)]
 
     layout = new_layout(opened, tp=tp, pp=pp, vpp=vpp, ep=ep, pp_layout=pp_layout, vocab_multiple=vocab_multiple)
     options = job_options(layout, dtype=dtype, optimizer="keep", mem=mem, workers=workers, allow_drop=allow_drop or ())

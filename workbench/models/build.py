@@ -23,6 +23,7 @@ from workbench.parallel.linear import ColumnParallelLinear, DuplicatedLinear, Ro
 from workbench.parallel.live import LiveParameter, live_parameters, shard_views
 from workbench.parallel.mesh import Mesh
 from workbench.parallel.module import ParallelModule
+from workbench.parallel.nf4 import pack_frozen
 from workbench.spec.execution import StageOptions
 from workbench.spec.geometry import Shard
 from workbench.spec.model import ModelConfig
@@ -50,6 +51,8 @@ def build_stage(
 ) -> BuiltStage:
     """This rank's stage with parameters of `dtype` that hold no values yet: call `initialise`, or load a source.
 
+    Weights that are held in 4 bits are no parameters, and get their values from `load_packed`.
+
     Raises LayoutError when the mesh's layout cannot hold the model. `adapt` may change the modules (adapters, frozen
     parameters) before data parallelism wraps them. Collective over the mesh.
     """
@@ -60,6 +63,8 @@ def build_stage(
         if adapt is not None:
             adapt(module)
         module.to(dtype)
+        if options.frozen_format == "nf4":
+            pack_frozen(module.layers)
     gemm = _equip(module, options, mesh)
     blocks: list[nn.Module] = list(module.layers.values())
     if options.compile_blocks:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
 from workbench.checkpoint.source import TensorSource
 from workbench.errors import CheckpointError
 from workbench.parallel.live import LiveParameter, shard_views
+from workbench.parallel.nf4 import Nf4Weight
 from workbench.spec.dtypes import TORCH_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
 
@@ -62,22 +64,39 @@ def load(
     targets = [
         (p, p.data if values is None else values[p.path]) for p in parameters if values is None or p.path in values
     ]
-    faults = []
-    for parameter, _ in targets:
-        for part in parameter.spec.parts:
-            found = source.schema.get(prefix + part.name)
-            if found is None:
-                faults.append(f"{prefix}{part.name} is missing")
-            elif found.shape != part.shape:
-                faults.append(f"{prefix}{part.name} has shape {list(found.shape)}, the model needs {list(part.shape)}")
-    if faults:
-        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
-        raise CheckpointError(f"the checkpoint does not fit the model: {shown}")
+    _require({prefix + part.name: part.shape for parameter, _ in targets for part in parameter.spec.parts}, source)
     for parameter, data in targets:
         data.zero_()
         for shard, view in shard_views(parameter, data):
             name = prefix + shard.name
             view.copy_(to_tensor(source.read(name, shard.box), source.schema[name].dtype))
+
+
+def load_packed(stage: nn.Module, source: TensorSource) -> None:
+    """Fills every weight of `stage` that is held in 4 bits, one after another; raises as `load` does."""
+    packed = [module for module in stage.modules() if isinstance(module, Nf4Weight)]
+    _require({name: shape for weight in packed for name, shape in weight.logical.items()}, source)
+
+    def read(name: str) -> torch.Tensor:
+        tensor = source.schema[name]
+        return to_tensor(source.read(name, Box.whole(tensor.shape)), tensor.dtype)
+
+    for weight in packed:
+        weight.fill(read)
+
+
+def _require(shapes: Mapping[str, tuple[int, ...]], source: TensorSource) -> None:
+    """CheckpointError naming every tensor that `source` lacks or has in another shape."""
+    faults = []
+    for name, shape in shapes.items():
+        found = source.schema.get(name)
+        if found is None:
+            faults.append(f"{name} is missing")
+        elif found.shape != shape:
+            faults.append(f"{name} has shape {list(found.shape)}, the model needs {list(shape)}")
+    if faults:
+        shown = "; ".join(faults[:5]) + (f"; and {len(faults) - 5} more" if len(faults) > 5 else "")
+        raise CheckpointError(f"the checkpoint does not fit the model: {shown}")
 
 
 def dtype_name(dtype: torch.dtype) -> str:

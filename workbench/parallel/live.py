@@ -53,7 +53,7 @@ class LiveParameter:
 
 
 def live_parameters(stage: nn.Module, mesh: Mesh) -> list[LiveParameter]:
-    """Every parameter of `stage` on this rank, in module order; a tied parameter once."""
+    """Every parameter of `stage` on this rank, in module order; a tied one once, and none that is held in 4 bits."""
     found: list[LiveParameter] = []
     seen: set[int] = set()
     for path, module in stage.named_modules():
@@ -62,7 +62,7 @@ def live_parameters(stage: nn.Module, mesh: Mesh) -> list[LiveParameter]:
         shards = module.shards()
         for name, spec in module.specs.items():
             parameter = getattr(module, name)
-            if id(parameter) not in seen:
+            if isinstance(parameter, nn.Parameter) and id(parameter) not in seen:
                 seen.add(id(parameter))
                 found.append(_live(f"{path}.{name}", spec, parameter, shards[name], mesh))
     missing = [path for path, parameter in stage.named_parameters() if id(parameter) not in seen]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,9 +15,11 @@ LinearPrecision = Literal[
     "compute", "fp8_tensorwise", "fp8_rowwise", "te:delayed", "te:current", "te:blockwise", "te:mxfp8"
 ]
 Recompute = Literal["none", "selective", "full"]
+FrozenFormat = Literal["plain", "nf4"]
 
 _FP8_MULTIPLE = 16  # torch._scaled_mm, and Transformer Engine's assert_dim_for_fp8_exec
 _MXFP8_MULTIPLE = 32  # a block shares a scale (Transformer Engine, get_align_size_for_quantization)
+NF4_BLOCK = 64  # elements of a row that share a scale, as in transformers (bitsandbytes, Params4bit)
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class StageOptions:
     of the products in the layers' linear layers. recompute: what backward computes again; offload: whether what it
     keeps waits in the host's memory. loss_chunk_tokens: tokens whose logits exist at once; 0: all. grad_reduce: in
     which replicas sum gradients. label_smoothing: the share of each label that is spread over all while training.
-    embedding_noise: NEFTune's alpha, how much noise embeddings get while training.
+    embedding_noise: NEFTune's alpha, how much noise embeddings get while training. frozen_format: how frozen weights of
+    the layers' linear layers are held.
     """
 
     compile_blocks: bool = False
@@ -41,6 +45,7 @@ class StageOptions:
     grad_reduce: Literal["fp32", "bf16"] = "fp32"
     label_smoothing: float = 0.0
     embedding_noise: float = 0.0
+    frozen_format: FrozenFormat = "plain"
 
     @property
     def te_recipe(self) -> str | None:
@@ -55,6 +60,7 @@ def execution_faults(options: StageOptions, model: ModelConfig, layout: Parallel
         *fp8_size_faults(options, model, layout),
         *te_faults(options, model, layout),
         *expert_faults(options, model),
+        *nf4_faults(options, model, layout),
     ]
 
 
@@ -90,20 +96,26 @@ def fp8_size_faults(options: StageOptions, model: ModelConfig, layout: ParallelL
     if options.linear == "compute" or layout.faults(model):
         return []
     multiple = _MXFP8_MULTIPLE if options.te_recipe == "mxfp8" else _FP8_MULTIPLE
-    found = []
-    # The last layer has all kinds of matrices that there are.
-    last = model.num_hidden_layers - 1
-    for spec in layer_specs(model, layout, last):
-        outputs, *inputs = spec.local_shape(layout.tp)
-        if spec.role == "matrix" and any(size % multiple for size in (outputs, *inputs)):
-            name = spec.path.removesuffix(".weight").replace(f"layers.{last}", "layers.*")
-            found.append(f"{name} {outputs} x {inputs[0]}")
+    found = _odd_matrices(model, layout, lambda outputs, inputs: bool(outputs % multiple or inputs % multiple))
     if not found:
         return []
     return [
         f"precision.linear={options.linear!r} multiplies matrices whose sizes are multiples of {multiple}, but on each "
         f"of tp={layout.tp} ranks {', '.join(found)} are not; use other sizes, a smaller tp or linear = 'compute'"
     ]
+
+
+def _odd_matrices(model: ModelConfig, layout: ParallelLayout, is_odd: Callable[[int, int], bool]) -> list[str]:
+    """The linear layers whose local outputs and inputs are such, by name and size."""
+    found = []
+    # The last layer has all kinds of matrices that there are.
+    last = model.num_hidden_layers - 1
+    for spec in layer_specs(model, layout, last):
+        outputs, *inputs = spec.local_shape(layout.tp)
+        if spec.role == "matrix" and is_odd(outputs, inputs[0]):
+            name = spec.path.removesuffix(".weight").replace(f"layers.{last}", "layers.*")
+            found.append(f"{name} {outputs} x {inputs[0]}")
+    return found
 
 
 def te_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
@@ -175,4 +187,32 @@ def expert_faults(options: StageOptions, model: ModelConfig) -> list[str]:
         )
     if options.backend == "te":
         found.append("kernels.backend='te' and model.moe: it does not get the experts here; use backend = 'torch'")
+    return found
+
+
+def nf4_faults(options: StageOptions, model: ModelConfig, layout: ParallelLayout) -> list[str]:
+    """Why frozen weights cannot be held in 4 bits, if they are to be and cannot."""
+    if options.frozen_format == "plain":
+        return []
+    this, found = f"method.frozen_format={options.frozen_format!r}", []
+    if options.compile_blocks:
+        found.append(f"{this} and kernels.compile=true: unpacking a weight breaks the graph of its layer; drop one")
+    if options.backend == "te":
+        found.append(f"{this} and kernels.backend='te': its products take whole weights; use backend = 'torch'")
+    if options.linear != "compute":
+        found.append(f"{this} and precision.linear={options.linear!r} are two formats of one product; drop one")
+    if model.moe is not None:
+        found.append(f"{this} and model.moe: experts are multiplied in groups, by whole weights; use 'plain'")
+    if layout.shard != "none":
+        found.append(
+            f"{this} and parallel.shard={layout.shard!r}: each replica keeps its packed weights whole; use "
+            "shard = 'none'"
+        )
+    if found or layout.faults(model):
+        return found
+    if odd := _odd_matrices(model, layout, lambda outputs, inputs: bool(inputs % NF4_BLOCK)):
+        found.append(
+            f"{this} packs blocks of {NF4_BLOCK} inputs, but on each of tp={layout.tp} ranks {', '.join(odd)} "
+            "(outputs x inputs) would have part of one; use other sizes, a smaller tp or 'plain'"
+        )
     return found

@@ -12,7 +12,7 @@ like the rows of B.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Final, Literal
@@ -25,7 +25,7 @@ from workbench.errors import ConfigError
 from workbench.spec.geometry import Initial, LogicalTensor, ParameterSpec, Part
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
-from workbench.spec.schema import embedding_specs, head_specs, layer_specs
+from workbench.spec.schema import embedding_specs, head_specs, layer_specs, tied_head
 
 EMBEDDING: Final = "embed_tokens"
 HEAD: Final = "lm_head"
@@ -111,6 +111,19 @@ class LoraPair:
         return (self.a, self.b) if self.magnitude is None else (self.a, self.b, self.magnitude)
 
 
+def merged_model(model: ModelConfig, lora: LoraSpec) -> ModelConfig:
+    """The model that holds what an adapter makes of `model`: with a head of its own where the adapter changes a tied
+    embedding, or its head, and not both alike."""
+    if not tied_head(model) or {EMBEDDING, HEAD}.isdisjoint(resolved_targets(model, lora)):
+        return model
+    return model.model_copy(update={"tie_word_embeddings": False})
+
+
+def held_as(weight: str, schema: Container[str]) -> str:
+    """The name under which a base with the tensors of `schema` holds a weight: a tied head is the embedding."""
+    return f"{EMBEDDING}.weight" if weight == f"{HEAD}.weight" and weight not in schema else weight
+
+
 def names(target: str, module: str) -> bool:
     """Whether `target`, the last words of a name or a glob over whole names, stands for `module`."""
     return module == target or module.endswith(f".{target}") or fnmatchcase(module, target)
@@ -180,20 +193,13 @@ def _name_faults(model: ModelConfig, lora: LoraSpec, modules: Sequence[str]) -> 
     known, whole, found = projections(model), set(modules), []
     for key, targets in asked.items():
         for target in targets:
-            if target == HEAD and HEAD not in whole and model.tie_word_embeddings:
-                found.append(f"{key}: {HEAD!r} is the embedding here (tie_word_embeddings=true); leave it out")
-            elif target not in whole and not any(names(target, module) for module in modules):
+            if target not in whole and not any(names(target, module) for module in modules):
                 found.append(f"{key}: the model has no projection {target!r}{nearest(target, known)}")
     return [*found[:-1], f"{found[-1]} (it has {', '.join(known)})"] if found else []
 
 
 def _kind_faults(model: ModelConfig, lora: LoraSpec, modules: Sequence[str]) -> list[str]:
     found = []
-    if EMBEDDING in modules and model.tie_word_embeddings and not model.num_labels:
-        found.append(
-            f"targets: {EMBEDDING!r} is the head as well (tie_word_embeddings=true), which an adapter of the embedding "
-            "would leave as it was, so that no merged model could hold both; leave it out, or untie them"
-        )
     if lora.dora and EMBEDDING in modules:
         found.append(f"dora=true: there are no magnitudes of {EMBEDDING!r}; leave it out of targets")
     if lora.dora and any(".experts." in module for module in modules):
@@ -250,11 +256,15 @@ def adapter_tensors(model: ModelConfig, lora: LoraSpec, dtype: str) -> dict[str,
 
 
 def _adaptable(model: ModelConfig, layout: ParallelLayout) -> Iterator[ParameterSpec]:
-    """The token embedding, the matrices of the layers, and the head over the vocabulary, if it has a weight."""
+    """The token embedding, the matrices of the layers, and the head over the vocabulary, if there is one.
+
+    A head that is tied to the embedding has an adapter of its own, and so has the embedding.
+    """
     yield from (spec for spec in embedding_specs(model, layout) if spec.path == f"{EMBEDDING}.weight")
     for layer in range(model.num_hidden_layers):
         yield from (spec for spec in layer_specs(model, layout, layer) if spec.role == "matrix")
-    yield from (spec for spec in head_specs(model, layout) if spec.path == f"{HEAD}.weight")
+    untied = model.model_copy(update={"tie_word_embeddings": False})
+    yield from (spec for spec in head_specs(untied, layout) if spec.path == f"{HEAD}.weight")
 
 
 def _pair(base: ParameterSpec, parts: tuple[Part, ...], r: int, number: int, lora: LoraSpec) -> LoraPair:

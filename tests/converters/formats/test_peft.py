@@ -19,7 +19,7 @@ from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
 from converters.peft_proof import compare_with_peft, hugging_face_folder, silent_failures
 from tests.finetune.adapters import write_adapter, write_base
-from tests.helpers.models import biased_model, gated_model, latent_model, masked_model, parallel_model
+from tests.helpers.models import biased_model, gated_model, latent_model, masked_model, parallel_model, sparse_model
 from workbench.errors import ConversionError
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
@@ -28,6 +28,13 @@ from workbench.spec.model import ModelConfig
 
 pytestmark = pytest.mark.timeout(600)  # fresh processes that import transformers and peft, on a busy machine
 OPTIONS = JobOptions(layout=ParallelLayout(), optimizer="drop")
+
+
+def plain_sparse_model(**changes: Any) -> ModelConfig:
+    """One that a family has: no loss but that of balance."""
+    return sparse_model(**{"qk_norm": "head", **changes, "moe": {"router_z_loss_coef": 0.0, **changes.pop("moe", {})}})
+
+
 Exported = tuple[OpenedCheckpoint, OpenedCheckpoint, Path]
 """A native adapter, its base as a Hugging Face folder, and the adapter as a PEFT folder."""
 CASES = {
@@ -50,6 +57,27 @@ CASES = {
             alpha_pattern={"down_proj": 2.0},
         ),
     ),
+    "llama, a tied embedding": (
+        gated_model(tie_word_embeddings=True),
+        LoraSpec(r=3, targets=("embed_tokens", "q_proj")),
+    ),
+    "qwen3_moe, experts and a dense layer": (
+        plain_sparse_model(),
+        LoraSpec(r=4, rank_pattern={"up_proj": 2}, alpha_pattern={"up_proj": 8.0}),
+    ),
+    "qwen3_moe, one side of experts": (
+        plain_sparse_model(),
+        LoraSpec(r=2, rslora=True, targets=("*.experts.*.up_proj", "q_proj")),
+    ),
+    "qwen2_moe, experts and a shared one": (
+        plain_sparse_model(moe={"shared_expert_intermediate_size": 40, "shared_expert_gate": True}, qk_norm="none"),
+        LoraSpec(r=2, targets=("down_proj", "shared_expert.up_proj")),
+    ),
+    "mixtral, experts": (
+        plain_sparse_model(moe={"moe_intermediate_size": 48, "mlp_only_layers": ()}, qk_norm="none"),
+        LoraSpec(r=2, targets=("gate_proj", "up_proj", "down_proj", "o_proj")),
+    ),
+    "gpt2, a tied head": (biased_model(tie_word_embeddings=True), LoraSpec(r=3, targets=("lm_head",))),
     "gpt2, magnitudes of fused projections": (
         biased_model(tie_word_embeddings=True),
         LoraSpec(r=2, dora=True, rslora=True),
@@ -84,6 +112,9 @@ FEW = (
     "llama, magnitudes",
     "bert, three labels",
     "llama, embedding, head and layers apart",
+    "llama, a tied embedding",
+    "gpt2, a tied head",
+    "qwen3_moe, experts and a dense layer",
 )
 
 
@@ -179,6 +210,41 @@ def test_an_adapter_made_by_peft_is_read(llama: Exported, tmp_path: Path) -> Non
     assert report.difference < report.tolerance
 
 
+@pytest.mark.parametrize(
+    ("case", "settings", "targets"),
+    [
+        (
+            "mixtral, experts",
+            {
+                "target_modules": ["v_proj"],
+                "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"],
+                "rank_pattern": {"experts.gate_up_proj": 3},
+            },
+            ("v_proj", "gate_proj", "up_proj", "down_proj"),
+        ),
+        (
+            "mixtral, experts",
+            {"target_modules": [], "target_parameters": ["layers.1.mlp.experts.down_proj"]},
+            tuple(f"layers.1.mlp.experts.{expert}.down_proj" for expert in range(4)),
+        ),
+        ("llama", {"target_modules": ["embed_tokens", "lm_head"]}, ("embed_tokens", "lm_head")),
+    ],
+    ids=["experts", "one side of the experts of a layer", "tied embedding and head"],
+)
+def test_an_adapter_that_peft_made_of_what_is_no_module_of_ours_is_read(
+    case: str, settings: dict[str, Any], targets: tuple[str, ...], exports: dict[str, Exported], tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = exports[case][1]
+    model = AutoModelForCausalLM.from_pretrained(base.path)
+    get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **settings)).save_pretrained(tmp_path / "theirs")
+    opened = open_peft(tmp_path / "theirs", base)
+    assert opened.adapter is not None and opened.adapter.lora.targets == targets
+    assert compare_with_peft(opened, base, tmp_path / "theirs").difference < 1e-4
+
+
 def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -203,6 +269,7 @@ def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
         ({"target_modules": ["q_proj"], "lora_alpha": 3}, "passes over what the file adapts"),
         ({"r": 5}, "has rank 3, and its configuration says 5"),
         ({"rank_pattern": {"(": 3}}, "is no regular expression"),
+        ({"target_parameters": ["router.weight"], "r": 5}, "target_parameters: 'router.weight' has no place"),
     ],
 )
 def test_a_configuration_with_no_place_here_is_refused_by_name(

@@ -15,6 +15,7 @@ from workbench.errors import LaunchError
 from workbench.parallel.fp8 import Fp8Gemm
 from workbench.parallel.gemm import Gemm
 from workbench.parallel.mesh import Mesh
+from workbench.parallel.nf4 import Nf4Gemm
 from workbench.spec.execution import Backend, StageOptions
 
 NormKind = Literal["rmsnorm", "layernorm"]
@@ -52,15 +53,14 @@ class TorchExecutor:
     """Torch itself, linear layers in the compute type or in fp8."""
 
     def __init__(self, options: StageOptions) -> None:
-        tensorwise = options.linear == "fp8_tensorwise"
-        self._gemm = Gemm() if options.linear == "compute" else Fp8Gemm("tensorwise" if tensorwise else "rowwise")
+        self._gemm = _gemm_of(options)
         self._gemm.waiting = [] if options.split_backward else None
 
     def linear(self, outputs: int, inputs: int) -> Gemm:
         return self._gemm
 
     def head(self) -> Gemm:
-        return Gemm() if isinstance(self._gemm, Fp8Gemm) else self._gemm
+        return self._gemm if type(self._gemm) is Gemm else Gemm()
 
     def norm(self, kind: NormKind, size: int, eps: float) -> None:
         return None
@@ -70,6 +70,14 @@ class TorchExecutor:
 
     def region(self) -> AbstractContextManager[Any]:
         return nullcontext()
+
+
+def _gemm_of(options: StageOptions) -> Gemm:
+    if options.frozen_format == "nf4":
+        return Nf4Gemm()
+    if options.linear == "compute":
+        return Gemm()
+    return Fp8Gemm("tensorwise" if options.linear == "fp8_tensorwise" else "rowwise")
 
 
 def open_executor(options: StageOptions, mesh: Mesh, dtype: torch.dtype) -> Executor:
