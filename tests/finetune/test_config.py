@@ -42,7 +42,7 @@ def test_kind_chooses_the_table_and_the_plug_in(file: Path) -> None:
     [
         (
             "method.rank=3",
-            "method.rank: unknown key; there are: alpha, alpha_pattern, b_lr_ratio, dora, dropout, kind, r,",
+            "method.rank: unknown key; there are: alpha, alpha_pattern, b_lr_ratio, dora, dropout, frozen_format,",
         ),
         ("method.kind=lroa", """method.kind = "lroa": must be 'freeze' or 'full' or 'lora'"""),
         ("task.kind=stf", """task.kind = "stf": must be 'classification' or 'embedding' or"""),
