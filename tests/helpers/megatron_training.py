@@ -84,7 +84,8 @@ def _load(out: Path, what: Trained, folder: Path) -> None:
         chunk.module.load_state_dict(found["model" if len(chunks) == 1 else f"model{index}"])
     optimizer.load_state_dict(found["optimizer"])
     if distributed and not sharded:
-        optimizer.load_parameter_state(str(folder_of(what, folder) / "distrib_optim.pt"))
+        with torch.no_grad():  # without which it cannot fill 32-bit weights, of which its masters are views
+            optimizer.load_parameter_state(str(folder_of(what, folder) / "distrib_optim.pt"))
     if dist.get_rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]

@@ -278,7 +278,7 @@ MORE_EXPORTED = dict(
     further(f"{kind} of {case}", source, layout, run, **what)
     for kind, run in (("folders", OWN), ("buffers", SHARED_OUT))
     for case, source, layout, what in (
-        ("one rank", "buckets/legacy", {}, {"tied": True, "dtype": "float16"}),
+        ("one rank", "buckets/legacy", {}, {"tied": True}),
         ("tensor ranks", "biases/plain_legacy", {"tp": 4}, {"biases": True}),
         ("stages", "buckets/legacy", {"pp": 4}, {"tied": True, "dtype": "float32"}),
         ("chunks of experts", "experts/legacy", {"pp": 2, "vpp": 2}, HALVES),
