@@ -20,7 +20,7 @@ from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 
 DEFAULT_BUDGET_BYTES: Final = 2 << 30
-_SLAB_BYTES: Final = 4 << 20  # larger ones leave the last cache between being read, hashed and written
+_SLAB_BYTES: Final = 2 << 20  # larger ones leave the cache between being read, hashed and written
 _SLAB_COPIES: Final = 4  # a slab as read, as cut or joined for the destination, as cast, and made contiguous
 _INTERPRETER_BYTES: Final = 96 << 20  # Python, NumPy and this program; measured by benchmarks/reshard.py
 _PIECE_BYTES: Final = 1 << 10  # what is kept of each piece until the end: place, checksum, line of a manifest
