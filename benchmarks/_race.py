@@ -82,8 +82,9 @@ def ratio(title: str, slow: Contender, fast: Contender, at_least: float | None =
 
 
 def environment() -> dict[str, str]:
-    """This process's, with bytecode kept between runs as for any installed program."""
-    return {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    """This process's, with bytecode kept between runs, and BLAS's choice of kernels, as for any installed program."""
+    unusual = ("PYTHONDONTWRITEBYTECODE", "OPENBLAS_CORETYPE")
+    return {name: value for name, value in os.environ.items() if name not in unusual}
 
 
 def evict(folder: Path) -> None:

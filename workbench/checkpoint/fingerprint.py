@@ -21,14 +21,12 @@ from workbench.spec.geometry import Box, LogicalTensor
 
 _PRIME: Final = (1 << 31) - 1
 _COLUMN_BLOCK: Final = 1 << 16
-_BLOCK_WORDS: Final = 1 << 17
-"""Words turned into float64 at a time: 1 MiB stays in the cache. They are multiplied by one call, which gives more
-than 500 sums for a full block: for fewer, NumPy does not let other threads run meanwhile."""
-_WIDTH: Final = 1 << 8  # columns of a product of a matrix and a vector
-_PRODUCT_WORDS: Final = 1 << 13
-"""Words of such a product. OpenBLAS does not share out so few among threads of its own (it begins at 9216): these spin
-for many times the work's length when others want the cores."""
+_BLOCK_COLUMNS: Final = 1 << 11
+_BLOCK_WORDS: Final = 1 << 16
+"""Words turned into float64 at a time: half a MiB stays in the cache. OpenBLAS does not share out a product of so few
+among threads of its own: these spin for many times the work's length when others want the cores."""
 _STREAMS: Final = 3
+_FACTORS: Final = 4  # columns of weights in a product, one of them zero: BLAS has fast kernels for four, none for three
 _ROW_SEED: Final = 0x1000
 
 
@@ -63,32 +61,19 @@ def box_fingerprint(tensor: LogicalTensor, box: Box, array: np.ndarray) -> Parti
 
 
 def _row_sums(words: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The sum of each row's words times the weights of its columns, for each stream; below 2**52, so exact.
-
-    `weights` has a few columns more than `words`. One product for three streams would be half as fast: BLAS has fast
-    kernels for vectors, and none for three columns.
-    """
+    """The sum of each row's words times the weights of its columns, for each stream; below 2**52, so exact."""
     rows, count = words.shape
-    sums = np.zeros((_STREAMS, rows))
-    memory = np.empty(_BLOCK_WORDS)
-    width = min(_WIDTH, count)
-    height = min(_PRODUCT_WORDS // width, rows)
-    most = _BLOCK_WORDS // (height * width)
-    for column in range(0, count, most * width):
-        across = min(most, -(-(count - column) // width))
-        down = min(_BLOCK_WORDS // (height * across * width), -(-rows // height))
-        step, span = down * height, slice(column, column + across * width)
-        block = memory[: step * across * width].reshape(step, across * width)
-        factors = weights[:, span].reshape(_STREAMS, 1, across, width, 1)
-        for row in range(0, rows, step):
-            taken = words[row : row + step, span]
-            if taken.shape != block.shape:
-                block[:] = 0
-            np.copyto(block[: taken.shape[0], : taken.shape[1]], taken)
-            products = np.matmul(block.reshape(down, height, across, width).swapaxes(1, 2), factors)
-            found = products.sum(axis=2).reshape(_STREAMS, step)
-            sums[:, row : row + step] += found[:, : len(taken)]
-    return sums.astype(np.uint64)
+    width = min(_BLOCK_COLUMNS, count)
+    height = min(_BLOCK_WORDS // width, rows)
+    memory, sums = np.empty(height * width), np.zeros((rows, _FACTORS))
+    for column in range(0, count, width):
+        factors = weights[column : min(column + width, count)]
+        for row in range(0, rows, height):
+            taken = words[row : row + height, column : column + width]
+            block = memory[: taken.size].reshape(taken.shape)
+            np.copyto(block, taken)
+            sums[row : row + height] += np.dot(block, factors)  # which, unlike matmul, lets other threads run meanwhile
+    return sums[:, :_STREAMS].T.astype(np.uint64)
 
 
 def _folded(values: np.ndarray) -> np.ndarray:
@@ -126,16 +111,18 @@ def _column_blocks(first: int, count: int) -> Iterable[tuple[slice, np.ndarray]]
     while done < count:
         block, inside = divmod(first + done, _COLUMN_BLOCK)
         size = min(count - done, _COLUMN_BLOCK - inside)
-        yield slice(done, done + size), _column_weights(block)[:, inside : inside + size + _WIDTH]
+        yield slice(done, done + size), _column_weights(block)[inside : inside + size]
         done += size
 
 
 @lru_cache(maxsize=16)
 def _column_weights(block: int) -> np.ndarray:
-    """Weights of the columns of a block and of some more, for each stream: float64, integers of 20 bits, never zero."""
-    index = np.arange(block * _COLUMN_BLOCK, (block + 1) * _COLUMN_BLOCK + _WIDTH, dtype=np.uint64)
-    streams = [_mix(index, seed) >> np.uint64(44) | np.uint64(1) for seed in range(_STREAMS)]
-    return np.stack(streams).astype(np.float64)
+    """Weights of the columns of a block, for each stream and a column of zeros: float64, integers of 20 bits."""
+    index = np.arange(block * _COLUMN_BLOCK, (block + 1) * _COLUMN_BLOCK, dtype=np.uint64)
+    weights = np.zeros((_COLUMN_BLOCK, _FACTORS))
+    for seed in range(_STREAMS):
+        weights[:, seed] = _mix(index, seed) >> np.uint64(44) | np.uint64(1)  # never zero
+    return weights
 
 
 def _row_weights(rows: np.ndarray) -> np.ndarray:

@@ -36,7 +36,7 @@ from workbench.spec.schema import OPTIMIZER_PREFIX
 JOURNAL: Final = "journal.jsonl"
 """What an interrupted conversion had done; it is never part of a checkpoint."""
 FILE_METADATA: Final = {"format": "pt"}
-_BLOCK_BYTES: Final = 256 << 10  # hashed, written and read back while still in the cache
+_BLOCK_BYTES: Final = 512 << 10  # hashed, written and read back while still in the cache
 
 
 def rank_tag(tp_rank: int, stage: int, dp_rank: int | None = None) -> str:
@@ -98,13 +98,14 @@ class ShardFileWriter:
         data = aligned_contiguous(array).reshape(-1).view(np.uint8).data
         assert writer.done + len(data) <= writer.num_bytes, f"{name}: more elements than the box holds"
         written, read_back = writer.hashers = writer.hashers or (xxh3_64(), xxh3_64())
+        memory = aligned_empty((min(_BLOCK_BYTES, len(data)) if self._read_back else 0,), "uint8").data
         with write_faults(self.path), self._descriptors.use(self.path) as descriptor:
             for start in range(0, len(data), _BLOCK_BYTES):
                 block = data[start : start + _BLOCK_BYTES]
                 written.update(block)
                 _write_all(descriptor, block, writer.start + writer.done)
                 if self._read_back:  # at once, while it is in the cache
-                    read_back.update(_read_all(descriptor, len(block), writer.start + writer.done))
+                    read_back.update(_read_all(descriptor, memory[: len(block)], writer.start + writer.done))
                 writer.done += len(block)
         if writer.done == writer.num_bytes:
             writer.checksum, writer.hashers = written.hexdigest(), None
@@ -125,9 +126,11 @@ class ShardFileWriter:
     def restore(self, name: str, box: Box, checksum: str) -> bool:
         """Takes a box as full if the file already holds one of this checksum."""
         writer, found = self._boxes[name, box], xxh3_64()
+        memory = aligned_empty((_BLOCK_BYTES,), "uint8").data
         with write_faults(self.path), self._descriptors.use(self.path) as descriptor:
             for start in range(0, writer.num_bytes, _BLOCK_BYTES):
-                found.update(_read_all(descriptor, min(_BLOCK_BYTES, writer.num_bytes - start), writer.start + start))
+                block = memory[: min(_BLOCK_BYTES, writer.num_bytes - start)]
+                found.update(_read_all(descriptor, block, writer.start + start))
         if found.hexdigest() != checksum:
             return False
         writer.done, writer.checksum = writer.num_bytes, checksum
@@ -170,10 +173,10 @@ def _write_all(descriptor: int, data: memoryview, start: int) -> None:
         done += os.pwrite(descriptor, data[done:], start + done)
 
 
-def _read_all(descriptor: int, num_bytes: int, start: int) -> memoryview:
-    block = aligned_empty((num_bytes,), "uint8").data
+def _read_all(descriptor: int, block: memoryview, start: int) -> memoryview:
+    """`block`, filled with the bytes from `start` on."""
     done = 0
-    while done < num_bytes:
+    while done < len(block):
         count = os.preadv(descriptor, [block[done:]], start + done)
         assert count > 0, "the file has become shorter"
         done += count
