@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from converters.containers.dcp import GlobalTensor, lay_out_dcp
-from converters.format import OpenedCheckpoint
+from converters.format import OpenedCheckpoint, WriteRequest
 from converters.job import JobOptions, make_job
 from converters.logits import engine_logits
 from converters.megatron.saved_args import saved_args
@@ -161,7 +161,7 @@ def test_arguments_are_found_among_the_tensors_where_version_0_19_keeps_them(
         name: GlobalTensor(tensor.dtype, tensor.shape, ((Box.whole(tensor.shape), "__0_0.distcp"),), _bytes(tensor))
         for name, tensor in folder.tensors.items()
     }
-    args = saved_args(before.model, ParallelLayout(), "F32", None, ckpt_format="torch_dist")
+    args = saved_args(WriteRequest(tmp_path, before.source.schema, before.model), None, ckpt_format="torch_dist")
     common = {"args": args, "iteration": 9}
     laid = lay_out_dcp(tensors, {"common_state/shard_0_1": ("__0_0.distcp", [common])})
     for file, content in laid.files.items():
