@@ -16,6 +16,7 @@ import torch
 
 from converters.independent._megatron_model import MASTER, MOMENTS, WEIGHT
 from converters.independent._torch_files import load
+from workbench.errors import VerificationError
 
 Named = dict[str, torch.Tensor]
 _ALIGNMENT: Final = 64
@@ -52,7 +53,7 @@ class RankTensors:
     """
 
     def __init__(self, path: Path, *, optimizer: bool) -> None:
-        state = load(path)
+        state, self._path = load(path), path
         self.args: dict[str, Any] = vars(state["args"])
         self.version = state.get("checkpoint_version", 0)
         numbers = [int(number) for number in path.parent.name.split("_")[2:]]
@@ -108,7 +109,9 @@ class RankTensors:
         for at in here:
             lines.setdefault((at[0], self._weight(at).dtype), []).append(at)
         for index, ((chunk, _), members) in enumerate(lines.items()):
-            (flat,) = state[index].values()
+            flat, *others = state[index].values()  # one for each pair of types that a run may have
+            if any(other[kind].data_ptr() != flat[kind].data_ptr() for other in others for kind in (MASTER, *MOMENTS)):
+                raise VerificationError(f"{self._path}: buffer {index} of an optimizer is not the same for all types")
             end = bucket = 0
             limit = self._bucket_size() if self.stage == chunk == 0 else None
             for at in reversed(members):

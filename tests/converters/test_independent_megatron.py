@@ -7,7 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+from converters.format import MegatronRun
 from converters.independent.megatron import MegatronFiles
 from converters.independent.megatron_dist import MegatronDistFiles
 from converters.job import JobOptions, make_job
@@ -17,6 +19,7 @@ from tests.helpers.checkpoints import RUN, random_source, tiny_model, write_nati
 from tests.helpers.megatron_cases import Case
 from tests.helpers.megatron_saved import EXPERTS, GPT, LLAMA, State, save
 from tests.helpers.models import biased_model, grouped_model, latent_model, sparse_model
+from workbench.errors import VerificationError
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
@@ -70,13 +73,42 @@ EXPORTED: dict[str, tuple[ModelConfig, ParallelLayout]] = {
 }
 
 
+RUNS = {
+    "own layers": MegatronRun(own_layers=True),
+    "buffers": MegatronRun(distributed_optimizer=True),
+    "buffers of own layers": MegatronRun(own_layers=True, distributed_optimizer=True),
+}
+
+
+def exported(tmp_path: Path, name: str, target: str, dtype: str, run: MegatronRun) -> Path:
+    model, layout = EXPORTED[name]
+    write_native(tmp_path / "a", random_source(model, dtype, optimizer=dtype == "F32"), model, training=RUN)
+    options = JobOptions(layout, megatron=run)
+    job = make_job(open_checkpoint(tmp_path / "a"), get_format(target), tmp_path / "b", options, operation="test")
+    job.run(verify="full")
+    return tmp_path / "b"
+
+
 @pytest.mark.parametrize("name", EXPORTED)
 @pytest.mark.parametrize(("target", "dtype"), [("megatron", "F32"), ("megatron", "BF16"), ("megatron_dist", "F32")])
 def test_both_read_the_same_from_what_is_exported(name: str, target: str, dtype: str, tmp_path: Path) -> None:
-    model, layout = EXPORTED[name]
-    write_native(tmp_path / "a", random_source(model, dtype, optimizer=dtype == "F32"), model, training=RUN)
-    job = make_job(
-        open_checkpoint(tmp_path / "a"), get_format(target), tmp_path / "b", JobOptions(layout), operation="test"
-    )
-    job.run(verify="full")
-    assert_agree(tmp_path / "b")
+    assert_agree(exported(tmp_path, name, target, dtype, MegatronRun()))
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", EXPORTED)
+@pytest.mark.parametrize("run", RUNS)
+def test_both_read_the_same_from_what_is_exported_for_other_runs(name: str, run: str, tmp_path: Path) -> None:
+    assert_agree(exported(tmp_path, name, "megatron", "F32", RUNS[run]))
+
+
+def test_buffers_that_are_not_the_same_for_all_types_are_refused(tmp_path: Path) -> None:
+    folder = exported(tmp_path, "one rank", "megatron", "F32", RUNS["buffers"])
+    source = open_checkpoint(folder).source
+    (path,) = folder.glob("iter_*/mp_rank_00/distrib_optim.pt")
+    state = torch.load(path)
+    tensors = state[0][torch.float32, torch.float32]
+    state[0][torch.float32, torch.float32] = {**tensors, "exp_avg": tensors["exp_avg"].clone()}
+    torch.save(state, path)
+    with pytest.raises(VerificationError, match="buffer 0 of an optimizer is not the same for all types"):
+        MegatronFiles(folder, source)

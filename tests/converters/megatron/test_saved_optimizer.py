@@ -29,9 +29,13 @@ def opened(changes: Callable[[dict[str, LogicalTensor]], Any] = lambda schema: N
     return OpenedCheckpoint("native", Path("run"), source, tiny_model(), training=replace(RUN, **said))
 
 
-def export(source: OpenedCheckpoint, path: Path, layout: ParallelLayout, run: MegatronRun | None = None) -> Path:
-    options = JobOptions(layout, megatron=run or MegatronRun())
-    make_job(source, get_format("megatron"), path, options, operation="export").run(verify="full")
+def export(run: OpenedCheckpoint, path: Path, layout: ParallelLayout, megatron: MegatronRun | None = None) -> Path:
+    """Exports a run from the disk, where full verification reads it a second time."""
+    assert isinstance(run.source, MemorySource)
+    native = write_native(path.with_name("native"), run.source, run.model, training=run.training)
+    options = JobOptions(layout, megatron=megatron or MegatronRun())
+    job = make_job(open_checkpoint(native), get_format("megatron"), path, options, operation="export")
+    job.run(verify="full")
     return path
 
 
@@ -199,4 +203,4 @@ def test_state_that_is_not_built_as_megatron_builds_it_is_refused(
     torch.save(state, file)
     with pytest.raises((ConversionError, CheckpointError), match=said):
         found = open_checkpoint(path)
-        make_job(found, get_format("native"), tmp_path / "native", JobOptions(ParallelLayout()), operation="import")
+        make_job(found, get_format("native"), tmp_path / "again", JobOptions(ParallelLayout()), operation="import")
