@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 
 from converters.family import Family
-from converters.formats._peft_table import PREFIX, WEIGHTS, PeftModule, judging_keys, peft_modules
+from converters.formats._peft_table import PREFIX, WEIGHTS, PeftModule, judging_keys, peft_modules, weight_rules
 from converters.names import summarise
 from converters.rules import Rule
 from workbench.checkpoint.safetensors_io import RangedFile, read_header
 from workbench.errors import CheckpointError, ConversionError
 from workbench.spec.dtypes import NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import LoraSpec, adapter_tensors, factor_names, magnitude_name
+from workbench.spec.lora import LoraSpec, adapter_tensors, factor_names, magnitude_name, merged_model
 from workbench.spec.model import ModelConfig
 
 Arrays = dict[str, tuple[str, np.ndarray]]
@@ -94,7 +94,7 @@ def to_logical(
     if faults:
         raise ConversionError(f"{where}: {'; '.join(faults[:8])}")
     arrays = {name: found[name] for name in adapter_tensors(model, lora, "F32")}
-    return PeftSource(arrays, family.bind(model)), tuple(left)
+    return PeftSource(arrays, weight_rules(family, merged_model(model, lora))), tuple(left)
 
 
 def _pairs(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarray]) -> Arrays:

@@ -112,7 +112,7 @@ class PeftModule:
 
 def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[PeftModule]:
     """Every module that `lora` adapts, in network order; ConversionError for what peft does not adapt like this."""
-    rules = _rules(family, merged_model(model, lora))
+    rules = weight_rules(family, merged_model(model, lora))
     found: dict[tuple[str, int], PeftModule] = {}
     for pair in adapted_pairs(model, lora, ParallelLayout()):
         for part in pair.parts:
@@ -139,7 +139,7 @@ def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[Pef
     return modules
 
 
-def _rules(family: Family, model: ModelConfig) -> Mapping[str, Rule]:
+def weight_rules(family: Family, model: ModelConfig) -> Mapping[str, Rule]:
     """Where each weight lies in a model of transformers: experts of a layer in one tensor, unlike in its files."""
     return family.bind(model, family.also_read(model) if family.also_read is not None else None)
 
@@ -202,7 +202,7 @@ def judging_keys(family: Family, model: ModelConfig) -> dict[str, str]:
 
 def stored_transposed(family: Family, model: ModelConfig, modules: Sequence[PeftModule]) -> bool:
     """Whether the family keeps these weights as (in, out); ConversionError when it does for some and not for others."""
-    rules = _rules(family, model)
+    rules = weight_rules(family, model)
     found = {TRANSPOSE in rules[module.parts[0][0]].view for module in modules if not module.is_embedding}
     if len(found) > 1:
         raise ConversionError(f"family {family.name!r} stores some adapted weights transposed and others not")
@@ -245,7 +245,7 @@ def adapter_config(family: Family, model: ModelConfig, lora: LoraSpec, *, base: 
 def _target_names(family: Family, model: ModelConfig, shapes: Mapping[str, tuple[int, float]]) -> dict[str, str]:
     """The shortest end of each module's path that stands for modules adapted alike, and for no others."""
     kinds: dict[str, set[tuple[int, float] | None]] = {}
-    for rule in _rules(family, model).values():
+    for rule in weight_rules(family, model).values():
         for path in {rule.foreign, rule.foreign.removesuffix(".weight")}:
             for end in _ends(path):
                 kinds.setdefault(end, set()).add(shapes.get(path))

@@ -21,13 +21,14 @@ from converters.formats._peft_card import adapter_card
 from converters.formats._peft_config import RECORDED, spec_of
 from converters.formats._peft_source import Arrays, read_file, to_file, to_logical
 from converters.formats._peft_table import CONFIG, PREFIX, WEIGHTS, adapter_config, judging_keys, peft_modules
+from converters.rules import Rule
 from workbench.checkpoint.safetensors_io import lay_out
 from workbench.checkpoint.store import CHECKPOINTS
 from workbench.checkpoint.writer import publish
 from workbench.errors import CheckpointError, ConversionError, VerificationError
 from workbench.spec.dtypes import ITEM_BYTES, NUMPY_NAMES
 from workbench.spec.geometry import Box, LogicalTensor
-from workbench.spec.lora import AdapterRecord, held_as
+from workbench.spec.lora import AdapterRecord, held_as, merged_model
 from workbench.tokenizer import tokenizer_files
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
     labels = next((len(head[1]) for head in heads if head is not None and head[1].ndim), base.model.num_labels)
     model = base.model.with_labels(labels) if labels != base.model.num_labels else base.model
     lora = spec_of(read_json(path / CONFIG), metadata.get(RECORDED), arrays, family, model, str(path))
-    arrays = _without_base(arrays, family, base, path)
+    arrays = _without_base(arrays, family.bind(merged_model(model, lora)), base, path)
     source, unplaced = to_logical(arrays, family, model, lora, str(path / WEIGHTS))
     return OpenedCheckpoint(
         format=FORMAT.name,
@@ -104,15 +105,12 @@ def open_peft(path: Path, base: OpenedCheckpoint) -> OpenedCheckpoint:
     )
 
 
-def _without_base(arrays: Arrays, family: Family, base: OpenedCheckpoint, path: Path) -> Arrays:
+def _without_base(arrays: Arrays, rules: Mapping[str, Rule], base: OpenedCheckpoint, path: Path) -> Arrays:
     """The tensors but for weights of the base that peft saves with an adapted embedding or head; they must be those of
-    the base, or the adapter is not to it."""
+    the base, or the adapter is not to it. rules: of the model that the adapter makes."""
     kept = {key: array for key, array in arrays.items() if not key.endswith(_BASE_WEIGHT)}
-    untied = base.model.model_copy(update={"tie_word_embeddings": False})
     names = {
-        f"{PREFIX}{rule.foreign}": held_as(name, base.source.schema)
-        for name, rule in family.bind(untied).items()
-        if not rule.view
+        f"{PREFIX}{rule.foreign}": held_as(name, base.source.schema) for name, rule in rules.items() if not rule.view
     }
     for key in arrays.keys() - kept.keys():
         name, (dtype, array) = names.get(key.removesuffix(_BASE_WEIGHT) + ".weight", ""), arrays[key]

@@ -242,6 +242,7 @@ def test_an_adapter_that_peft_made_of_what_is_no_module_of_ours_is_read(
     get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **settings)).save_pretrained(tmp_path / "theirs")
     opened = open_peft(tmp_path / "theirs", base)
     assert opened.adapter is not None and opened.adapter.lora.targets == targets
+    assert_second_reader_agrees(opened)
     assert compare_with_peft(opened, base, tmp_path / "theirs").difference < 1e-4
 
 
