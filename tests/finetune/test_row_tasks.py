@@ -131,6 +131,7 @@ TWO = [ParallelLayout(tp=2, sequence_parallel=True), ParallelLayout(pp=2), Paral
 
 QUICK = {("causal", "embedding", 2), ("masked", "token_classification", 0), ("causal", "multiple_choice", 1)}
 QUICK |= {
+    ("masked", "embedding", 3),
     ("masked", "several labels", 2),
     ("causal", "lm, packed", 3),
     ("masked", "masked_lm", 2),

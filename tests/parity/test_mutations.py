@@ -84,7 +84,11 @@ OF_UNEVEN_SIZES = (
     Site("workbench.parallel.collectives", "_exchange", "exchange", 0),
 )
 """Without which ranks send each other other sizes than they await, and processes end."""
-EXCLUDED = (OF_ANOTHER_BACKEND, *OF_UNEVEN_SIZES)
+OF_OUTPUTS = tuple(
+    Site("workbench.parallel.collectives", function, "all_reduce", 0) for function in ("_Sum.forward", "_Sum.backward")
+)
+"""Of outputs that are no losses: without them embeddings differ at cp=2 in tests/finetune/test_row_tasks.py."""
+EXCLUDED = (OF_ANOTHER_BACKEND, *OF_UNEVEN_SIZES, *OF_OUTPUTS)
 FOUND = [s for module in SHOWN_BY for s in sites(module, COLLECTIVES) if s not in EXCLUDED]
 
 
