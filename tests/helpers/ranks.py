@@ -47,8 +47,12 @@ class RankPool:
 
     def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(*args)` on every rank; the results in rank order. A failure ends the pool."""
-        for pipe in self._pipes:
-            pipe.send((function, args))
+        try:
+            for pipe in self._pipes:
+                pipe.send((function, args))
+        except BrokenPipeError as error:
+            self.close()
+            raise RankFailed("a rank died after the call before this one") from error
         outcomes = []
         for rank, pipe in enumerate(self._pipes):
             if not pipe.poll(_TIMEOUT_SECONDS if not any(not o[0] for o in outcomes) else 5):
@@ -56,7 +60,7 @@ class RankPool:
                 continue
             try:
                 outcomes.append(pipe.recv())
-            except EOFError:
+            except (EOFError, ConnectionResetError):
                 outcomes.append((False, f"rank {rank} died"))
         failures = [f"rank {rank}: {value}" for rank, (ok, value) in enumerate(outcomes) if not ok]
         if failures:
