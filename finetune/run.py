@@ -174,11 +174,18 @@ def judge(
 
 
 def evaluate_model(
-    config: FinetuneConfig, model: ModelConfig, source: TensorSource, tokenizer: Path | None, mesh: Mesh
+    config: FinetuneConfig,
+    model: ModelConfig,
+    source: TensorSource,
+    tokenizer: Path | None,
+    mesh: Mesh,
+    *,
+    prepared: Prepared | None = None,
 ) -> dict[str, float]:
-    """Metrics of a model over the task's held-out rows, by `<name>/<metric>`. Collective over the mesh."""
+    """Metrics of a model over the task's held-out rows, by `<name>/<metric>`; the data is read unless it is given
+    `prepared`. Collective over the mesh."""
     base = Base(model, source, tokenizer, config.base, "")
-    prepared = prepare(config, model, tokenizer_of(base, config.tokenizer))
+    prepared = prepared or prepare(config, model, tokenizer_of(base, config.tokenizer))
     if not prepared.held_out:
         raise DataError("[task] names neither test nor valid rows, so there is nothing to judge by; give task.test")
     needed = tuned_model(model, prepared)

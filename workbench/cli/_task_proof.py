@@ -54,11 +54,11 @@ def compare_task(
     from finetune.run import Base, evaluate_model, prepare, tokenizer_of
     from workbench.parallel.mesh import Mesh
 
-    found = evaluate_model(config, ours.model, ours.source, ours.tokenizer, Mesh.single())
     base = Base(ours.model, ours.source, ours.tokenizer, str(ours.path), "")
-    held_out = prepare(config, ours.model, tokenizer_of(base, config.tokenizer)).held_out
+    prepared = prepare(config, ours.model, tokenizer_of(base, config.tokenizer))
+    found = evaluate_model(config, ours.model, ours.source, ours.tokenizer, Mesh.single(), prepared=prepared)
     against, same, faults = "transformers" if adapter is None else "peft", {}, []
-    for evaluation, examples in held_out.items():
+    for evaluation, examples in prepared.held_out.items():
         theirs = _reference_metrics(ours, examples, folder, adapter)
         for metric, there in theirs.items():
             name = f"{evaluation}/{metric}"
