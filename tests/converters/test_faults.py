@@ -112,8 +112,9 @@ def test_a_source_that_cannot_be_read_for_a_while_is_gone_on_with_and_a_damaged_
     preadv, calls = os.preadv, [0]
 
     def failing(descriptor: int, views: list[memoryview], start: int) -> int:
-        calls[0] += str(source) in os.readlink(f"/proc/self/fd/{descriptor}")
-        if calls[0] > 40:
+        from_source = str(source) in os.readlink(f"/proc/self/fd/{descriptor}")
+        calls[0] += from_source
+        if from_source and calls[0] > 40:
             raise OSError(errno.EIO, os.strerror(errno.EIO))
         return preadv(descriptor, views, start)
 
