@@ -29,17 +29,18 @@ def whole(tensor: LogicalTensor, array: np.ndarray) -> str:
 
 def plain(tensor: LogicalTensor, array: np.ndarray) -> tuple[int, int, int]:
     """The sums as the definition gives them, word by word in Python integers."""
-    from workbench.checkpoint import fingerprint as module
-
-    rows = array.reshape(-1, array.shape[-1]).view("<u2")
-    columns = module._column_weights(0)
-    row_weights = module._row_weights(np.arange(len(rows), dtype=np.uint64))
+    rows = array.reshape(-1, array.shape[-1])
+    short = -rows.shape[1] * rows.itemsize % 4
+    padded = np.pad(rows.view(np.uint8), ((0, 0), (0, short))).view("<u4")
+    words = fingerprint_module._word_weights(4).astype(int).tolist()
+    blocks = fingerprint_module._block_weights(0, -(-padded.shape[1] // 256)).tolist()
+    row_weights = fingerprint_module._weights(np.arange(len(rows), dtype=np.uint64), 0x2000, 30).tolist()
     sums = [0, 0, 0]
-    for r, row in enumerate(rows):
+    for weight, row in zip(row_weights, padded.tolist(), strict=True):
         for c, word in enumerate(row):
             for stream in range(3):
-                sums[stream] += int(word) * int(columns[c, stream]) * int(row_weights[stream, r])
-    return tuple(value % (2**31 - 1) for value in sums)
+                sums[stream] += word * words[c % 256][stream] * blocks[c // 256][stream] * weight[stream]
+    return tuple(value % (2**33 - 9) for value in sums)
 
 
 @settings(max_examples=60)
@@ -91,10 +92,11 @@ def test_a_transposed_square_a_shape_and_a_dtype_are_told_apart():
     assert whole(square, zeros) != whole(LogicalTensor("x", (8, 8), "F16"), zeros)
 
 
+@pytest.mark.parametrize("dtype", ["BF16", "F32", "F64", "U8"])
 @pytest.mark.parametrize("shape", [(3, 5), (2, 3, 4), (7,), (40, 9), (11, 1023), (1, 2049), (70, 500), (33, 257)])
-def test_it_equals_the_definition_summed_word_by_word(shape):
-    tensor = LogicalTensor("x", shape, "F32")
-    array = random_bits(shape, "F32", 3)
+def test_it_equals_the_definition_summed_word_by_word(shape, dtype):
+    tensor = LogicalTensor("x", shape, dtype)
+    array = random_bits(shape, dtype, 3)
     assert box_fingerprint(tensor, Box.whole(shape), array).sums == plain(tensor, array)
 
 
@@ -104,11 +106,19 @@ def test_a_tensor_of_no_elements_or_no_dimensions_has_one(shape):
     assert len(whole(tensor, np.zeros(shape, np.float32))) == 32
 
 
-def test_sums_are_exact_where_every_word_is_the_largest():
-    """A block of 65536 columns of 0xFFFF is the worst case for float64; twice the row is twice the sum."""
-    tensor = LogicalTensor("x", (1, 1 << 16), "BF16")
+@pytest.mark.parametrize("columns", [1 << 17, (1 << 17) + 511])
+def test_sums_are_exact_where_every_word_is_the_largest(columns):
+    """Blocks of 256 words of all ones are the worst case for float64, and many of them for the sum over blocks."""
+    tensor = LogicalTensor("x", (1, columns), "BF16")
     array = np.full(tensor.shape, 0xFFFF, np.uint16)
     assert box_fingerprint(tensor, Box.whole(tensor.shape), array).sums == plain(tensor, array)
+
+
+@given(st.integers(0, 2**32 - 1), st.integers(0, 2**32 - 1))
+def test_no_word_is_taken_for_another(a, b):
+    tensor = LogicalTensor("x", (1,), "U32")
+    pair = [box_fingerprint(tensor, Box.whole((1,)), np.array([word], np.uint32)).sums for word in (a, b)]
+    assert all((x == y) == (a == b) for x, y in zip(*pair, strict=True))
 
 
 def test_columns_beyond_one_block_of_weights_are_summed_alike_in_one_piece_and_in_many():
@@ -123,10 +133,10 @@ def test_the_definition_does_not_drift():
     """Fingerprints are in users' manifests: another value here is another format version."""
     tensor = LogicalTensor("x", (4, 6), "BF16")
     array = np.arange(24, dtype=np.uint16).reshape(4, 6)
-    assert whole(tensor, array) == "7f1e437c19189537306570d547935021"
+    assert whole(tensor, array) == "0d1885a64ab917154bf122b0907deb08"
 
 
 def test_no_product_is_large_enough_for_blas_to_wake_its_threads():
     """OpenBLAS shares out a product of matrices from 2**18 multiplications on, one of a vector from 9216 on."""
-    assert fingerprint_module._BLOCK_WORDS * fingerprint_module._FACTORS <= 1 << 18
-    assert fingerprint_module._BLOCK_COLUMNS * fingerprint_module._FACTORS < 9216
+    assert fingerprint_module._PRODUCT_WORDS * fingerprint_module._FACTORS <= 1 << 18
+    assert fingerprint_module._BLOCK * fingerprint_module._FACTORS < 9216

@@ -14,7 +14,7 @@ from xxhash import xxh3_64_hexdigest
 from tests.helpers.checkpoints import random_native, tiny_model
 from workbench.spec.layout import ParallelLayout
 
-PRIME, WORD = 2**31 - 1, 2**64
+PRIME, WORD = 2**33 - 9, 2**64
 PAGE = Path(__file__).parents[2] / "docs" / "checkpoint-format.md"
 
 
@@ -26,16 +26,17 @@ def mix(index: int, stream: int) -> int:
 
 
 def page_fingerprint(array: np.ndarray, dtype: str) -> str:
-    rows = array.reshape(-1, array.shape[-1]).view("<u2").tolist()
+    rows = array.reshape(-1, array.shape[-1]).view("<u4").tolist()
     sums = []
     for stream in range(3):
         total = 0
         for r, row in enumerate(rows):
-            row_weight = mix(r, 4096 + stream) % (PRIME - 1) + 1
-            total += row_weight * sum(word * ((mix(c, stream) >> 44) | 1) for c, word in enumerate(row))
-        sums.append(f"{total % PRIME:08x}")
-    kind = hashlib.blake2s(f"{dtype} {list(array.shape)}".encode(), digest_size=4).hexdigest()
-    return "".join(sums) + kind
+            word_weights = [((mix(c % 256, stream) >> 51) | 1) for c in range(len(row))]
+            block_weights = [((mix(c // 256, 4096 + stream) >> 44) | 1) for c in range(len(row))]
+            row_sum = sum(x * w * b for x, w, b in zip(row, word_weights, block_weights, strict=True))
+            total += row_sum * ((mix(r, 8192 + stream) >> 34) | 1)
+        sums.append(total % PRIME)
+    return hashlib.blake2s(f"{dtype} {list(array.shape)} {sums}".encode(), digest_size=16).hexdigest()
 
 
 def test_a_reader_made_from_the_page_alone_finds_every_tensor_box_checksum_and_fingerprint(tmp_path):
@@ -43,7 +44,7 @@ def test_a_reader_made_from_the_page_alone_finds_every_tensor_box_checksum_and_f
     source = random_native(path, tiny_model(num_hidden_layers=2), ParallelLayout(tp=4, pp=2), dtype="F16")
     text = (path / "manifest.json").read_bytes()
     manifest = json.loads(text)
-    assert manifest["format"] == "workbench-checkpoint" and manifest["version"] == 1
+    assert manifest["format"] == "workbench-checkpoint" and manifest["version"] == 2
     written = re.search(rb'"manifest_checksum": "([0-9a-f]{16})"', text)
     assert written is not None and text.index(b"workbench-checkpoint") < 200
     zeroed = text.replace(written[1], b"0" * 16, 1)

@@ -154,8 +154,8 @@ def test_a_folder_whose_writer_died_before_the_rename_is_unfinished(copy):
 def test_a_missing_a_foreign_and_a_newer_checkpoint_each_say_so(copy, tmp_path):
     with pytest.raises(CheckpointError, match=r"nowhere: no such checkpoint"):
         open_native(tmp_path / "nowhere")
-    rewrite(copy, lambda raw: raw.update(version=2))
-    with pytest.raises(CheckpointError, match=r"format version 2, but this program reads up to version 1; update"):
+    rewrite(copy, lambda raw: raw.update(version=3))
+    with pytest.raises(CheckpointError, match=r"format version 3, but this program reads up to version 2; update"):
         open_native(copy)
     rewrite(copy, lambda raw: raw.update(format="someone-else"))
     with pytest.raises(CheckpointError, match=r"format 'someone-else' is not 'workbench-checkpoint'"):
@@ -163,6 +163,16 @@ def test_a_missing_a_foreign_and_a_newer_checkpoint_each_say_so(copy, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match=r"empty: has no manifest\.json"):
         open_native(tmp_path / "empty")
+
+
+def test_a_checkpoint_of_version_1_is_read_without_its_fingerprints_which_were_others(copy):
+    before = open_native(copy).manifest
+    rewrite(copy, lambda raw: raw.update(version=1))
+    old = open_native(copy).manifest
+    assert {stored.fingerprint for stored in old.tensors.values()} == {""}
+    assert {name: stored.boxes for name, stored in old.tensors.items()} == {
+        name: stored.boxes for name, stored in before.tensors.items()
+    }
 
 
 HOSTILE = {

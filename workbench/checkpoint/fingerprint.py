@@ -1,10 +1,11 @@
 """Fingerprints of logical tensors that do not depend on layout, file order or format. NumPy only.
 
-A tensor is seen as a matrix of 16-bit words: its last dimension gives the columns (an F32 element is two words), all
-dimensions before it the rows. The fingerprint is three sums over all words, modulo the prime 2**31 - 1, of
-`word * column_weight * row_weight`, followed by a digest of dtype and shape. Sums are linear, so each box adds its own
-part in any order and on any rank. Column weights have 20 bits: a product with a 16-bit word summed over up to 2**16
-columns stays under 2**53, so float64 matrix products are exact and run near memory speed.
+A tensor is seen as a matrix of 32-bit words: its last dimension gives the columns (two BF16 elements are a word, an F64
+element two), all dimensions before it the rows. The fingerprint is a digest of dtype, shape and three sums over all
+words, modulo the prime 2**33 - 9, of `word * word_weight * block_weight * row_weight`, where 256 columns are a block.
+Sums are linear, so each box adds its own part in any order and on any rank; no word reaches the prime, so none can be
+taken for another. Word weights have 13 bits: a product with a word summed over a block stays under 2**53, so float64
+matrix products are exact and run near memory speed.
 """
 
 from __future__ import annotations
@@ -19,15 +20,18 @@ import numpy as np
 
 from workbench.spec.geometry import Box, LogicalTensor
 
-_PRIME: Final = (1 << 31) - 1
-_COLUMN_BLOCK: Final = 1 << 16
-_BLOCK_COLUMNS: Final = 1 << 11
-_BLOCK_WORDS: Final = 1 << 16
-"""Words turned into float64 at a time: half a MiB stays in the cache. OpenBLAS does not share out a product of so few
+_PRIME: Final = (1 << 33) - 9
+_BLOCK: Final = 256
+_PRODUCT_WORDS: Final = 1 << 16
+"""Words turned into float64 at a time (or parts of words): half a MiB stays in the cache. OpenBLAS does not share out a product of so few
 among threads of its own: these spin for many times the work's length when others want the cores."""
 _STREAMS: Final = 3
 _FACTORS: Final = 4  # columns of weights in a product, one of them zero: BLAS has fast kernels for four, none for three
-_ROW_SEED: Final = 0x1000
+_WORD_BITS: Final = 13
+_BLOCK_BITS: Final = 20
+_ROW_BITS: Final = 30
+_BLOCK_SEED: Final = 0x1000
+_ROW_SEED: Final = 0x2000
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,43 +46,49 @@ class PartialFingerprint:
 
     def finish(self, tensor: LogicalTensor) -> str:
         """The fingerprint as text, 32 hexadecimal digits, once the sums cover `tensor`."""
-        kind = hashlib.blake2s(f"{tensor.dtype} {list(tensor.shape)}".encode(), digest_size=4).hexdigest()
-        return "".join(f"{value:08x}" for value in self.sums) + kind
+        told = f"{tensor.dtype} {list(tensor.shape)} {list(self.sums)}"
+        return hashlib.blake2s(told.encode(), digest_size=16).hexdigest()
 
 
 def box_fingerprint(tensor: LogicalTensor, box: Box, array: np.ndarray) -> PartialFingerprint:
     """The part that the elements of `box`, given in storage dtype, add to the fingerprint of `tensor`."""
     if not array.size:
         return PartialFingerprint()
-    words, words_per_element = _words(array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1))
-    first_column = (box.offset[-1] if box.offset else 0) * words_per_element
-    inner = np.zeros((_STREAMS, words.shape[0]), np.uint64)
-    for columns, weights in _column_blocks(first_column, words.shape[1]):
-        inner = _folded(inner + _row_sums(words[:, columns], weights))
-    outer = _folded(inner * _row_weights(_row_indices(tensor.shape, box)))
-    a, b, c = (int(value) % _PRIME for value in outer.sum(axis=1, dtype=np.uint64))
+    matrix = array.reshape(-1, array.shape[-1]) if array.ndim else array.reshape(1, 1)
+    first_byte = (box.offset[-1] if box.offset else 0) * matrix.itemsize
+    words, word_weights = _words(matrix, first_byte)
+    inner = np.zeros((len(words), _FACTORS), np.uint64)
+    for columns, first, num_blocks in _parts(first_byte // words.itemsize, words.shape[1], len(word_weights)):
+        inside = first % len(word_weights)
+        taken = words[:, columns].reshape(len(words), num_blocks, -1)
+        sums = _folded(_block_sums(taken, word_weights[inside : inside + taken.shape[2]]))
+        inner += np.einsum("rbs,bs->rs", sums, _block_weights(first // len(word_weights), num_blocks))
+        inner = _folded(inner)
+    outer = _folded(inner * _weights(_row_indices(tensor.shape, box), _ROW_SEED, _ROW_BITS))
+    a, b, c, _ = (int(value) % _PRIME for value in outer.sum(axis=0, dtype=np.uint64))
     return PartialFingerprint((a, b, c))
 
 
-def _row_sums(words: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """The sum of each row's words times the weights of its columns, for each stream; below 2**52, so exact."""
-    rows, count = words.shape
-    width = min(_BLOCK_COLUMNS, count)
-    height = min(_BLOCK_WORDS // width, rows)
-    memory, sums = np.empty(height * width), np.zeros((rows, _FACTORS))
-    for column in range(0, count, width):
-        factors = weights[column : min(column + width, count)]
-        for row in range(0, rows, height):
-            taken = words[row : row + height, column : column + width]
-            block = memory[: taken.size].reshape(taken.shape)
-            np.copyto(block, taken)
-            sums[row : row + height] += np.dot(block, factors)  # which, unlike matmul, lets other threads run meanwhile
-    return sums[:, :_STREAMS].T.astype(np.uint64)
+def _block_sums(words: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The sum of each block's words times their weights, for each stream; below 2**53, so exact. [rows, blocks, 4]"""
+    rows, num_blocks, width = words.shape
+    height = min(_PRODUCT_WORDS // (num_blocks * width), rows)
+    memory, sums = np.empty(height * num_blocks * width), np.empty((rows, num_blocks, _FACTORS))
+    for row in range(0, rows, height):
+        taken = words[row : row + height]
+        matrix = memory[: taken.size].reshape(-1, width)
+        np.copyto(matrix.reshape(taken.shape), taken)
+        out = sums[row : row + height].reshape(-1, _FACTORS)
+        np.dot(matrix, weights, out=out)  # which, unlike matmul, lets other threads run meanwhile
+    return sums.astype(np.uint64)
 
 
 def _folded(values: np.ndarray) -> np.ndarray:
-    """Smaller numbers of the same remainders: 2**31 is 1 modulo the prime."""
-    return (values & np.uint64(_PRIME)) + (values >> np.uint64(31))
+    """Smaller numbers of the same remainders, below 2**35: 2**33 is 9 modulo the prime."""
+    high = values >> np.uint64(33)
+    high *= np.uint64(9)
+    high += values & np.uint64((1 << 33) - 1)
+    return high
 
 
 def fingerprint(tensor: LogicalTensor, parts: Iterable[PartialFingerprint]) -> str:
@@ -86,14 +96,15 @@ def fingerprint(tensor: LogicalTensor, parts: Iterable[PartialFingerprint]) -> s
     return sum(parts, PartialFingerprint()).finish(tensor)
 
 
-def _words(matrix: np.ndarray) -> tuple[np.ndarray, int]:
-    """The matrix as 16-bit words (bytes, for one-byte elements), and how many words an element has."""
-    size = matrix.dtype.itemsize
+def _words(matrix: np.ndarray, first_byte: int) -> tuple[np.ndarray, np.ndarray]:
+    """The matrix as words, or as the parts of words that its elements are where it cuts one; with their weights."""
+    size = matrix.itemsize
     if matrix.strides[1] != size:
         matrix = np.ascontiguousarray(matrix)
-    if size == 1:
-        return matrix.view(np.uint8), 1
-    return matrix.view("<u2"), size // 2
+    if first_byte % 4 == 0 and matrix.shape[1] * size % 4 == 0:
+        size = 4
+    part_bytes = min(size, 4)
+    return matrix.view(f"<u{part_bytes}"), _word_weights(part_bytes)
 
 
 def _row_indices(shape: tuple[int, ...], box: Box) -> np.ndarray:
@@ -105,35 +116,35 @@ def _row_indices(shape: tuple[int, ...], box: Box) -> np.ndarray:
     return found
 
 
-def _column_blocks(first: int, count: int) -> Iterable[tuple[slice, np.ndarray]]:
-    """Slices of a box's columns that each lie in one block of weights, with the weights."""
+def _parts(first: int, count: int, width: int) -> Iterable[tuple[slice, int, int]]:
+    """Runs of a box's columns that are whole blocks of `width`, or a part of one: slice, first column, blocks."""
     done = 0
     while done < count:
-        block, inside = divmod(first + done, _COLUMN_BLOCK)
-        size = min(count - done, _COLUMN_BLOCK - inside)
-        yield slice(done, done + size), _column_weights(block)[inside : inside + size]
+        inside, left = (first + done) % width, count - done
+        num_blocks = min(left, _PRODUCT_WORDS) // width if not inside else 0
+        size = num_blocks * width or min(width - inside, left)
+        yield slice(done, done + size), first + done, max(1, num_blocks)
         done += size
 
 
-@lru_cache(maxsize=16)
-def _column_weights(block: int) -> np.ndarray:
-    """Weights of the columns of a block, for each stream and a column of zeros: float64, integers of 20 bits."""
-    index = np.arange(block * _COLUMN_BLOCK, (block + 1) * _COLUMN_BLOCK, dtype=np.uint64)
-    weights = np.zeros((_COLUMN_BLOCK, _FACTORS))
-    for seed in range(_STREAMS):
-        weights[:, seed] = _mix(index, seed) >> np.uint64(44) | np.uint64(1)  # never zero
-    return weights
+@lru_cache(maxsize=3)
+def _word_weights(part_bytes: int) -> np.ndarray:
+    """Weights of the words of a block, or of the parts of them, for each stream and a column of zeros; float64."""
+    weights = _weights(np.arange(_BLOCK, dtype=np.uint64), 0, _WORD_BITS).astype(np.float64)
+    weights[:, _STREAMS:] = 0
+    places = 256.0 ** np.arange(0, 4, part_bytes)
+    return (weights[:, None, :] * places[:, None]).reshape(-1, _FACTORS)
 
 
-def _row_weights(rows: np.ndarray) -> np.ndarray:
-    """Weights of rows by their index, for each stream: integers in [1, 2**31 - 1)."""
-    streams = [_mix(rows, _ROW_SEED + seed) % np.uint64(_PRIME - 1) + np.uint64(1) for seed in range(_STREAMS)]
-    return np.stack(streams)
+@lru_cache(maxsize=64)
+def _block_weights(first: int, count: int) -> np.ndarray:
+    return _weights(np.arange(first, first + count, dtype=np.uint64), _BLOCK_SEED, _BLOCK_BITS)
 
 
-def _mix(index: np.ndarray, seed: int) -> np.ndarray:
-    """Pseudo-random 64-bit integers from indices: SplitMix64 (Steele, Lea, Flood 2014), one stream per seed."""
-    state = index * np.uint64(0x9E3779B97F4A7C15) + np.uint64((seed + 1) * 0xD1B54A32D192ED03 % (1 << 64))
+def _weights(index: np.ndarray, seed: int, bits: int) -> np.ndarray:
+    """Pseudo-random odd integers of `bits` bits for each index and stream: SplitMix64 (Steele, Lea, Flood 2014)."""
+    starts = [(seed + stream + 1) * 0xD1B54A32D192ED03 % (1 << 64) for stream in range(_FACTORS)]
+    state = (index * np.uint64(0x9E3779B97F4A7C15))[:, None] + np.array(starts, np.uint64)
     state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    return (state ^ (state >> np.uint64(31))) >> np.uint64(64 - bits) | np.uint64(1)

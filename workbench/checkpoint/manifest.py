@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
@@ -26,7 +26,7 @@ from workbench.spec.model import ModelConfig
 MANIFEST: Final = "manifest.json"
 TOKENIZER: Final = "tokenizer"
 FORMAT_NAME: Final = "workbench-checkpoint"
-VERSION: Final = 1
+VERSION: Final = 2  # 1 had other fingerprints: they are left out, as if none had been recorded
 _CHECKSUM = re.compile(rb'"manifest_checksum": "([0-9a-f]{16})"')
 _NO_CHECKSUM: Final = b'"manifest_checksum": "0000000000000000"'
 
@@ -183,6 +183,8 @@ class _Parser:
         try:
             files = {self._file_name(name): self._size(size) for name, size in raw["files"].items()}
             tensors = {name: self._tensor(name, value, files) for name, value in raw["tensors"].items()}
+            if raw["version"] < 2:
+                tensors = {name: replace(stored, fingerprint="") for name, stored in tensors.items()}
             training = None if raw["training"] is None else self.training(raw["training"])
             return Manifest(
                 model=ModelConfig.model_validate(raw["model"]),

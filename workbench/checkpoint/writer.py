@@ -36,7 +36,9 @@ from workbench.spec.schema import OPTIMIZER_PREFIX
 JOURNAL: Final = "journal.jsonl"
 """What an interrupted conversion had done; it is never part of a checkpoint."""
 FILE_METADATA: Final = {"format": "pt"}
-_BLOCK_BYTES: Final = 512 << 10  # hashed, written and read back while still in the cache
+_BLOCK_BYTES: Final = 2 << 20
+"""Hashed, written and read back while still in the cache, and a slab of a conversion: a file takes one write at a time,
+so threads whose turns are long find to taking them by themselves, and many short ones wait for each other."""
 
 
 def rank_tag(tp_rank: int, stage: int, dp_rank: int | None = None) -> str:
