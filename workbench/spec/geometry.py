@@ -29,7 +29,7 @@ class Box:
 
     @property
     def end(self) -> tuple[int, ...]:
-        return tuple(o + s for o, s in zip(self.offset, self.size, strict=True))
+        return tuple([o + s for o, s in zip(self.offset, self.size, strict=True)])
 
     @property
     def numel(self) -> int:
@@ -43,14 +43,14 @@ class Box:
     def intersect(self, other: Box) -> Box | None:
         """The common region, or None when it is empty."""
         start = tuple(map(max, self.offset, other.offset))
-        size = tuple(min(a, b) - s for a, b, s in zip(self.end, other.end, start, strict=True))
-        return Box(start, size) if all(s > 0 for s in size) else None
+        sides = zip(self.offset, self.size, other.offset, other.size, start, strict=True)
+        size = tuple([min(a + n, b + m) - s for a, n, b, m, s in sides])
+        return Box(start, size) if all([s > 0 for s in size]) else None
 
     def contains(self, other: Box) -> bool:
         """Whether every element of `other` lies in this box."""
-        return all(a <= b for a, b in zip(self.offset, other.offset, strict=True)) and all(
-            a >= b for a, b in zip(self.end, other.end, strict=True)
-        )
+        sides = zip(self.offset, self.size, other.offset, other.size, strict=True)
+        return all([a <= b and a + n >= b + m for a, n, b, m in sides])
 
     def shift(self, by: Sequence[int]) -> Box:
         """The same size, moved by `by`."""
