@@ -6,6 +6,7 @@ Only where they lie comes from the reader of `.metadata`: PyTorch's would execut
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ class DcpTensors:
 
     def __init__(self, folder: Path) -> None:
         self._folder = read_dcp(folder)
+        self._recent = lru_cache(maxsize=4)(load_range)
 
     @property
     def names(self) -> Collection[str]:
@@ -42,6 +44,22 @@ class DcpTensors:
                 found[piece.box.slices[depth:]] = chunk[index]
         assert found is not None, (name, at)
         return found
+
+    def begins(self, name: str) -> list[int]:
+        """Where the pieces of a tensor of one dimension begin."""
+        return sorted(piece.box.offset[0] for piece in self._folder.tensors[name].pieces)
+
+    def run(self, name: str, start: int, end: int) -> torch.Tensor:
+        """Elements of a tensor of one dimension; NaN where no piece has them."""
+        found: torch.Tensor | None = None
+        for piece in self._folder.tensors[name].pieces:
+            (first,), (size,) = piece.box.offset, piece.box.size
+            a, b = max(start, first), min(end, first + size)
+            if a < b:
+                chunk = self._recent(piece.file, piece.start, piece.num_bytes)
+                found = torch.full((end - start,), torch.nan, dtype=chunk.dtype) if found is None else found
+                found[a - start : b - start] = chunk[a - first : b - first]
+        return torch.full((end - start,), torch.nan) if found is None else found
 
     def common(self) -> Any:
         """What Megatron saves beside the tensors: an object among them, or before version 0.19 a file."""

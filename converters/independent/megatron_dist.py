@@ -1,19 +1,22 @@
 """Tensors of Megatron's torch_dist folders, whose pieces PyTorch's own loader reads, taken apart by PyTorch.
 
-But for what an optimizer in mode `dp_reshardable` holds: its buckets do not say whose they are, and no second reader
-of them would be simple. That is read as the format reads it.
+Only a weight that others equal bit for bit, such as a norm that never moved, has no place of its own among the buckets
+of `dp_reshardable`: what the optimizer holds of it is read as the format reads it.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from converters.independent._dcp_chunks import DcpTensors
+from converters.independent._megatron_buckets import Buckets, NotTold
 from converters.independent._megatron_model import WEIGHT, MegatronTensors, Tensors
 from converters.independent._megatron_ranks import iteration
 from workbench.checkpoint.source import TensorSource
@@ -26,19 +29,19 @@ class MegatronDistFiles:
 
     def __init__(self, folder: Path, source: TensorSource) -> None:
         found = DcpTensors(iteration(folder))
-        self._tensors = MegatronTensors(WholeParts(found), vars(found.common()["args"]), source.schema)
-        self._source, self._has_buckets = source, any(".bucket_idx_" in name for name in found.names)
-        self._has_masters = found.dtype("embedding.word_embeddings.weight") != "F32"
+        args = vars(found.common()["args"])
+        parts = BucketParts(found, args) if any(".bucket_idx_" in name for name in found.names) else WholeParts(found)
+        self._tensors, self._source = MegatronTensors(parts, args, source.schema), source
 
     def read(self, tensor: LogicalTensor, rows: slice) -> np.ndarray:
         """These rows of a logical tensor in storage dtype."""
-        is_master = self._has_masters and tensor.dtype == "F32"
-        if self._has_buckets and (is_master or tensor.name.startswith("optim.")):
+        try:
+            return self._tensors.read(tensor, rows)
+        except NotTold:
             rest = tensor.shape[1:]
             return self._source.read(
                 tensor.name, Box((rows.start, *(0 for _ in rest)), (rows.stop - rows.start, *rest))
             )
-        return self._tensors.read(tensor, rows)
 
 
 class WholeParts:
@@ -72,6 +75,22 @@ class WholeParts:
             if found := [self._found.join(key, at) for key in halves if key]:
                 return [torch.cat(found) if len(found) > 1 else found[0]]
         raise VerificationError(f"nothing holds {kind} {' or '.join(name for name, _ in places)}")
+
+
+class BucketParts(WholeParts):
+    """With an optimizer that does not say whose its buckets are."""
+
+    def __init__(self, found: DcpTensors, args: Mapping[str, Any]) -> None:
+        super().__init__(found)
+        degrees = [args.get(f"{of}_parallel_size") or 1 for of in ("tensor_model", "expert_tensor")]
+        self._buckets = Buckets(found, dict.fromkeys([1, *degrees]))
+
+    def _parts(self, kind: str, places: list[tuple[str, tuple[int, ...]]]) -> Tensors:
+        [weight] = super()._parts(WEIGHT, places)
+        state = weight if kind == WEIGHT else self._buckets.state(kind, weight)
+        if state is None:
+            raise VerificationError(f"no bucket holds numbers that round to {' or '.join(name for name, _ in places)}")
+        return [state]
 
 
 READER = MegatronDistFiles
