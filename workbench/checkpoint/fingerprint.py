@@ -23,8 +23,8 @@ from workbench.spec.geometry import Box, LogicalTensor
 _PRIME: Final = (1 << 33) - 9
 _BLOCK: Final = 256
 _PRODUCT_WORDS: Final = 1 << 16
-"""Words turned into float64 at a time (or parts of words): half a MiB stays in the cache. OpenBLAS does not share out a product of so few
-among threads of its own: these spin for many times the work's length when others want the cores."""
+"""Words, or parts of words, turned into float64 at a time: half a MiB stays in the cache. OpenBLAS does not share out a
+product of so few among threads of its own: these spin for many times the work's length when others want the cores."""
 _STREAMS: Final = 3
 _FACTORS: Final = 4  # columns of weights in a product, one of them zero: BLAS has fast kernels for four, none for three
 _WORD_BITS: Final = 13

@@ -16,14 +16,14 @@ from converters.format import MegatronRun, OpenedCheckpoint
 from converters.formats import megatron_dist
 from converters.full import Reader
 from converters.job import JobOptions, make_job
-from converters.megatron.buffers import Found
 from converters.open import get_format, open_checkpoint
 from converters.untrusted.dcp import read_dcp
 from pretrain.engine import Trainer
+from tests.converters.megatron.conftest import MODES, QUICK, trained
 from tests.helpers.megatron_trained import BATCH, SIZES, STEPS, TOKENS, VOCAB, Trained, expected, train
 from tests.pretrain import models
 from workbench.checkpoint.store import Store
-from workbench.errors import ConversionError, VerificationError
+from workbench.errors import ConversionError
 from workbench.registry import load
 from workbench.spec.geometry import Box
 from workbench.spec.layout import ParallelLayout
@@ -31,12 +31,6 @@ from workbench.spec.schema import OPTIMIZER_PREFIX
 
 pytest.importorskip("megatron.core")
 
-MODES = ("dp_reshardable", "fully_reshardable", "legacy", "plain", "plain_legacy")
-QUICK: dict[str, dict[str, Any]] = {
-    "buckets": {"tp": 2, "pp": 2, "tied": True, "bucket_size": 2000, "modes": MODES[:3]},
-    "experts": {"dp": 2, "ep": 2, "experts": 4, "dtype": "float16", "modes": MODES},
-    "biases": {"tp": 2, "biases": True, "modes": MODES[-1:]},
-}
 SLOW: dict[str, dict[str, Any]] = {
     "chunks": {"pp": 2, "vpp": 2, "dtype": "float32", "modes": MODES},
     "replicas": {"tp": 2, "dp": 2, "modes": MODES},
@@ -47,18 +41,8 @@ DAMAGED = ("buckets", "fully_reshardable")
 
 
 @pytest.fixture(scope="session")
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _trained(tmp_path_factory.mktemp("megatron"), QUICK)
-
-
-@pytest.fixture(scope="session")
 def slow(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return _trained(tmp_path_factory.mktemp("megatron"), SLOW)
-
-
-def _trained(root: Path, cases: dict[str, dict[str, Any]]) -> Path:
-    train({str(root / name): what for name, what in cases.items()})
-    return root
+    return trained(tmp_path_factory.mktemp("megatron"), SLOW)
 
 
 def _cases(cases: dict[str, dict[str, Any]]) -> Iterator[Any]:
@@ -207,31 +191,6 @@ def test_modules_in_another_order_are_refused(quick: Path, monkeypatch: pytest.M
     monkeypatch.setattr(megatron_dist, "load_arguments", others)
     fault = open_checkpoint(quick / "experts" / "dp_reshardable").optimizer_fault
     assert fault is not None and "where no piece begins; the modules of this model were in another order" in fault
-
-
-def test_moments_that_the_format_takes_for_each_other_are_found_by_the_second_reader(
-    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    swapped = {f"decoder.layers.{at}.self_attention.linear_proj.weight": 1 - at for at in (0, 1)}
-    add = Found.add
-
-    def confused(found: Found, kind: str, dtype: str, pieces: Any) -> None:
-        named = [
-            (f"decoder.layers.{swapped[name]}.self_attention.linear_proj.weight", piece)
-            if kind == "exp_avg" and name in swapped
-            else (name, piece)
-            for name, piece in pieces
-        ]
-        add(found, kind, dtype, named)
-
-    monkeypatch.setattr(Found, "add", confused)
-    opened = open_checkpoint(quick / "buckets" / "dp_reshardable")
-    job = make_job(opened, get_format("native"), tmp_path / "out", JobOptions(ParallelLayout()), operation="import")
-    with pytest.raises(
-        VerificationError, match=r"differs from the source: optim\.exp_avg/layers\.[01]\.self_attn\.o_proj"
-    ):
-        job.run(verify="full")
-    assert not (tmp_path / "out").exists()
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 
 from converters.independent._megatron_buckets import Buckets, NotTold
+from converters.job import JobOptions, make_job
+from converters.megatron.buffers import Found
+from converters.open import get_format, open_checkpoint
+from workbench.errors import VerificationError
+from workbench.spec.layout import ParallelLayout
 
 BUCKET = "optimizer.distributed.dp_group_idx_0.gbuf_idx_0.dtype_(x).bucket_idx_0."
 KINDS = ("param", "exp_avg")
@@ -65,3 +74,29 @@ def test_of_equal_weights_equal_state_is_found_and_different_state_is_told_as_su
     assert Buckets(Folder(*norms[:2]), (1,)).state("exp_avg", torch.ones(6)).equal(norms[0][1])
     with pytest.raises(NotTold):
         Buckets(Folder(*norms), (1,)).state("exp_avg", torch.ones(6))
+
+
+@pytest.mark.skipif(find_spec("megatron") is None, reason="megatron-core is not installed")
+def test_moments_that_the_format_takes_for_each_other_are_found_by_the_second_reader(
+    quick: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    swapped = {f"decoder.layers.{at}.self_attention.linear_proj.weight": 1 - at for at in (0, 1)}
+    add = Found.add
+
+    def confused(found: Found, kind: str, dtype: str, pieces: Any) -> None:
+        named = [
+            (f"decoder.layers.{swapped[name]}.self_attention.linear_proj.weight", piece)
+            if kind == "exp_avg" and name in swapped
+            else (name, piece)
+            for name, piece in pieces
+        ]
+        add(found, kind, dtype, named)
+
+    monkeypatch.setattr(Found, "add", confused)
+    opened = open_checkpoint(quick / "buckets" / "dp_reshardable")
+    job = make_job(opened, get_format("native"), tmp_path / "out", JobOptions(ParallelLayout()), operation="import")
+    with pytest.raises(
+        VerificationError, match=r"differs from the source: optim\.exp_avg/layers\.[01]\.self_attn\.o_proj"
+    ):
+        job.run(verify="full")
+    assert not (tmp_path / "out").exists()
