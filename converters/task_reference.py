@@ -1,10 +1,11 @@
 """Run as a script, by itself: how plain transformers, or peft, scores the labelled rows of a task, offline.
 
 usage: python task_reference.py REQUEST.json ANSWER.json
-REQUEST holds: folder, adapter (a folder, or null), loader (a class of transformers), num_labels, output (a name), rows
-(a JSON-lines file of {"inputs": by name, "labels": a class number, or one for each token}) and near (two logits that
-differ by less, times a tenth of the larger one if that is above 10, may be told apart otherwise elsewhere). ANSWER gets
-the metrics, and the shares of labels and of rows that were near.
+REQUEST holds: folder, adapter (a folder, or null), tokenizer (a folder, or null), loader (a class of transformers),
+num_labels, output (a name), rows (a JSON-lines file of {"inputs": by name, "labels": a class number, or one for each
+token, "text", "ids": those of the text}) and near (two logits that differ by less, times a tenth of the larger one if
+that is above 10, may be told apart otherwise elsewhere). ANSWER gets the metrics, the shares of labels and of rows that
+were near, or the first row of whose text the tokenizer makes other ids, and these.
 Nothing of Workbench is imported here: what this process sees is what any user of the folders sees.
 """
 
@@ -23,12 +24,27 @@ def main(request_path: str, answer: str) -> int:
 
     with open(request_path) as file:
         request = json.load(file)
-    model = load(request)
-    with open(request["rows"]) as rows, torch.inference_mode():
-        found = score(model, (json.loads(line) for line in rows), request["output"], request["near"])
+    with open(request["rows"]) as rows:
+        found = first_other_ids(request["tokenizer"], map(json.loads, rows)) if request["tokenizer"] else None
+    if found is None:
+        model = load(request)
+        with open(request["rows"]) as rows, torch.inference_mode():
+            found = score(model, map(json.loads, rows), request["output"], request["near"])
     with open(answer, "w") as file:
         json.dump(found, file)
     return 0
+
+
+def first_other_ids(folder: str, rows: Any) -> dict[str, Any] | None:
+    """The number and ids of the first row of whose text transformers' tokenizer makes other ids."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    for number, row in enumerate(rows):
+        ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
+        if ids != row["ids"]:
+            return {"row": number, "ids": ids}
+    return None
 
 
 def load(request: dict[str, Any]) -> Any:

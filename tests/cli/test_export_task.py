@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,27 @@ def test_a_model_scores_in_transformers_as_in_the_engine_or_is_not_written(
     code, result = run(capsys, *words)
     assert code == 0, result
     assert set(result["task"]["metrics"]) == {"test/loss", "test/token_accuracy", "test/exact_match"}
+
+
+@pytest.mark.slow
+def test_a_tokenizer_that_makes_other_ids_than_the_task_was_learned_with_is_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (other := tmp_path / "other").mkdir()
+    described = json.loads((folder / "tokenizer" / "tokenizer.json").read_text())
+    vocabulary = described["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(described))
+    text = (folder / "sft.toml").read_text().replace(f"{folder}/tokenizer", str(other))
+    (tmp_path / "sft.toml").write_text(text)
+    words = ("export", folder / "base", tmp_path / "out", "--task-config", tmp_path / "sft.toml")
+    code, result = run(capsys, *words)
+    assert code == 4 and not (tmp_path / "out").exists()
+    message = result["error"]["message"]
+    assert (
+        "the text of held-out row 0: transformers makes 5 tokens of it" in message
+        and "token 0 is [64] there and [65] here" in message
+    )
 
 
 def test_what_transformers_does_not_judge_is_refused(

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from converters.format import OpenedCheckpoint
     from finetune.config import FinetuneConfig
     from finetune.task import Example
+    from workbench.tokenizer import Tokenizer
 
 _TASKS: Final = ("classification", "pair", "token_classification", "sft", "lm", "masked_lm")
 """Those that are judged by one of several labels, for a row or for tokens."""
@@ -49,17 +50,19 @@ def compare_task(
     `folder`, or peft for `adapter` to it.
 
     Raises ConfigError for a task that plain transformers does not judge, and VerificationError when a loss differs by
-    more than the tolerance of logits, or a share by more than what lies within it.
+    more than the tolerance of logits, or a share by more than what lies within it, or when the tokenizer that was
+    written makes other ids of a row's text in transformers.
     """
     from finetune.run import Base, evaluate_model, prepare, tokenizer_of
     from workbench.parallel.mesh import Mesh
 
     base = Base(ours.model, ours.source, ours.tokenizer, str(ours.path), "")
-    prepared = prepare(config, ours.model, tokenizer_of(base, config.tokenizer))
+    tokenizer = tokenizer_of(base, config.tokenizer)
+    prepared = prepare(config, ours.model, tokenizer)
     found = evaluate_model(config, ours.model, ours.source, ours.tokenizer, Mesh.single(), prepared=prepared)
     against, same, faults = "transformers" if adapter is None else "peft", {}, []
     for evaluation, examples in prepared.held_out.items():
-        theirs = _reference_metrics(ours, examples, folder, adapter)
+        theirs = _reference_metrics(ours, examples, folder, adapter, tokenizer)
         for metric, there in theirs.items():
             name = f"{evaluation}/{metric}"
             if name not in found:
@@ -90,11 +93,12 @@ def _allowed(metric: str, theirs: Mapping[str, float]) -> float:
 
 
 def _reference_metrics(
-    ours: OpenedCheckpoint, examples: Sequence[Example], folder: Path, adapter: Path | None
+    ours: OpenedCheckpoint, examples: Sequence[Example], folder: Path, adapter: Path | None, tokenizer: Tokenizer
 ) -> dict[str, float]:
     from converters.auto import auto_class
     from converters.logits import TOLERANCE
     from converters.task_reference import __file__ as script
+    from workbench.tokenizer import tokenizer_files
 
     loader = auto_class(ours.model)
     with tempfile.TemporaryDirectory() as scratch:
@@ -102,6 +106,7 @@ def _reference_metrics(
         request = {
             "folder": str(folder.absolute()),
             "adapter": None if adapter is None else str(adapter.absolute()),
+            "tokenizer": next((str(one.absolute()) for one in (adapter, folder) if one and tokenizer_files(one)), None),
             "loader": loader.name,
             "num_labels": ours.model.num_labels,
             "output": loader.outputs["logits"],
@@ -110,19 +115,41 @@ def _reference_metrics(
         }
         asked.write_text(json.dumps(request))
         with rows.open("w") as file:
-            file.writelines(_lines(examples))
+            file.writelines(_lines(examples, tokenizer))
         words = [sys.executable, "-I", script, str(asked), str(answer)]
         done = subprocess.run(words, capture_output=True, text=True, check=False)
         if done.returncode:
             last = [line for line in done.stderr.strip().splitlines() if line.strip()][-1:] or ["no message"]
             raise VerificationError(f"{adapter or folder}: plain transformers cannot judge it: {last[0]}")
-        found: dict[str, float] = json.loads(answer.read_text())
+        found: dict[str, Any] = json.loads(answer.read_text())
+        if "ids" in found:
+            wanted = tokenizer.encode(_text(examples[found["row"]], tokenizer))
+            told = _first_difference(found["ids"], wanted)
+            raise VerificationError(f"{request['tokenizer']}: the text of held-out row {found['row']}: {told}")
         return found
 
 
-def _lines(examples: Sequence[Example]) -> Iterator[str]:
+def _first_difference(there: list[int], here: list[int]) -> str:
+    at = next(i for i in range(len(there) + len(here)) if there[: i + 1] != here[: i + 1])
+    return (
+        f"transformers makes {len(there)} tokens of it, the engine {len(here)}; "
+        f"token {at} is {there[at : at + 1]} there and {here[at : at + 1]} here"
+    )
+
+
+def _text(example: Example, tokenizer: Tokenizer) -> str:
+    return tokenizer.decode(example.input_ids.tolist(), skip_special_tokens=False)
+
+
+def _lines(examples: Sequence[Example], tokenizer: Tokenizer) -> Iterator[str]:
     for example in examples:
+        text = _text(example, tokenizer)
         inputs = {"input_ids": example.input_ids.tolist()}
         if example.segments is not None:
             inputs["token_type_ids"] = example.segments.tolist()
-        yield json.dumps({"inputs": inputs, "labels": example.labels.tolist()}) + "\n"
+        yield (
+            json.dumps(
+                {"inputs": inputs, "labels": example.labels.tolist(), "text": text, "ids": tokenizer.encode(text)}
+            )
+            + "\n"
+        )
