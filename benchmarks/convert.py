@@ -4,8 +4,8 @@ python benchmarks/convert.py [--quick] [--large] [--json]
 
 Whole processes, Python's start included, in turn (A B A B): `cp -r`, torch DCP's and megatron-core's load and save,
 transformers' load and save_pretrained, and `wb`, at 0.5 and 2 GB; with --large 8 GB too; 0.13 GB with --quick. Sources
-are warm and in memory where that has room for them, else on the disk; cold ones are on the disk, evicted before each
-run, and what is written is synced. `wb` verifies checksums on both sides; none of the others does. How long a plan of
+are warm and in memory where that has room for them, else on the disk, where a copy is synced as `wb` does; cold ones are
+on the disk and evicted before each run. `wb` verifies checksums on both sides; none of the others does. How long a plan of
 10^6 pieces takes is for benchmarks/plan.py to say.
 """
 
@@ -33,7 +33,8 @@ from workbench.spec.layout import ParallelLayout
 from workbench.spec.model import ModelConfig
 
 BUDGET_BYTES = 300 << 20
-ROOM = 3.2  # source, what was exported of it and what is being written
+ROOM = 2.2  # source, and what is being written
+MORE_ROOM = 3.2  # and what was exported, or what another program holds in memory
 WB = str(Path(sys.executable).parent / "wb")
 COPY_AND_SYNC = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
 TRANSFORMERS = """
@@ -95,7 +96,7 @@ class Case:
         self.repeat = 3 if gigabytes <= 2 else 1
         self.weights = (WithMoments if moments else Patterned)(self.model)
         self.num_bytes = sum(t.numel * ITEM_BYTES[t.dtype] for t in self.weights.schema.values())
-        self.in_memory = ROOM * self.num_bytes < _available_bytes()
+        self.in_memory, self.roomy = (room * self.num_bytes < _available_bytes() for room in (ROOM, MORE_ROOM))
         place = "" if self.in_memory else ", disk"
         self.title = f"{self.num_bytes / 1e9:.2f} GB{' with Adam' if moments else ''}{place}"
 
@@ -104,11 +105,12 @@ class Case:
         return value if self._barred else None
 
     def claims(self) -> list[Claim]:
-        """All programs, each group in a folder of its own."""
+        """All programs. Without much room some are left out, and Hugging Face, whose source is removed, is the last."""
         groups = [self.reshard, self.lazy]
-        if not self.moments:
-            groups += [self.hugging_face, self.dcp]
+        if self.roomy and not self.moments:
             groups += [self.megatron] if self.num_bytes < 1e9 and find_spec("megatron.core") else []
+            groups += [self.dcp, self.transformers]
+        groups += [] if self.moments else [self.hugging_face]
         found: list[Claim] = []
         with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER if self.in_memory else None) as folder:
             source = self.made(Path(folder))
@@ -127,7 +129,7 @@ class Case:
         """Another layout, against copying; what checksums cost."""
         ours = wb("wb reshard", folder, "reshard", source, "--tp", 4, "--pp", 1)
         unread = wb("wb reshard --verify none", folder, "reshard", source, "--tp", 4, "--pp", 1, "--verify", "none")
-        copy = cp(folder, source)
+        copy = self.cp(folder, source)
         race([ours, unread, copy], self.repeat)
         hashing = 200 * hash_seconds(self.num_bytes) / statistics.median(ours.cpu_seconds)
         reading = 100 * statistics.median(ours.seconds) / statistics.median(unread.seconds) - 100
@@ -143,24 +145,43 @@ class Case:
         ]
 
     def hugging_face(self, folder: Path, source: Path) -> list[Claim]:
-        """Export and import, against cp and against transformers' load and save."""
-        exported = folder / "exported"
-        subprocess.run([WB, "export", source, exported, "--verify", "crc", "-q"], check=True, capture_output=True)
-        export = wb("wb export", folder, "export", source, "--verify", "crc")
-        import_ = wb("wb import", folder, "import", exported, "--verify", "crc")
-        cut = wb("wb import --tp 2", folder, "import", exported, "--tp", 2, "--verify", "crc")
-        copy, theirs = cp(folder, exported), python("save_pretrained", folder, TRANSFORMERS, exported)
-        ours = (export, import_, cut)
+        """Export and import, each against a copy of what it reads."""
+        export, copy = wb("wb export", folder, "export", source, "--verify", "crc"), self.cp(folder, source)
+        race([export, copy], self.repeat)
+        found = [ratio(self.title, copy, export, self.bar(0.8))]
+        exported = self.exported(folder, source)
+        if not self.roomy:
+            shutil.rmtree(source)
+        words = (folder, "import", exported, "--verify", "crc")
+        ours, copy = (wb("wb import", *words), wb("wb import --tp 2", *words, "--tp", 2)), self.cp(folder, exported)
         race([*ours, copy], self.repeat)
-        race([theirs], self.repeat)  # by itself: whoever comes after a program of some GB waits for their pages
         shutil.rmtree(exported)
         return [
-            *(one.claim(self.title) for one in (copy, theirs)),
-            *(one.claim(self.title, budget_bytes=BUDGET_BYTES) for one in ours),
+            copy.claim(self.title),
+            *(one.claim(self.title, budget_bytes=BUDGET_BYTES) for one in (export, *ours)),
+            *found,
             *(ratio(self.title, copy, one, self.bar(0.8)) for one in ours),
-            *(one.rate(self.title, self.num_bytes) for one in ours),
-            ratio(self.title, theirs, export),
+            *(one.rate(self.title, self.num_bytes) for one in (export, *ours)),
         ]
+
+    def transformers(self, folder: Path, source: Path) -> list[Claim]:
+        """transformers' load and save_pretrained."""
+        export = wb("wb export", folder, "export", source, "--verify", "crc")
+        theirs = python("save_pretrained", folder, TRANSFORMERS, self.exported(folder, source))
+        race([export, theirs], self.repeat)
+        shutil.rmtree(folder / "exported")
+        return [theirs.claim(self.title), ratio(self.title, theirs, export)]
+
+    def exported(self, folder: Path, source: Path) -> Path:
+        """The source as a Hugging Face folder."""
+        words = [WB, "export", source, folder / "exported", "--verify", "crc", "-q"]
+        subprocess.run(words, check=True, capture_output=True)
+        return folder / "exported"
+
+    def cp(self, folder: Path, source: Path) -> Contender:
+        """A plain copy; on a disk one that is there when it ends, as what `wb` writes is."""
+        words = ["cp", "-r"] if self.in_memory else ["sh", "-c", COPY_AND_SYNC, "sh"]
+        return Contender("cp -r", [*words, str(source), str(folder / "copy")], folder / "copy")
 
     def dcp(self, folder: Path, source: Path) -> list[Claim]:
         """torch DCP's load and save of the same tensors."""
@@ -228,11 +249,6 @@ def python(name: str, folder: Path, program: str, source: Path, *more: str) -> C
     return Contender(
         name, [sys.executable, "-c", program, str(source), str(folder / "theirs"), *more], folder / "theirs"
     )
-
-
-def cp(folder: Path, source: Path) -> Contender:
-    """A plain copy."""
-    return Contender("cp -r", ["cp", "-r", str(source), str(folder / "copy")], folder / "copy")
 
 
 def memcpy_seconds(num_bytes: int) -> float:
