@@ -4,9 +4,9 @@ python benchmarks/convert.py [--quick] [--large] [--json]
 
 Whole processes, Python's start included, in turn (A B A B): `cp -r`, torch DCP's and megatron-core's load and save,
 transformers' load and save_pretrained, and `wb`, at 0.5 and 2 GB; with --large 8 GB too; 0.13 GB with --quick. Sources
-are warm and in memory where that has room for them, else on the disk, where a copy is synced as `wb` does; cold ones are
-on the disk and evicted before each run. `wb` verifies checksums on both sides; none of the others does. How long a plan of
-10^6 pieces takes is for benchmarks/plan.py to say.
+are warm and in memory where that has room for them, else on the disk, where a copy is synced as `wb` does; cold ones
+are on the disk and evicted before each run. `wb` verifies checksums on both sides; none of the others does. How long a
+plan of 10^6 pieces takes is for benchmarks/plan.py to say.
 """
 
 from __future__ import annotations
