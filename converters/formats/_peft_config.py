@@ -13,7 +13,14 @@ from pydantic import ValidationError
 
 from converters.family import Family
 from converters.formats._peft_source import Arrays
-from converters.formats._peft_table import CONFIG, PREFIX, PeftModule, adapter_config, peft_modules
+from converters.formats._peft_table import (
+    CONFIG,
+    PREFIX,
+    PeftModule,
+    adapter_config,
+    has_experts_one_by_one,
+    peft_modules,
+)
 from converters.names import summarise
 from workbench.errors import ConversionError
 from workbench.spec.lora import LoraSpec, adaptable_modules, leaf_of, module_of, projections
@@ -67,7 +74,7 @@ def spec_of(
 
 def _foreign_spec(config: Mapping[str, Any], file: Arrays, family: Family, model: ModelConfig, where: str) -> LoraSpec:
     r, alpha = config.get("r", 8), float(config.get("lora_alpha", 8))
-    known = _modules(config, family, model)
+    known = _modules(config, family, model, one_by_one=has_experts_one_by_one(file))
     ours = [module for module in known if module.keys[0] in file]
     if not ours:
         some = next(iter(file), "nothing")
@@ -112,15 +119,15 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
     return faults
 
 
-def _modules(config: Mapping[str, Any], family: Family, model: ModelConfig) -> list[PeftModule]:
+def _modules(config: Mapping[str, Any], family: Family, model: ModelConfig, *, one_by_one: bool) -> list[PeftModule]:
     """Every module that could be adapted here; of experts those of `target_parameters`, by which their names differ."""
     names = adaptable_modules(model)
     targets = config.get("target_parameters") or []
-    if any(".experts." in name for name in names):
+    if any(".experts." in name for name in names) and not one_by_one:
         experts = [m for m in peft_modules(family, model, LoraSpec(targets=tuple(names))) if m.experts]
         others = {module_of(w) for m in experts if not _ends_with(m.target, targets) for w in m.weights}
         names = [name for name in names if name not in others]
-    found = peft_modules(family, model, LoraSpec(targets=tuple(names)))
+    found = peft_modules(family, model, LoraSpec(targets=tuple(names)), one_by_one=one_by_one)
     paths = [path for module in found for path in (module.path, f"{module.path}.weight")]
     if unknown := [target for target in targets if not any(_ends_with(path, [target]) for path in paths)]:
         raise ConversionError(f"{CONFIG}: target_parameters: {unknown[0]!r} has no place here")

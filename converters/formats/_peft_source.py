@@ -8,7 +8,15 @@ from pathlib import Path
 import numpy as np
 
 from converters.family import Family
-from converters.formats._peft_table import PREFIX, WEIGHTS, PeftModule, judging_keys, peft_modules, weight_rules
+from converters.formats._peft_table import (
+    PREFIX,
+    WEIGHTS,
+    PeftModule,
+    has_experts_one_by_one,
+    judging_keys,
+    peft_modules,
+    weight_rules,
+)
 from converters.names import summarise
 from converters.rules import Rule
 from workbench.checkpoint.safetensors_io import RangedFile, read_header
@@ -69,7 +77,8 @@ def to_logical(
     left = dict(file)
     faults: list[str] = []
     missing: list[str] = []
-    for module in peft_modules(family, model, lora):
+    one_by_one = has_experts_one_by_one(file)
+    for module in peft_modules(family, model, lora, one_by_one=one_by_one):
         keys = (*module.keys, module.magnitude_key) if lora.dora else module.keys
         if lacking := [key for key in keys if key not in left]:
             missing += lacking
@@ -94,7 +103,7 @@ def to_logical(
     if faults:
         raise ConversionError(f"{where}: {'; '.join(faults[:8])}")
     arrays = {name: found[name] for name in adapter_tensors(model, lora, "F32")}
-    return PeftSource(arrays, weight_rules(family, merged_model(model, lora))), tuple(left)
+    return PeftSource(arrays, weight_rules(family, merged_model(model, lora), one_by_one=one_by_one)), tuple(left)
 
 
 def _pairs(module: PeftModule, a: tuple[str, np.ndarray], b: tuple[str, np.ndarray]) -> Arrays:

@@ -5,13 +5,15 @@ exactly: A = [A_q; A_k; A_v] and B block-diagonal, of rank 3 r, which `rank_patt
 
 transformers keeps the experts of a layer in two parameters, `gate_up_proj` and `down_proj`, whose adapters peft finds
 by `target_parameters`. Where both are adapted, the wrapper of the second is around that of the first, which the file
-then calls `base_layer` (peft, tuners/lora/layer.py, ParamWrapper).
+then calls `base_layer` (peft, tuners/lora/layer.py, ParamWrapper). transformers 4 had a module for each projection of
+each expert, as the files of models still have; folders of that time are read (`one_by_one`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import Any, Final
@@ -42,6 +44,7 @@ WEIGHTS: Final = "adapter_model.safetensors"
 _GATE_UP: Final = "gate_up_proj"
 _DOWN: Final = "down_proj"
 _NAMES_OF_EXPERTS: Final = ("gate_proj", "up_proj", _DOWN)
+_ONE_EXPERT: Final = re.compile(r"\.experts\.\d+\.")
 _TASKS: Final = {
     "AutoModelForSequenceClassification": "SEQ_CLS",
     "AutoModelForCausalLM": "CAUSAL_LM",
@@ -110,14 +113,18 @@ class PeftModule:
         return rank, alphas.pop()
 
 
-def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[PeftModule]:
+def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec, *, one_by_one: bool = False) -> list[PeftModule]:
     """Every module that `lora` adapts, in network order; ConversionError for what peft does not adapt like this."""
-    rules = weight_rules(family, merged_model(model, lora))
+    rules = weight_rules(family, merged_model(model, lora), one_by_one=one_by_one)
     found: dict[tuple[str, int], PeftModule] = {}
     for pair in adapted_pairs(model, lora, ParallelLayout()):
         for part in pair.parts:
             name = module_of(part.name)
             module, expert = _module(part.name, rules[part.name], part.shape, lora.rank_of(name), lora.alpha_of(name))
+            if ".experts." in name and expert < 0 and not one_by_one:
+                raise ConversionError(
+                    f"{part.name}: peft adapts experts in one parameter a layer, which this family has not"
+                )
             before = found.get((module.path, expert))
             if before is not None:
                 module = replace(
@@ -127,7 +134,7 @@ def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[Pef
                     alphas=(*before.alphas, *module.alphas),
                 )
             found[module.path, expert] = module
-    modules = _by_parameter(found) if model.moe else list(found.values())
+    modules = _by_parameter(found) if model.moe and not one_by_one else list(found.values())
     for module in modules:
         if lora.dora and module.by_parameter:
             raise ConversionError(f"{module.path}: peft adapts it as a parameter, without magnitudes (dora); merge it")
@@ -139,9 +146,14 @@ def peft_modules(family: Family, model: ModelConfig, lora: LoraSpec) -> list[Pef
     return modules
 
 
-def weight_rules(family: Family, model: ModelConfig) -> Mapping[str, Rule]:
+def weight_rules(family: Family, model: ModelConfig, *, one_by_one: bool = False) -> Mapping[str, Rule]:
     """Where each weight lies in a model of transformers: experts of a layer in one tensor, unlike in its files."""
-    return family.bind(model, family.also_read(model) if family.also_read is not None else None)
+    return family.bind(model, None if one_by_one or family.also_read is None else family.also_read(model))
+
+
+def has_experts_one_by_one(keys: Iterable[str]) -> bool:
+    """Whether a file has a pair for each projection of an expert."""
+    return any(_ONE_EXPERT.search(key) for key in keys)
 
 
 def _by_parameter(found: Mapping[tuple[str, int], PeftModule]) -> list[PeftModule]:
@@ -172,8 +184,6 @@ def _module(name: str, rule: Rule, shape: tuple[int, ...], r: int, alpha: float)
             raise ConversionError(f"{name}: this family stores it otherwise; its adapters cannot be written")
         columns = ((name, np.arange(shape[1])),)
         return PeftModule(path, shape[0], shape[1], columns, (r,), (alpha,), is_embedding=True), -1
-    if ".experts." in name and len(foreign) != 3:
-        raise ConversionError(f"{name}: peft adapts experts in one parameter a layer, which this family has not")
     into, out = (-2, -1) if TRANSPOSE in rule.view else (-1, -2)
 
     def places(dim: int, box: Box) -> np.ndarray:

@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
+from converters.family import family_for
 from converters.format import OpenedCheckpoint
 from converters.formats.peft import open_peft
 from converters.independent.peft import PeftFiles
@@ -244,6 +246,44 @@ def test_an_adapter_that_peft_made_of_what_is_no_module_of_ours_is_read(
     assert opened.adapter is not None and opened.adapter.lora.targets == targets
     assert_second_reader_agrees(opened)
     assert compare_with_peft(opened, base, tmp_path / "theirs").difference < 1e-4
+
+
+@pytest.mark.parametrize("case", ["mixtral, experts", "qwen2_moe, experts and a shared one"])
+def test_a_pair_for_each_expert_as_of_transformers_4_is_read(
+    case: str, exports: dict[str, Exported], tmp_path: Path
+) -> None:
+    adapter, base, folder = exports[case]
+    table = family_for(base.model).bind(base.model)
+    words = re.compile(r"(.+)\.(lora_[AB]\.weight)")
+    arrays, leaves = {}, set()
+    for name, tensor in adapter.source.schema.items():
+        weight, factor = words.fullmatch(name).groups()
+        module = table[f"{weight}.weight"].foreign.removesuffix(".weight")
+        arrays[f"base_model.model.{module}.{factor}"] = adapter.source.read(name, Box.whole(tensor.shape))
+        leaves.add(module if "experts" not in module or "shared" in module else module.rpartition(".")[2])
+    config = json.loads((folder / "adapter_config.json").read_text())
+    config |= {"target_modules": sorted(leaves), "target_parameters": None, "rank_pattern": {}, "alpha_pattern": {}}
+    save_file(arrays, tmp_path / "adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    opened = open_peft(tmp_path, base)
+    assert opened.unplaced == () and dict(opened.source.schema) == dict(adapter.source.schema)
+    assert_second_reader_agrees(opened)
+    for name, tensor in opened.source.schema.items():
+        whole = Box.whole(tensor.shape)
+        np.testing.assert_array_equal(opened.source.read(name, whole), adapter.source.read(name, whole))
+    if base.family == "mixtral":  # the one that peft 0.21 turns into what transformers 5 has
+        old, new = (peft_logits_of(base.path, one) for one in (tmp_path, folder))
+        np.testing.assert_allclose(old, new, atol=1e-5)
+
+
+def peft_logits_of(base: Path, adapter: Path) -> np.ndarray:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), adapter).eval()
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(1, 9)[None]).logits.numpy()
 
 
 def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
