@@ -140,7 +140,7 @@ class Family:
         values: dict[str, Any] = {**self.features, **self.training_only}
         try:
             values |= self._heads(given, faults)
-        except (TypeError, ValueError) as error:
+        except (ArithmeticError, TypeError, ValueError) as error:
             faults.append(f"architectures, id2label, num_labels: {error}")
         for rule in self._all_fields:
             try:

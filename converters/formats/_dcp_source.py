@@ -164,6 +164,6 @@ def _scalar(found: DcpFolder, name: str) -> int:
     if tensor.shape not in ((), (1,)):
         raise CheckpointError(f"{found.path}: {name!r} has shape {list(tensor.shape)}, not that of a count")
     value = tensor.pieces[0].locate().read(Box.whole(tensor.shape)).item()
-    if value < 0 or value != int(value):
+    if value < 0 or value % 1 != 0:  # so with inf and nan, of which this is nan
         raise CheckpointError(f"{found.path}: {name!r} is {value}, not a count")
     return int(value)

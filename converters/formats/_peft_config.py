@@ -48,6 +48,7 @@ _INERT: Final[Mapping[str, tuple[Any, ...]]] = {
     "velora_config": (None,),
     "monteclora_config": (None,),
 }
+_LARGEST: Final = 1e300
 T = TypeVar("T")
 
 
@@ -108,15 +109,19 @@ def _faults(config: Mapping[str, Any]) -> list[str]:
     faults = [] if config.get("peft_type") == "LORA" else [f"peft_type={config.get('peft_type')!r}, only 'LORA'"]
     faults += [f"{k}={config[k]!r}" for k, inert in _INERT.items() if k in config and config[k] not in inert]
     r, alpha = config.get("r", 8), config.get("lora_alpha", 8)
-    if type(r) is not int or r < 1 or not isinstance(alpha, int | float):
+    if type(r) is not int or r < 1 or not _is_number(alpha):
         faults.append(f"r={r!r} with lora_alpha={alpha!r}")
     faults += [
         f"{key}={config[key]!r}"
         for key in ("rank_pattern", "alpha_pattern")
-        if not isinstance(config.get(key) or {}, dict)
-        or not all(isinstance(value, int | float) for value in (config.get(key) or {}).values())
+        if not isinstance(config.get(key) or {}, dict) or not all(map(_is_number, (config.get(key) or {}).values()))
     ]
     return faults
+
+
+def _is_number(value: Any) -> bool:
+    """Whether it is one that float64 can hold: JSON integers have no bounds, and Python reads Infinity and NaN."""
+    return isinstance(value, int | float) and -_LARGEST < value < _LARGEST
 
 
 def _modules(config: Mapping[str, Any], family: Family, model: ModelConfig, *, one_by_one: bool) -> list[PeftModule]:

@@ -189,7 +189,7 @@ def _step(folder: Path, parameters: Iterable[str]) -> int | None:
         if path.is_file():
             value = read_torch(file_inside(path.parent, path.name, _ZERO), allowed=_ALLOWED)
             value = value.read(Box.whole(value.shape)).item() if type(value) is StridedTensor else value
-            if type(value) not in (int, float) or value < 0 or value != int(value):
+            if type(value) not in (int, float) or value < 0 or value % 1 != 0:
                 raise CheckpointError(f"{path}: holds {str(value)[:100]}, not a step")
             found.add(int(value))
     if len(found) > 1:

@@ -195,6 +195,7 @@ HOSTILE = {
         "not among the files",
     ),
     "no tensors": (lambda raw: raw.pop("tensors"), "'tensors' is missing"),
+    "a seed that is no whole number": (lambda raw: raw["training"].update(seed=float("inf")), "seed inf is not"),
     "a model field that is wrong": (lambda raw: raw["model"].update(hidden_size=-1), "hidden_size"),
 }
 

@@ -270,4 +270,6 @@ class _Parser:
         scheduler, optimizer, data = (dict(raw[name]) for name in ("scheduler", "optimizer", "data"))
         if "step" in optimizer:
             self._size(optimizer["step"])
-        return TrainingState(step, samples, tokens, int(raw["seed"]), scheduler, optimizer, data)
+        if type(raw["seed"]) is not int:
+            self.refuse(f"seed {raw['seed']!r} is not a whole number")
+        return TrainingState(step, samples, tokens, raw["seed"], scheduler, optimizer, data)

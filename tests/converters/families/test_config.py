@@ -203,3 +203,9 @@ def test_a_model_that_became_a_classifier_gets_labels_and_its_class() -> None:
     assert written["architectures"] == ["LlamaForSequenceClassification"]
     assert written["id2label"] == {"0": "LABEL_0", "1": "LABEL_1", "2": "LABEL_2"}
     assert family.load_config(written) == model
+
+
+def test_a_number_of_labels_that_no_integer_holds_is_refused() -> None:
+    given = {**CONFIGS["llama classifier"], "id2label": None, "num_labels": float("inf")}
+    with pytest.raises(ConversionError, match="num_labels: cannot convert float infinity"):
+        family_named("llama").load_config(given)

@@ -100,6 +100,7 @@ def test_without_a_configuration_the_remedy_is_told(tmp_path: Path) -> None:
         ("fp32.pt", torch.zeros(3), r"fp32.pt: holds \[3\] numbers without a shape, and the model states give \["),
         ("step.pt", 9, r"its parameters are at different steps \(7 to 9\)"),
         ("step.pt", "soon", r"step.pt: holds soon, not a step"),
+        ("step.pt", torch.tensor(torch.inf), r"step.pt: holds inf, not a step"),
     ],
 )
 def test_what_is_missing_or_contradicts_is_named(tmp_path: Path, name: str, damage: Any, message: str) -> None:

@@ -310,6 +310,8 @@ def test_a_fused_adapter_made_by_peft_is_read(tmp_path: Path) -> None:
         ({"target_modules": ["q_proj"], "lora_alpha": 3}, "passes over what the file adapts"),
         ({"r": 5}, "has rank 3, and its configuration says 5"),
         ({"rank_pattern": {"(": 3}}, "is no regular expression"),
+        ({"lora_alpha": 10**400}, "r=3 with lora_alpha=1000"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "alpha_pattern={'q_proj': inf}"),
         ({"target_parameters": ["router.weight"], "r": 5}, "target_parameters: 'router.weight' has no place"),
     ],
 )

@@ -18,8 +18,10 @@ from torch.distributed.fsdp import fully_shard
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from converters.format import WriteRequest
+from converters.formats._dcp_source import _scalar
 from converters.job import JobOptions, make_job
 from converters.open import get_format, open_checkpoint
+from converters.untrusted.dcp import read_dcp
 from tests.helpers.checkpoints import random_native, read_all, tiny_model
 from tests.helpers.ranks import run_ranks
 from workbench.checkpoint.source import TensorSource
@@ -201,6 +203,13 @@ def test_export_and_import_go_through_the_command_line(tmp_path: Path, capsys: p
     assert main([*words, "--verify", "logits", "--optimizer", "drop"]) == 0
     assert "logits equal those of the copy" in capsys.readouterr().out
     assert not any(name.startswith("optim.") for name in open_checkpoint(tmp_path / "d").source.schema)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan, -1.0, 2.5])
+def test_a_step_that_is_no_count_is_refused(tmp_path: Path, value: float) -> None:
+    dcp.save({"step": torch.tensor(value)}, checkpoint_id=tmp_path / "a", no_dist=True)
+    with pytest.raises(CheckpointError, match=rf"'step' is {value}, not a count"):
+        _scalar(read_dcp(tmp_path / "a"), "step")
 
 
 def test_what_is_not_understood_is_refused_by_name(tmp_path: Path) -> None:
