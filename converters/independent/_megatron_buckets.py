@@ -31,11 +31,11 @@ class Buckets:
 
     def state(self, kind: str, weight: torch.Tensor) -> torch.Tensor | None:
         """`kind` of a weight; None when no bucket holds it. NotTold when several do, and not the same."""
-        matrix = weight.reshape(len(weight), -1)
         for cut in self._cuts:
-            found = [self._of_columns(kind, columns) for columns in matrix.chunk(cut, 1)]
-            if all(part is not None for part in found):
-                return torch.cat([part for part in found if part is not None], 1).reshape(weight.shape)
+            columns = weight.reshape(len(weight), -1).chunk(cut, 1)
+            found = [part for one in columns if (part := self._of_columns(kind, one)) is not None]
+            if len(found) == len(columns):
+                return torch.cat(found, 1).reshape(weight.shape)
         return None
 
     @cached_property
@@ -47,10 +47,10 @@ class Buckets:
 
     def _of_columns(self, kind: str, rows: torch.Tensor) -> torch.Tensor | None:
         """`kind` of rows of which each rank has some, and one rank all elements of each."""
-        state, done, width = torch.empty(rows.shape), 0, rows.shape[1]
+        (places, firsts), width, done = self._begins, rows.shape[1], 0
+        found: list[torch.Tensor] = []
         ends: list[Place] = []
         while done < len(rows):
-            places, firsts = self._begins
             begins = (firsts.to(rows.dtype) == rows[done, 0]).nonzero().flatten().tolist()
             lengths = {place: self._length(place, rows[done:]) for place in [places[i] for i in begins] + ends}
             if not (longest := max(lengths.values(), default=0)):
@@ -59,10 +59,10 @@ class Buckets:
             runs = [self._run(name, kind, start, longest * width) for name, start in best]
             if not all(run.equal(runs[0]) for run in runs):
                 raise NotTold
-            state[done : done + longest] = runs[0].view(longest, width)
+            found.append(runs[0].view(longest, width))
             ends += [(name, start + longest * width) for name, start in best]
             done += longest
-        return state
+        return torch.cat(found)
 
     def _length(self, place: Place, rows: torch.Tensor) -> int:
         """How many of the rows lie at a place, one after another."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,12 @@ KINDS = ("param", "exp_avg")
 class Folder:
     """One bucket of some parameters, one after another with a gap between, each of two tensors: masters and moments."""
 
-    def __init__(self, *parameters: torch.Tensor) -> None:
+    def __init__(self, *parameters: Iterable[torch.Tensor]) -> None:
         self._starts, lines = [], {kind: [] for kind in KINDS}
         for parameter in parameters:
             self._starts.append(sum(map(len, lines["param"])))
             for kind, values in zip(KINDS, parameter, strict=True):
-                lines[kind] += [values.flatten(), torch.full((3,), torch.nan)]
+                lines[kind] += [values.flatten(), torch.full((3,), torch.nan, dtype=values.dtype)]
         self._held = {f"{BUCKET}{kind}": torch.cat(line) for kind, line in lines.items()}
         self.names = [*self._held, "decoder.final_layernorm.weight"]
 
@@ -37,7 +38,7 @@ class Folder:
 
     def run(self, name: str, start: int, end: int) -> torch.Tensor:
         found = self._held[name][start:end]
-        return torch.cat([found, torch.full((end - start - len(found),), torch.nan)])
+        return torch.cat([found, torch.full((end - start - len(found),), torch.nan, dtype=found.dtype)])
 
 
 def parameter(*shape: int) -> torch.Tensor:
@@ -58,6 +59,13 @@ def test_a_weight_is_found_whole_by_rows_by_columns_and_in_halves():
     for name, (master, moment) in cases.items():
         assert buckets.state("exp_avg", master.bfloat16()).equal(moment), name
         assert buckets.state("param", master.bfloat16()).equal(master), name
+
+
+def test_state_of_another_type_keeps_it():
+    master = torch.randn(4, 6)
+    folder = Folder((master, master.bfloat16()))
+    assert Buckets(folder, (1,)).state("exp_avg", master.bfloat16()).equal(master.bfloat16())
+    assert Buckets(folder, (1,)).state("exp_avg", master.bfloat16()).dtype == torch.bfloat16
 
 
 def test_a_weight_that_no_bucket_holds_is_not_found():
