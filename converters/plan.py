@@ -15,13 +15,14 @@ from typing import Any, Final
 
 from converters.format import Destination
 from workbench.checkpoint.source import TensorSource
+from workbench.checkpoint.writer import BLOCK_BYTES
 from workbench.errors import ConversionError, ResourceError
 from workbench.spec.dtypes import ITEM_BYTES
 from workbench.spec.geometry import Box, LogicalTensor, coverage_fault
 
 DEFAULT_BUDGET_BYTES: Final = 2 << 30
-_SLAB_BYTES: Final = 2 << 20  # larger ones leave the cache between being read, hashed and written
-_SLAB_COPIES: Final = 4  # a slab as read, as cut or joined for the destination, as cast, and made contiguous
+_SLAB_BYTES: Final = BLOCK_BYTES  # what is written at once; larger ones leave the cache before
+_SLAB_COPIES: Final = 4  # a slab as read, as cast, as joined or made contiguous for the destination, and as read back
 _INTERPRETER_BYTES: Final = 96 << 20  # Python, NumPy and this program; measured by benchmarks/reshard.py
 _PIECE_BYTES: Final = 1 << 10  # what is kept of each piece until the end: place, checksum, line of a manifest
 _SPLIT_BYTES: Final = 16 << 20  # tensors are shared out among workers, where the pieces allow it, in parts of this size

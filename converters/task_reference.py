@@ -4,8 +4,8 @@ usage: python task_reference.py REQUEST.json ANSWER.json
 REQUEST holds: folder, adapter (a folder, or null), tokenizer (a folder, or null), loader (a class of transformers),
 num_labels, output (a name), rows (a JSON-lines file of {"inputs": by name, "labels": a class number, or one for each
 token, "text", "ids": those of the text}) and near (two logits that differ by less, times a tenth of the larger one if
-that is above 10, may be told apart otherwise elsewhere). ANSWER gets the metrics, the shares of labels and of rows that
-were near, or the first row of whose text the tokenizer makes other ids, and these.
+that is above 10, may be told apart otherwise elsewhere). ANSWER gets the metrics and the shares of labels and of rows
+that were near, or a "fault": of which row's text the tokenizer makes other ids.
 Nothing of Workbench is imported here: what this process sees is what any user of the folders sees.
 """
 
@@ -25,25 +25,31 @@ def main(request_path: str, answer: str) -> int:
     with open(request_path) as file:
         request = json.load(file)
     with open(request["rows"]) as rows:
-        found = first_other_ids(request["tokenizer"], map(json.loads, rows)) if request["tokenizer"] else None
-    if found is None:
+        fault = tokenizer_fault(request["tokenizer"], map(json.loads, rows)) if request["tokenizer"] else None
+    if fault is None:
         model = load(request)
         with open(request["rows"]) as rows, torch.inference_mode():
-            found = score(model, map(json.loads, rows), request["output"], request["near"])
+            found: dict[str, Any] = score(model, map(json.loads, rows), request["output"], request["near"])
+    else:
+        found = {"fault": fault}
     with open(answer, "w") as file:
         json.dump(found, file)
     return 0
 
 
-def first_other_ids(folder: str, rows: Any) -> dict[str, Any] | None:
-    """The number and ids of the first row of whose text transformers' tokenizer makes other ids."""
+def tokenizer_fault(folder: str, rows: Any) -> str | None:
+    """The first row of whose text transformers' tokenizer makes other ids, and where they part."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     for number, row in enumerate(rows):
-        ids = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"]
-        if ids != row["ids"]:
-            return {"row": number, "ids": ids}
+        there, here = tokenizer(row["text"], add_special_tokens=False, verbose=False)["input_ids"], row["ids"]
+        if there != here:
+            at = next(i for i in range(len(there) + len(here)) if there[: i + 1] != here[: i + 1])
+            return (
+                f"the text of held-out row {number}: transformers makes {len(there)} tokens of it, the engine "
+                f"{len(here)}; token {at} is {there[at : at + 1]} there and {here[at : at + 1]} here"
+            )
     return None
 
 

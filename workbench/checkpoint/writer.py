@@ -36,7 +36,7 @@ from workbench.spec.schema import OPTIMIZER_PREFIX
 JOURNAL: Final = "journal.jsonl"
 """What an interrupted conversion had done; it is never part of a checkpoint."""
 FILE_METADATA: Final = {"format": "pt"}
-_BLOCK_BYTES: Final = 2 << 20
+BLOCK_BYTES: Final = 2 << 20
 """Hashed, written and read back while still in the cache, and a slab of a conversion: a file takes one write at a time,
 so threads whose turns are long find to taking them by themselves, and many short ones wait for each other."""
 
@@ -100,10 +100,10 @@ class ShardFileWriter:
         data = aligned_contiguous(array).reshape(-1).view(np.uint8).data
         assert writer.done + len(data) <= writer.num_bytes, f"{name}: more elements than the box holds"
         written, read_back = writer.hashers = writer.hashers or (xxh3_64(), xxh3_64())
-        memory = aligned_empty((min(_BLOCK_BYTES, len(data)) if self._read_back else 0,), "uint8").data
+        memory = aligned_empty((min(BLOCK_BYTES, len(data)) if self._read_back else 0,), "uint8").data
         with write_faults(self.path), self._descriptors.use(self.path) as descriptor:
-            for start in range(0, len(data), _BLOCK_BYTES):
-                block = data[start : start + _BLOCK_BYTES]
+            for start in range(0, len(data), BLOCK_BYTES):
+                block = data[start : start + BLOCK_BYTES]
                 written.update(block)
                 _write_all(descriptor, block, writer.start + writer.done)
                 if self._read_back:  # at once, while it is in the cache
@@ -128,10 +128,10 @@ class ShardFileWriter:
     def restore(self, name: str, box: Box, checksum: str) -> bool:
         """Takes a box as full if the file already holds one of this checksum."""
         writer, found = self._boxes[name, box], xxh3_64()
-        memory = aligned_empty((_BLOCK_BYTES,), "uint8").data
+        memory = aligned_empty((BLOCK_BYTES,), "uint8").data
         with write_faults(self.path), self._descriptors.use(self.path) as descriptor:
-            for start in range(0, writer.num_bytes, _BLOCK_BYTES):
-                block = memory[: min(_BLOCK_BYTES, writer.num_bytes - start)]
+            for start in range(0, writer.num_bytes, BLOCK_BYTES):
+                block = memory[: min(BLOCK_BYTES, writer.num_bytes - start)]
                 found.update(_read_all(descriptor, block, writer.start + start))
         if found.hexdigest() != checksum:
             return False
