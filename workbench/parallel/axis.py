@@ -13,11 +13,18 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 
+from workbench.parallel.outboxes import Join, Outboxes
 from workbench.parallel.pending import Pending, Work
 
 Operation = Literal["sum", "max", "min"]
 Message = Literal["F", "B"]
-_OPERATIONS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+_OPERATIONS = {
+    "sum": (dist.ReduceOp.SUM, torch.add),
+    "max": (dist.ReduceOp.MAX, torch.maximum),
+    "min": (dist.ReduceOp.MIN, torch.minimum),
+}
+_FEW = 4  # ranks, up to which each may read all of the others' tensors
+_LONG = 1 << 14  # bytes: it is not worth the outboxes to reduce less
 # torch 2.13 renamed it, and warns on every rank about the old name.
 _ALL_GATHER = vars(dist).get("all_gather_single") or dist.all_gather_into_tensor
 _REDUCE_SCATTER = vars(dist).get("reduce_scatter_single") or dist.reduce_scatter_tensor
@@ -36,6 +43,8 @@ class Axis:
         self.rank = rank
         self.size = len(self.ranks)
         self._group = group
+        self._outboxes: Outboxes | None = None
+        self._asked_for_outboxes = False
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -44,8 +53,12 @@ class Axis:
 
     def all_reduce(self, tensor: torch.Tensor, operation: Operation = "sum") -> torch.Tensor:
         """`tensor` itself, after it was reduced in place over the axis."""
-        if self.size > 1:
-            dist.all_reduce(tensor, _OPERATIONS[operation], group=self._group)
+        if self.size == 1:
+            return tensor
+        kind, combine = _OPERATIONS[operation]
+        if tensor.device.type == "cpu" and self.size <= _FEW and tensor.nbytes >= _LONG and self._share([tensor]):
+            return tensor.copy_(self._swap([tensor], lambda parts: reduce(combine, parts)).wait())
+        dist.all_reduce(tensor, kind, group=self._group)
         return tensor
 
     def all_gather(self, tensor: torch.Tensor, dim: int = 0) -> torch.Tensor:
@@ -56,10 +69,9 @@ class Axis:
         """`all_gather` under way; `tensor` must not change until it is done."""
         if self.size == 1:
             return Pending((), lambda: tensor, tensor)
+        if tensor.device.type == "cpu":
+            return self._swap([tensor], lambda parts: torch.cat(list(parts), dim=dim))
         local = tensor.contiguous()
-        if local.device.type == "cpu":
-            works, parts = self._swap([local] * self.size)
-            return Pending(works, lambda: torch.cat(parts, dim=dim), local)
         gathered = local.new_empty((self.size, *local.shape))
         work = _ALL_GATHER(gathered, local.unsqueeze(0), group=self._group, async_op=True)
         return Pending([work], lambda: torch.cat(gathered.unbind(0), dim=dim), local)
@@ -73,24 +85,32 @@ class Axis:
         if self.size == 1:
             return Pending((), lambda: tensor, tensor)
         if tensor.device.type == "cpu":
-            cut = [share.contiguous() for share in tensor.chunk(self.size, dim=dim)]
-            works, parts = self._swap(cut)
-            return Pending(works, lambda: reduce(torch.add, parts), cut)
+            return self._swap(tensor.chunk(self.size, dim=dim), lambda parts: reduce(torch.add, parts))
         shares = torch.stack(tensor.chunk(self.size, dim=dim))
         mine = shares.new_empty((1, *shares.shape[1:]))
         work = _REDUCE_SCATTER(mine, shares, group=self._group, async_op=True)
         return Pending([work], lambda: mine[0], shares)
 
-    def _swap(self, sent: Sequence[torch.Tensor]) -> tuple[Sequence[Work], Sequence[torch.Tensor]]:
-        """Starts to send each position its tensor of `sent`, all of one shape; what they send here, in order.
+    def _swap(self, pieces: Sequence[torch.Tensor], join: Join) -> Pending:
+        """Starts to send each position its piece, all of one shape, or the only one to all; `join` makes the result of
+        what each had for this one, in order.
 
         Gloo's own reduce-scatter is an all-reduce of everything: twice the bytes, three times the time.
         """
+        if (outboxes := self._share(pieces)) is not None:
+            return outboxes.swap(pieces, join)
+        sent = [piece.contiguous() for piece in pieces] * (self.size if len(pieces) == 1 else 1)
         received = [mine if i == self.rank else torch.empty_like(mine) for i, mine in enumerate(sent)]
         others = [i for i in range(self.size) if i != self.rank]
         operations = [dist.P2POp(dist.isend, sent[i], self.ranks[i], group=self._group) for i in others]
         operations += [dist.P2POp(dist.irecv, received[i], self.ranks[i], group=self._group) for i in others]
-        return dist.batch_isend_irecv(operations), received
+        return Pending(dist.batch_isend_irecv(operations), lambda: join(received), sent)
+
+    def _share(self, pieces: Sequence[torch.Tensor]) -> Outboxes | None:
+        """The outboxes, where the ranks share memory and these pieces have room in it. Collective over the axis."""
+        if not self._asked_for_outboxes:
+            self._outboxes, self._asked_for_outboxes = Outboxes.open(self.ranks, self.rank, self._group), True
+        return self._outboxes if self._outboxes is not None and self._outboxes.hold(pieces) else None
 
     def pass_on(self, tensor: torch.Tensor) -> Pending:
         """Starts to send `tensor` to the next position, and to receive the like from the one before, in a ring."""
