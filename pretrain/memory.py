@@ -17,10 +17,11 @@ from workbench.spec.schema import block_norms, predicts_words, stage_specs
 
 MASTER_BYTES = GRADIENT_BYTES = 4
 FORMAT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
-SCORED_TOKENS = range(128, 1024 + 1)
-"""Sequence lengths at which a CPU keeps the scores of attention (workbench/models/blockwise.py)."""
+IN_BLOCKS, IN_ONE, UNDER_MASKS = 1024, 127, 256
+"""The longest rows of which a CPU keeps the scores of causal attention; that it takes for one block; and of which it
+keeps scores under every mask (workbench/models/blockwise.py and attend.py)."""
 BLOCKS = 4
-"""Blocks of queries in which it then computes them."""
+"""Blocks of queries of longer rows than those of one block."""
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,15 @@ def _latent_activations(
     if recompute == "selective":
         return own, down, heads * (query + value)
     keys = query + latent.qk_nope_head_dim + value
-    if layout.cp == 1 and on_cpu and model.causal and seq_len in SCORED_TOKENS:
-        return own, down, heads * (2 * query + value + keys + (query + value) * 5 // 2 + seq_len * 5 // 8)
+    if layout.cp == 1 and on_cpu and model.causal and seq_len <= IN_BLOCKS:
+        share = _share_scored(model, seq_len)
+        copies = int(share * _blocks(seq_len) * (query + value))
+        return own, down, heads * (2 * query + value + keys + copies + int(share * seq_len))
     if layout.cp > 1 and layout.context == "ring":
         return own, down, heads * (query + keys + (query + value) + 3 * value)
     outputs = (2 if layout.cp > 1 else 1) * value  # of each chunk, and together
-    return own, down * layout.cp, heads * (query + outputs + keys * layout.cp)
+    scores = seq_len if on_cpu and seq_len <= UNDER_MASKS else 0
+    return own, down * layout.cp, heads * (query + outputs + keys * layout.cp + scores)
 
 
 def _core_activations(model: ModelConfig, layout: ParallelLayout, seq_len: int, *, on_cpu: bool) -> int:
@@ -249,25 +253,31 @@ def _core_activations(model: ModelConfig, layout: ParallelLayout, seq_len: int, 
     if model.position_embedding == "relative":
         return 3 * model.num_attention_heads * seq_len  # scores with their bias, and what they become
     is_capped = model.attn_logit_softcapping is not None
-    if layout.cp == 1 and on_cpu and model.causal and seq_len in SCORED_TOKENS:
+    if layout.cp == 1 and on_cpu and model.causal and seq_len <= IN_BLOCKS:
         # Blocks of queries, each with its scores and its own copy of the keys and values that it sees.
         kv_heads = max(model.num_key_value_heads, layout.tp) * model.head_dim
         scores = model.num_attention_heads * seq_len * (1 + is_capped)
-        return heads + int(_share_scored(model, seq_len) * (2 * BLOCKS * kv_heads + scores))
-    capped = 2 * model.num_attention_heads * seq_len if is_capped else 0
-    return capped + (2 * heads * layout.cp if layout.cp > 1 else 0)
+        return heads + int(_share_scored(model, seq_len) * (2 * _blocks(seq_len) * kv_heads + scores))
+    kept = 2 if is_capped else int(on_cpu and seq_len <= UNDER_MASKS)
+    scores = kept * model.num_attention_heads * seq_len
+    return scores + (2 * heads * layout.cp if layout.cp > 1 else 0)
+
+
+def _blocks(seq_len: int) -> int:
+    return 1 if seq_len <= IN_ONE else BLOCKS
 
 
 def _share_scored(model: ModelConfig, seq_len: int) -> float:
-    """The share of a row's scores that attention in blocks keeps, on average over layers: without windows 5/8, as the
-    first of four blocks sees one of them and the last all."""
-    length, layers = -(-seq_len // BLOCKS), range(model.num_hidden_layers)
+    """The share of a row's scores that attention in blocks keeps, on average over layers: without windows 5/8 of four
+    blocks, as the first of them sees one and the last all."""
+    blocks, layers = _blocks(seq_len), range(model.num_hidden_layers)
+    length = -(-seq_len // blocks)
     unseen = sum(
         max(0, block * length - (model.window(layer) or seq_len) + 1) // length
         for layer in layers
-        for block in range(BLOCKS)
+        for block in range(blocks)
     )
-    return (BLOCKS + 1) / (2 * BLOCKS) - unseen / (len(layers) * BLOCKS**2)
+    return (blocks + 1) / (2 * blocks) - unseen / (len(layers) * blocks**2)
 
 
 def _logits_bytes(model: ModelConfig, layout: ParallelLayout, config: EngineConfig, scored: int) -> int:

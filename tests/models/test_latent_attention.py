@@ -15,6 +15,7 @@ from tests.helpers.ranks import run_ranks
 from workbench.models.attend import attend
 from workbench.models.attention import KeyValueCache
 from workbench.models.batch import Batch
+from workbench.models.blockwise import LONGEST
 from workbench.models.build import build_stage, initialise
 from workbench.models.scoring import visible
 from workbench.parallel.axis import Axis
@@ -149,11 +150,12 @@ def _sent(model: ModelConfig, layout: ParallelLayout) -> set[Sent]:
 
 @pytest.mark.parametrize("sizes", [(12, 6), (6, 12)])
 @pytest.mark.parametrize("context", [None, "documents"])
-def test_values_of_another_size_than_keys_keep_no_scores(sizes: tuple[int, int], context: str | None) -> None:
+def test_values_of_another_size_than_keys_keep_no_scores_of_long_rows(sizes: tuple[int, int], context: str | None):
+    tokens = LONGEST + 6
     generator = torch.Generator().manual_seed(1)
-    q, k = (torch.randn(2, 40, 4, sizes[0], generator=generator, dtype=torch.float64) for _ in range(2))
-    v = torch.randn(2, 40, 4, sizes[1], generator=generator, dtype=torch.float64)
-    documents = None if context is None else torch.arange(40).expand(2, -1) // 13
+    q, k = (torch.randn(2, tokens, 4, sizes[0], generator=generator, dtype=torch.float64) for _ in range(2))
+    v = torch.randn(2, tokens, 4, sizes[1], generator=generator, dtype=torch.float64)
+    documents = None if context is None else torch.arange(tokens).expand(2, -1) // 130
     kept: list[int] = []
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -162,8 +164,8 @@ def test_values_of_another_size_than_keys_keep_no_scores(sizes: tuple[int, int],
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         found = attend(q.requires_grad_(), k, v, documents)
-    assert max(kept) < 2 * 4 * 40 * 40
-    mask = visible(0, 40, 0, 40, documents, q.device)
+    assert max(kept) < 2 * 4 * tokens * tokens
+    mask = visible(0, tokens, 0, tokens, documents, q.device)
     scores = torch.einsum("bthd,bshd->bhts", q, k) / sizes[0] ** 0.5
     weights = scores.masked_fill(~mask, float("-inf")).softmax(dim=-1)
     torch.testing.assert_close(found, torch.einsum("bhts,bshd->bthd", weights, v))

@@ -16,7 +16,7 @@ from pretrain.config import (
     RecomputeTable,
     RunTable,
 )
-from pretrain.memory import BLOCKS, SCORED_TOKENS, estimate_memory
+from pretrain.memory import BLOCKS, IN_BLOCKS, IN_ONE, UNDER_MASKS, estimate_memory
 from pretrain.optimizer import Optimizer
 from tests.helpers.allocations import Allocations
 from tests.helpers.models import (
@@ -30,7 +30,7 @@ from tests.helpers.models import (
     sparse_model,
 )
 from tests.helpers.ranks import run_ranks
-from workbench.models import blockwise
+from workbench.models import attend, blockwise
 from workbench.models.batch import Batch
 from workbench.models.build import build_stage, initialise
 from workbench.parallel.mesh import Mesh
@@ -124,8 +124,8 @@ def test_recompute_and_offload_leave_one_layer_and_what_is_kept():
 
 def test_scores_count_at_the_lengths_at_which_a_cpu_keeps_them():
     model = gated_model(**LARGER)
-    assert (SCORED_TOKENS.start, SCORED_TOKENS.stop - 1) == (blockwise.SHORTEST, blockwise.LONGEST)
-    assert BLOCKS == blockwise.BLOCKS
+    assert (IN_BLOCKS, IN_ONE, BLOCKS) == (blockwise.LONGEST, blockwise.WHOLE, blockwise.BLOCKS)
+    assert UNDER_MASKS == attend.SCORED
     (on_cpu,) = estimate_memory(model, ParallelLayout(), config())
     (on_gpu,) = estimate_memory(model, ParallelLayout(), config(), on_cpu=False)
     assert on_cpu.activations > on_gpu.activations

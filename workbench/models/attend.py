@@ -18,6 +18,8 @@ from workbench.parallel.softcap import soft_cap
 
 WINDOWED_QUERIES = 1024
 """Queries of a window that are computed at once, if it is not longer: no mask is wider than they and their window."""
+SCORED = 256
+"""Tokens, up to which a CPU keeps scores under every mask: one product for all heads is the faster way there."""
 FLASH_SIZE = 256  # of a head, at the most (PyTorch, sdp_utils.cpp, check_head_dim_size_flash)
 
 
@@ -56,7 +58,8 @@ def attend(
         documents_BS = None if documents_BS is None else documents_BS[:, unseen:]
     q_BHTd, k_BKSd, v_BKSd = (part.transpose(1, 2) for part in (q_BTHd, k_BSKd, v_BSKd))
     hides = scoring.first_seen(first + tokens - 1) > 0 or scoring.mask is not None
-    by_scores = dropped is not None or scoring.softcap is not None
+    short = q_BTHd.device.type == "cpu" and tokens > 1 and attended <= SCORED
+    by_scores = short or dropped is not None or scoring.softcap is not None
     if by_scores or documents_BS is not None or hides:
         mask = visible(first, tokens, 0, attended, documents_BS, q_BTHd.device, scoring)
         k_BHSd, v_BHSd = _repeat_heads(q_BHTd, k_BKSd), _repeat_heads(q_BHTd, v_BKSd)

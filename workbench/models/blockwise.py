@@ -2,7 +2,8 @@
 
 A block multiplies only with the keys that it may see, and the query heads that share a key/value head are rows of one
 GEMM, so keys and values are never repeated. PyTorch's fused CPU kernel holds no scores, but takes two to three times
-as long in bf16 (docs/performance.md). Here the scores of all blocks are kept for backward, hence LONGEST.
+as long in bf16, and ten times for short rows, since it multiplies for each head apart (docs/performance.md). Here the
+scores of all blocks are kept for backward, hence LONGEST.
 
 Legend: B batch, T tokens, H heads, K key/value heads, G heads that share one, d head size, C tokens of a block,
 S tokens that a block sees.
@@ -16,12 +17,13 @@ from workbench.models.scoring import PLAIN, Scoring, visible
 from workbench.parallel.softcap import soft_cap
 
 BLOCKS = 4
-SHORTEST, LONGEST = 128, 1024  # tokens; shorter ones gain nothing, longer ones would hold too many scores
+WHOLE = 127  # tokens, up to which all queries are one block
+LONGEST = 1024  # tokens; longer ones would hold too many scores
 
 
 def suits(q_BTHd: torch.Tensor) -> bool:
     """Whether `attend_blockwise` is the faster choice for these queries."""
-    return q_BTHd.device.type == "cpu" and SHORTEST <= q_BTHd.shape[1] <= LONGEST
+    return q_BTHd.device.type == "cpu" and q_BTHd.shape[1] <= LONGEST
 
 
 def attend_blockwise(
@@ -32,13 +34,14 @@ def attend_blockwise(
     num_kv = k_BTKd.shape[2]
     q_BKGTd = q_BTHd.unflatten(2, (num_kv, -1)).permute(0, 2, 3, 1, 4)
     keys, values = (part.transpose(1, 2).reshape(batch * num_kv, tokens, -1) for part in (k_BTKd, v_BTKd))
-    seen_keys, seen_values = keys.chunk(BLOCKS, dim=1), values.chunk(BLOCKS, dim=1)
+    blocks = 1 if tokens <= WHOLE else BLOCKS
+    seen_keys, seen_values = keys.chunk(blocks, dim=1), values.chunk(blocks, dim=1)
     sees_TT = visible(0, tokens, 0, tokens, None, keys.device, scoring)
     mask_TT = keys.new_zeros(tokens, tokens).masked_fill_(~sees_TT, float("-inf"))
     scale = scoring.scale_of(size)
     outputs = []
     stop = 0
-    for i, q_BKGCd in enumerate(q_BKGTd.chunk(BLOCKS, dim=3)):
+    for i, q_BKGCd in enumerate(q_BKGTd.chunk(blocks, dim=3)):
         start, stop = stop, stop + q_BKGCd.shape[3]
         # Concatenated rather than sliced from `keys`: backward of a slice fills a whole tensor with zeros.
         first = scoring.first_seen(start) // seen_keys[0].shape[1]

@@ -44,7 +44,8 @@ class HostMemory:
     def _pack(self, tensor: torch.Tensor) -> tuple[torch.device, torch.Tensor]:
         if isinstance(tensor, nn.Parameter) or isinstance(tensor._base, nn.Parameter):
             return tensor.device, tensor
-        host = torch.empty(tensor.size(), dtype=tensor.dtype, pin_memory=self._pinned)
+        # Strides are kept: of another layout a product may take another kernel, and give other bits.
+        host = torch.empty_like(tensor, device="cpu", pin_memory=self._pinned)
         return tensor.device, host.copy_(tensor)
 
 

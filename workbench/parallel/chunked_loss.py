@@ -16,6 +16,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from workbench.parallel.axis import Axis
@@ -25,7 +26,6 @@ from workbench.parallel.loss import (
     losses_and_gradient,
     vocab_parallel_cross_entropy,
 )
-from workbench.parallel.products import input_gradient, product, weight_gradient
 from workbench.parallel.softcap import soft_cap, through_soft_cap
 
 
@@ -46,7 +46,7 @@ class Chunking:
         self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
     ) -> tuple[VocabParallelSoftmax, torch.Tensor]:
         """The losses of a chunk, and its logits."""
-        logits_CV = soft_cap(product(hidden_CD, weight, bias), self.softcap)
+        logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
         return VocabParallelSoftmax(logits_CV, labels_C, self.axis, self.vocab_size, self.smoothing), logits_CV
 
     def losses_and_gradient(
@@ -54,7 +54,7 @@ class Chunking:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The losses of a chunk [C], and the gradient of their sum for the product with the weight [C, V]."""
         if self.compiled and self.axis.size == 1:
-            logits_CV = product(hidden_CD, weight, bias)
+            logits_CV = F.linear(hidden_CD, weight, bias)
             return _compiled()(logits_CV, labels_C, self.vocab_size, self.softcap, self.smoothing)
         softmax, logits_CV = self.softmax(hidden_CD, weight, bias, labels_C)
         ones_C = torch.ones_like(softmax.losses_N)
@@ -65,7 +65,7 @@ class Chunking:
         self, hidden_CD: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, labels_C: torch.Tensor
     ) -> torch.Tensor:
         """The losses of a chunk [C], through which autograd finds its way back."""
-        logits_CV = soft_cap(product(hidden_CD, weight, bias), self.softcap)
+        logits_CV = soft_cap(F.linear(hidden_CD, weight, bias), self.softcap)
         return vocab_parallel_cross_entropy(
             logits_CV, labels_C, self.axis, vocab_size=self.vocab_size, smoothing=self.smoothing
         )
@@ -130,11 +130,13 @@ class _ChunkedLoss(torch.autograd.Function):
             losses_C, grad_CV = how.losses_and_gradient(hidden_CD, weight, bias, labels_N[rows])
             total += losses_C.sum()
             if grad_ND is not None:
-                grad_ND[rows] = input_gradient(grad_CV, weight)
+                torch.mm(grad_CV, weight, out=grad_ND[rows])
             if wants_weight and grad_VD is None:
-                grad_VD = weight_gradient(hidden_CD, grad_CV).to(wide)
+                grad_VD = (grad_CV.t() @ hidden_CD).to(wide)
+            elif grad_VD is not None and grad_VD.dtype == weight.dtype:
+                torch.addmm(grad_VD, grad_CV.t(), hidden_CD, out=grad_VD)
             elif grad_VD is not None:
-                grad_VD += weight_gradient(hidden_CD, grad_CV)
+                grad_VD += grad_CV.t() @ hidden_CD
             if grad_V is not None:
                 grad_V += grad_CV.sum(dim=0, dtype=wide)
         ctx.save_for_backward(grad_ND, grad_VD, grad_V)

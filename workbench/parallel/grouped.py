@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from workbench.parallel.products import product, weight_gradient
-
 _ALIGNED_BYTES = 16  # of each row, for a grouped GEMM (torch, aten/src/ATen/native/GroupedMMUtils.h)
 
 
@@ -18,7 +16,7 @@ def grouped_product(x_NI: torch.Tensor, weight_EOI: torch.Tensor, sizes_E: torch
     if has_grouped_gemm(x_NI, weight_EOI):
         return F.grouped_mm(x_NI.contiguous(), weight_EOI.transpose(1, 2), offs=_ends(sizes_E))
     rows = x_NI.split(sizes_E.tolist())
-    return torch.cat([product(x, weight) for x, weight in zip(rows, weight_EOI.unbind(), strict=True)])
+    return torch.cat([F.linear(x, weight) for x, weight in zip(rows, weight_EOI.unbind(), strict=True)])
 
 
 def grouped_weight_gradient(x_NI: torch.Tensor, grad_NO: torch.Tensor, sizes_E: torch.Tensor) -> torch.Tensor:
@@ -26,9 +24,7 @@ def grouped_weight_gradient(x_NI: torch.Tensor, grad_NO: torch.Tensor, sizes_E: 
     if has_grouped_gemm(x_NI, grad_NO):
         return F.grouped_mm(grad_NO.contiguous().t(), x_NI.contiguous(), offs=_ends(sizes_E))
     sizes = sizes_E.tolist()
-    return torch.stack(
-        [weight_gradient(x, grad) for x, grad in zip(x_NI.split(sizes), grad_NO.split(sizes), strict=True)]
-    )
+    return torch.stack([grad.t() @ x for x, grad in zip(x_NI.split(sizes), grad_NO.split(sizes), strict=True)])
 
 
 def has_grouped_gemm(*operands: torch.Tensor) -> bool:

@@ -17,7 +17,7 @@ from converters.logits import engine_logits, judge, probe_sequences
 from converters.rules import TRANSPOSE, Merge, Operation, Permute, Rule, Split
 from tests.helpers.hf_models import make_model, save_model
 from workbench.errors import VerificationError
-from workbench.models import attend
+from workbench.models import attend, blockwise
 from workbench.spec.model import ModelConfig
 
 LAYER = "layers.{i}."
@@ -70,7 +70,8 @@ def test_a_window_that_begins_one_token_off(
         return right(*args[:-1], replace(scoring, window=scoring.window and scoring.window + shift))
 
     right = attend.visible
-    monkeypatch.setattr(attend, "visible", visible)
+    for module in (attend, blockwise):
+        monkeypatch.setattr(module, "visible", visible)
     _assert_seen(case, tmp_path)
 
 
