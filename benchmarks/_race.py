@@ -86,6 +86,17 @@ def ratio(title: str, slow: Contender, fast: Contender, at_least: float | None =
     return claim(name, median_ratio(slow.seconds, fast.seconds), unit="x", at_least=at_least)
 
 
+def ratio_beyond_start(
+    title: str, slow: Contender, fast: Contender, start: Contender, at_least: float | None = None
+) -> Claim:
+    """How many times as long `slow` takes as `fast` without its start, which is the time of `start`: `fast` on next to
+    nothing. What `slow` needs to start counts for it."""
+    begun = statistics.median(start.seconds)
+    name = f"{title}: {slow.name} / {fast.name} beyond its start"
+    beyond = [seconds - begun for seconds in fast.seconds]
+    return claim(name, median_ratio(slow.seconds, beyond), unit="x", at_least=at_least)
+
+
 def environment() -> dict[str, str]:
     """This process's, with bytecode kept between runs, and BLAS's choice of kernels, as for any installed program."""
     unusual = ("PYTHONDONTWRITEBYTECODE", "OPENBLAS_CORETYPE")

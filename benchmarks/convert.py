@@ -5,8 +5,9 @@ python benchmarks/convert.py [--quick] [--large] [--json]
 Whole processes, Python's start included, in turn (A B A B): `cp -r`, torch DCP's and megatron-core's load and save,
 transformers' load and save_pretrained, and `wb`, at 0.5 and 2 GB; with --large 8 GB too; 0.13 GB with --quick. Sources
 are warm and in memory where that has room for them, else on the disk, where a copy is synced as `wb` does; cold ones
-are on the disk and evicted before each run. `wb` verifies checksums on both sides; none of the others does. How long a
-plan of 10^6 pieces takes is for benchmarks/plan.py to say.
+are on the disk and evicted before each run. `wb` verifies checksums on both sides; none of the others does. Beside
+whole processes stands what a byte takes: the same command without its time for a checkpoint of some kilobytes.
+How long a plan of 10^6 pieces takes is for benchmarks/plan.py to say.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
-from _race import Contender, evict, race, ratio
+from _race import Contender, evict, race, ratio, ratio_beyond_start
 from reshard import DCP, MEMORY_FOLDER, Patterned
 from xxhash import xxh3_64
 
@@ -35,6 +36,14 @@ from workbench.spec.model import ModelConfig
 BUDGET_BYTES = 300 << 20
 ROOM = 2.2  # source, and what is being written
 MORE_ROOM = 3.2  # and what was exported, or what another program holds in memory
+NOTHING = ModelConfig(
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=8,
+    num_key_value_heads=8,
+)
 WB = str(Path(sys.executable).parent / "wb")
 COPY_AND_SYNC = 'cp -r "$1" "$2" && find "$2" -type f -exec sync {} +'
 TRANSFORMERS = """
@@ -114,6 +123,9 @@ class Case:
         found: list[Claim] = []
         with tempfile.TemporaryDirectory(dir=MEMORY_FOLDER if self.in_memory else None) as folder:
             source = self.made(Path(folder))
+            self.nothing = write_native(
+                Path(folder) / "nothing", Patterned(NOTHING), NOTHING, ParallelLayout(tp=2, pp=2)
+            )
             for group in groups:
                 found += group(Path(folder), source)
         with tempfile.TemporaryDirectory() as folder:
@@ -129,16 +141,18 @@ class Case:
         """Another layout, against copying; what checksums cost."""
         ours = wb("wb reshard", folder, "reshard", source, "--tp", 4, "--pp", 1)
         unread = wb("wb reshard --verify none", folder, "reshard", source, "--tp", 4, "--pp", 1, "--verify", "none")
+        start = wb("wb reshard of nothing", folder, "reshard", self.nothing, "--tp", 4, "--pp", 1)
         copy = self.cp(folder, source)
-        race([ours, unread, copy], self.repeat)
+        race([ours, unread, copy, start], self.repeat)
         hashing = 200 * hash_seconds(self.num_bytes) / statistics.median(ours.cpu_seconds)
         reading = 100 * statistics.median(ours.seconds) / statistics.median(unread.seconds) - 100
         title = self.title
         return [
-            *(one.claim(title) for one in (copy, unread)),
+            *(one.claim(title) for one in (copy, unread, start)),
             ours.claim(title, budget_bytes=BUDGET_BYTES),
             claim(f"{title}: memcpy", memcpy_seconds(self.num_bytes), unit="s", note="into fresh memory, one thread"),
             ratio(title, copy, ours, self.bar(0.85)),
+            ratio_beyond_start(title, copy, ours, start, self.bar(0.85)),
             ours.rate(title, self.num_bytes),
             claim(f"{title}: inline checksums", hashing, unit="%", at_most=self.bar(10), note="of its CPU time"),
             claim(f"{title}: reading back", reading, unit="%", note="of --verify none"),
@@ -147,36 +161,41 @@ class Case:
     def hugging_face(self, folder: Path, source: Path) -> list[Claim]:
         """Export and import, each against a copy of what it reads."""
         export, copy = wb("wb export", folder, "export", source, "--verify", "crc"), self.cp(folder, source)
-        race([export, copy], self.repeat)
+        start = wb("wb export of nothing", folder, "export", self.nothing, "--verify", "crc")
+        race([export, copy, start], self.repeat)
         found = [ratio(self.title, copy, export, self.bar(0.8))]
-        exported = self.exported(folder, source)
+        found.append(ratio_beyond_start(self.title, copy, export, start, self.bar(0.8)))
+        exported, nothing = self.exported(folder, source), self.exported(folder, self.nothing)
         if not self.roomy:
             shutil.rmtree(source)
         words = (folder, "import", exported, "--verify", "crc")
         ours, copy = (wb("wb import", *words), wb("wb import --tp 2", *words, "--tp", 2)), self.cp(folder, exported)
-        race([*ours, copy], self.repeat)
+        start = wb("wb import of nothing", folder, "import", nothing, "--verify", "crc")
+        race([*ours, copy, start], self.repeat)
         shutil.rmtree(exported)
         return [
             copy.claim(self.title),
             *(one.claim(self.title, budget_bytes=BUDGET_BYTES) for one in (export, *ours)),
             *found,
             *(ratio(self.title, copy, one, self.bar(0.8)) for one in ours),
+            *(ratio_beyond_start(self.title, copy, one, start, self.bar(0.8)) for one in ours),
             *(one.rate(self.title, self.num_bytes) for one in (export, *ours)),
         ]
 
     def transformers(self, folder: Path, source: Path) -> list[Claim]:
         """transformers' load and save_pretrained."""
         export = wb("wb export", folder, "export", source, "--verify", "crc")
-        theirs = python("save_pretrained", folder, TRANSFORMERS, self.exported(folder, source))
+        exported = self.exported(folder, source)
+        theirs = python("save_pretrained", folder, TRANSFORMERS, exported)
         race([export, theirs], self.repeat)
-        shutil.rmtree(folder / "exported")
+        shutil.rmtree(exported)
         return [theirs.claim(self.title), ratio(self.title, theirs, export)]
 
     def exported(self, folder: Path, source: Path) -> Path:
         """The source as a Hugging Face folder."""
-        words = [WB, "export", source, folder / "exported", "--verify", "crc", "-q"]
-        subprocess.run(words, check=True, capture_output=True)
-        return folder / "exported"
+        exported = folder / f"{source.name}-exported"
+        subprocess.run([WB, "export", source, exported, "--verify", "crc", "-q"], check=True, capture_output=True)
+        return exported
 
     def cp(self, folder: Path, source: Path) -> Contender:
         """A plain copy; on a disk one that is there when it ends, as what `wb` writes is."""
