@@ -81,6 +81,9 @@ def _compare(size: int) -> bool:
 
 def _crowd() -> bool:
     axis = axis_of(2)
+    assert axis.all_gather(torch.zeros(2, 0, 3), dim=1).shape == (2, 0, 3)
+    assert axis.all_gather(torch.zeros(1, requires_grad=True)).tolist() == [0, 0]
+    axis = axis_of(2)
     tensors = [torch.full((40,), 10.0 * i + axis.rank) for i in range(5)]
     pending = [axis.start_all_gather(tensor) for tensor in tensors]
     assert axis._outboxes is not None and axis._outboxes._messages == outboxes._SLOTS

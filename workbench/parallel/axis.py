@@ -57,7 +57,8 @@ class Axis:
             return tensor
         kind, combine = _OPERATIONS[operation]
         if tensor.device.type == "cpu" and self.size <= _FEW and tensor.nbytes >= _LONG and self._share([tensor]):
-            return tensor.copy_(self._swap([tensor], lambda parts: reduce(combine, parts)).wait())
+            tensor.detach().copy_(self._swap([tensor], lambda parts: reduce(combine, parts)).wait())
+            return tensor
         dist.all_reduce(tensor, kind, group=self._group)
         return tensor
 

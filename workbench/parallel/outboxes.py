@@ -26,7 +26,7 @@ Join = Callable[[Sequence[torch.Tensor]], torch.Tensor]
 _SLOTS = 2  # as many as are under way at once; more would only leave the caches
 _SLOT_BYTES = 32 << 20  # of addresses; only what was written once takes memory
 _ALIGNED_BYTES = 64
-_READ = 0x80  # or'ed with a slot: it was read; any other byte: the next message is there
+_HERE, _READ = 0, 0x80  # the next message is there; with the number of a slot: that one was read
 _PATIENCE = timedelta(minutes=30)  # as for the other collectives
 
 
@@ -81,6 +81,7 @@ class Outboxes:
         number, slot = self._messages, self._messages % _SLOTS
         while self._unread[slot]:
             self._listen(next(iter(self._unread[slot])))
+        pieces = [piece.detach() for piece in pieces]
         size = _size(pieces[0])
         for i, piece in enumerate(pieces):
             if len(pieces) == 1 or i != self._rank:
@@ -89,7 +90,7 @@ class Outboxes:
         self._uncollected.add(slot)
         self._messages += 1
         for other in self._others:
-            os.write(self._tells[other], b"\0")
+            self._tell(other, _HERE)
         mine, offset = (pieces[0], 0) if len(pieces) == 1 else (pieces[self._rank], self._rank * size)
 
         def collect() -> torch.Tensor:
@@ -101,12 +102,17 @@ class Outboxes:
             joined = join(parts)
             self._uncollected.discard(slot)
             for other in self._others:
-                # One that needs nothing more may have ended; whether one did so too early, `_listen` finds out.
-                with contextlib.suppress(BrokenPipeError):
-                    os.write(self._tells[other], bytes([_READ | slot]))
+                with contextlib.suppress(_Ended):  # as one may that needs nothing more
+                    self._tell(other, _READ | slot)
             return joined
 
         return Pending((), collect, mine)
+
+    def _tell(self, other: int, byte: int) -> None:
+        try:
+            os.write(self._tells[other], bytes([byte]))
+        except BrokenPipeError:
+            raise _Ended(other) from None
 
     def _listen(self, other: int) -> None:
         """Waits for word from a rank, and notes it."""
@@ -116,12 +122,17 @@ class Outboxes:
             raise RuntimeError(f"position {other} of this rank's group has not answered for {_PATIENCE}")
         said = os.read(self._hears[other], 4096)
         if not said:
-            raise RuntimeError(f"the process at position {other} of this rank's group has ended")
+            raise _Ended(other)
         for byte in said:
             if byte & _READ:
                 self._unread[byte & ~_READ].discard(other)
             else:
                 self._arrived[other] += 1
+
+
+class _Ended(RuntimeError):
+    def __init__(self, other: int) -> None:
+        super().__init__(f"the process at position {other} of this rank's group has ended")
 
 
 def _told_by_all(value: Any, ranks: Sequence[int], group: dist.ProcessGroup | None) -> list[Any]:
