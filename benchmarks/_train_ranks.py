@@ -34,7 +34,7 @@ ONE = (ParallelLayout(), 4)
 
 
 def quickened(work: Callable[[], Result]) -> Callable[[], Result]:
-    """`work` with the products that the engine's trainer asks for; what runs beside it keeps torch's own."""
+    """`work` with the products that pretraining asks for; what runs beside it keeps torch's own."""
 
     def run() -> Result:
         before = torch.get_float32_matmul_precision()

@@ -34,7 +34,6 @@ from workbench.models.build import build_stage
 from workbench.models.decoder import DecoderStage
 from workbench.parallel.determinism import make_deterministic
 from workbench.parallel.host_memory import keep_freed_memory
-from workbench.parallel.host_products import quicken_products
 from workbench.parallel.live import LiveParameter
 from workbench.parallel.mesh import Mesh
 from workbench.spec.geometry import ParameterSpec
@@ -129,7 +128,6 @@ class Trainer:
             make_deterministic()
         if mesh.device.type == "cpu":
             keep_freed_memory()
-            quicken_products()
         compute = DTYPES[config.precision.compute] if dtype == torch.float32 else dtype
         schedule = schedule_named(config.parallel.schedule)
         self._choice = choose_executor(config, subject.model, mesh.layout, mesh.device.type)

@@ -72,10 +72,13 @@ def train(config: PretrainConfig, layout: ParallelLayout, voice: Voice) -> Outco
     from pretrain.data.config import open_data
     from pretrain.engine import NextToken, Subject, Trainer
     from workbench.models.build import initialise
+    from workbench.parallel.host_products import quicken_products
     from workbench.parallel.launch import choose_device
     from workbench.parallel.mesh import Mesh
 
     mesh = Mesh.create(layout, choose_device())
+    if mesh.device.type == "cpu":
+        quicken_products()
     data = open_data(config.data, seq_len=config.batch.seq_len, vocab_size=config.model.vocab_size)
     subject = Subject(
         config.model,
