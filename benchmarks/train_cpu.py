@@ -3,8 +3,8 @@
 One process, two threads; forward, backward and fused AdamW of a Llama-like model (8 x 512, sequence 512, batch 4)
 that starts from the same weights everywhere. bf16 means bf16 compute over fp32 masters: the engine casts where it
 computes; megatron-core and transformers hold bf16 parameters beside fp32 masters, and transformers runs under autocast
-too, the faster of the two counting. The ceiling is the time of the step's matrix products alone, made as the engine's
-pretraining lets torch make them (`quicken_products`); as torch makes them by itself, and for the peers, is told beside it.
+too, the faster of the two counting. The ceiling is the time of the step's matrix products alone, made as `wb pretrain`
+lets torch make them (`quicken_products`); as torch makes them by itself, and for the peers, is told beside it.
 Everything is measured in turn, A B C A B C, and compared by the medians of the ratios within a round. The C library
 keeps freed memory, as the engine's trainer tells it to; as all run in one process, that serves the peers as well. The
 engine then runs on two ranks of one thread each, cut by tensors and by stages, beside one process on both threads.
