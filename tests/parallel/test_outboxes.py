@@ -33,7 +33,7 @@ def open_files() -> int:
 
 def socketed(size: int) -> Axis:
     axis = axis_of(size)
-    axis._asked_for_outboxes = True
+    axis._outboxes = None
     return axis
 
 

@@ -7,7 +7,7 @@ An axis of size 1 has no process group and its collectives return their input, s
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, Literal
 
 import torch
@@ -43,8 +43,6 @@ class Axis:
         self.rank = rank
         self.size = len(self.ranks)
         self._group = group
-        self._outboxes: Outboxes | None = None
-        self._asked_for_outboxes = False
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -107,10 +105,12 @@ class Axis:
         operations += [dist.P2POp(dist.irecv, received[i], self.ranks[i], group=self._group) for i in others]
         return Pending(dist.batch_isend_irecv(operations), lambda: join(received), sent)
 
+    @cached_property
+    def _outboxes(self) -> Outboxes | None:
+        return Outboxes.open(self.rank, self.size, self.gather_objects)
+
     def _share(self, pieces: Sequence[torch.Tensor]) -> Outboxes | None:
         """The outboxes, where the ranks share memory and these pieces have room in it. Collective over the axis."""
-        if not self._asked_for_outboxes:
-            self._outboxes, self._asked_for_outboxes = Outboxes.open(self.ranks, self.rank, self._group), True
         return self._outboxes if self._outboxes is not None and self._outboxes.hold(pieces) else None
 
     def pass_on(self, tensor: torch.Tensor) -> Pending:

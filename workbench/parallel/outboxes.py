@@ -18,7 +18,6 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from workbench.parallel.pending import Pending
 
@@ -43,27 +42,28 @@ class Outboxes:
         weakref.finalize(self, _close, [fd for fd in (*hears, *tells) if fd >= 0])
 
     @staticmethod
-    def open(ranks: Sequence[int], rank: int, group: dist.ProcessGroup | None) -> Outboxes | None:
-        """The outboxes of the ranks, None where they cannot share memory. Collective over the group."""
+    def open(rank: int, size: int, gather: Callable[[Any], list[Any]]) -> Outboxes | None:
+        """The outboxes of `size` ranks, None where they cannot share memory. Collective over them: `gather` gives each
+        what all of them have."""
         if not hasattr(os, "memfd_create"):
             return None
         box = os.memfd_create("wb-outbox")
         secret = secrets.token_bytes(16)
         os.ftruncate(box, _SLOTS * _SLOT_BYTES + len(secret))
         os.pwrite(box, secret, _SLOTS * _SLOT_BYTES)
-        pipes = [os.pipe() if i != rank else (-1, -1) for i in range(len(ranks))]
+        pipes = [os.pipe() if i != rank else (-1, -1) for i in range(size)]
         hears = [reads for reads, _ in pipes]
         mine = (os.getpid(), box, [writes for _, writes in pipes], secret)
         boxes, tells = [], []
         try:
-            for position, (pid, their_box, writes, their_secret) in enumerate(_told_by_all(mine, ranks, group)):
+            for position, (pid, their_box, writes, their_secret) in enumerate(gather(mine)):
                 boxes.append(_mapped(f"/proc/{pid}/fd/{their_box}", their_secret))
                 tells.append(-1 if position == rank else os.open(f"/proc/{pid}/fd/{writes[rank]}", os.O_WRONLY))
         except (OSError, ValueError):
             shared = False
         else:
             shared = True
-        everywhere = all(_told_by_all(shared, ranks, group))
+        everywhere = all(gather(shared))
         # Now that all have them open: a pipe whose writer has gone then ends.
         _close([box, *(writes for _, writes in pipes if writes >= 0)])
         if everywhere:
@@ -133,12 +133,6 @@ class Outboxes:
 class _Ended(RuntimeError):
     def __init__(self, other: int) -> None:
         super().__init__(f"the process at position {other} of this rank's group has ended")
-
-
-def _told_by_all(value: Any, ranks: Sequence[int], group: dist.ProcessGroup | None) -> list[Any]:
-    told: list[Any] = [None] * len(ranks)
-    dist.all_gather_object(told, value, group=group)
-    return told
 
 
 def _mapped(path: str, secret: bytes) -> torch.Tensor:
